@@ -1,0 +1,501 @@
+"""Losses that are convex in the logits, in NumPy and float64.
+
+The guarantees of this package rest on the convexity of the loss in the model's outputs.
+This module holds the three families that have it, each with its value, its derivatives
+in the logits, and the lowest value that any function of the inputs can give to samples
+that share one input; and `convex_loss`, which recognises them in what a Keras model was
+compiled with.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any, NoReturn
+
+import keras
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.intp]
+
+_REDUCTIONS = {
+    "sum_over_batch_size": "mean over the samples",
+    "mean": "mean over the samples",
+    "mean_with_sample_weight": "weighted mean over the samples",
+    "sum": "sum over the samples",
+}
+
+# Soft labels come in low precision too: a row that sums to one only up to this much is
+# a rounded distribution. Value and lower bound are exact for the row as it is.
+_ROW_SUM_TOLERANCE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvexLoss(abc.ABC):
+    """A loss that is convex in the logits.
+
+    The empirical loss of `n` samples with weights `w` is
+    `sum_i w_i * value_i / normalizer`.
+
+    Args:
+        reduction: How Keras makes one number of the samples' losses:
+            `"sum_over_batch_size"` or `"mean"` (divide the weighted sum by `n`),
+            `"mean_with_sample_weight"` (divide by the sum of the weights) or `"sum"`.
+    """
+
+    reduction: str = "sum_over_batch_size"
+
+    def __post_init__(self) -> None:
+        if self.reduction not in _REDUCTIONS:
+            raise ValueError(
+                "The samples' losses must be reduced to one number, or the training "
+                f"objective is undefined. Use one of {sorted(_REDUCTIONS)}. "
+                f"Received: reduction={self.reduction!r}"
+            )
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """The loss in words."""
+
+    @property
+    def objective(self) -> str:
+        """The loss and its reduction in words."""
+        return f"{self.name}, {_REDUCTIONS[self.reduction]}"
+
+    @abc.abstractmethod
+    def targets(self, y: Any, n_outputs: int) -> Array:
+        """Labels, in any form that the Keras loss accepts, as a target matrix.
+
+        Args:
+            y: Labels of `n` samples; the subclass says which forms.
+            n_outputs: Number of the model's outputs, `C`.
+
+        Returns:
+            Targets, label smoothing applied, shape `(n, C)`, float64.
+
+        Raises:
+            ValueError: If the labels are not finite numbers, are out of range, or do
+                not fit the outputs.
+        """
+
+    @abc.abstractmethod
+    def value(self, logits: Array, targets: Array) -> Array:
+        """Loss of each sample, averaged over the outputs as the Keras loss does.
+
+        Args:
+            logits: Model outputs, shape `(n, C)`.
+            targets: From `targets`, shape `(n, C)`.
+
+        Returns:
+            Losses, shape `(n,)`, at least 0.
+        """
+
+    # First derivatives, and products with second ones, belong here: solvers need them.
+
+    @abc.abstractmethod
+    def gradient(self, logits: Array, targets: Array) -> Array:
+        """Gradient of each sample's loss in its own logits.
+
+        Args:
+            logits: Model outputs, shape `(n, C)`.
+            targets: From `targets`, shape `(n, C)`.
+
+        Returns:
+            Gradients, shape `(n, C)`.
+        """
+
+    def lower_bound(
+        self,
+        targets: Array,
+        weights: Array,
+        groups: Indices,
+        n_groups: int,
+    ) -> Array:
+        """The infimum of the weighted loss of each group over one output per group.
+
+        Samples with one and the same input get one and the same output from any
+        function. The best constant output of a group is known in closed form: its
+        weighted mean target (squared error) or the logits of it (cross-entropies).
+
+        Args:
+            targets: From `targets`, shape `(n, C)`.
+            weights: Sample weights, at least 0, shape `(n,)`.
+            groups: Group of each sample, in `0..n_groups - 1`, shape `(n,)`.
+            n_groups: Number of groups.
+
+        Returns:
+            The infimum over `z` of `sum_i w_i * value(z, target_i)` over the members
+            `i` of each group, shape `(n_groups,)`; 0 for a group without weight.
+        """
+        totals = _group_sum(weights[:, None], groups, n_groups)
+        # A group without weight has sums of 0; any divisor keeps them 0.
+        divisors = np.where(totals > 0, totals, 1.0)
+        return self._group_infimum(targets, weights[:, None], groups, divisors)
+
+    @abc.abstractmethod
+    def _group_infimum(
+        self, targets: Array, weights: Array, groups: Indices, total: Array
+    ) -> Array:
+        """`lower_bound`, given weights `(n, 1)` and their sums `(n_groups, 1)`."""
+
+    def normalizer(self, n_samples: int, total_weight: float) -> float:
+        """What the weighted sum of the samples' losses is divided by.
+
+        Args:
+            n_samples: Number of samples.
+            total_weight: Sum of their weights.
+
+        Returns:
+            The divisor, positive if the total weight is.
+        """
+        if self.reduction == "sum":
+            return 1.0
+        if self.reduction == "mean_with_sample_weight":
+            return float(total_weight)
+        return float(n_samples)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoftmaxCrossEntropy(ConvexLoss):
+    """Cross-entropy of a softmax over the logits.
+
+    Args:
+        sparse: Whether labels are class indices, shape `(n,)` or `(n, 1)`, or rows of
+            class probabilities (one-hot or soft), shape `(n, C)`.
+        label_smoothing: In `[0, 1]`: the share of each target that is spread evenly
+            over the classes.
+        reduction: See `ConvexLoss`.
+    """
+
+    sparse: bool = True
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_smoothing(self.label_smoothing)
+
+    @property
+    def name(self) -> str:
+        return "softmax cross-entropy" + _smoothing_words(self.label_smoothing)
+
+    def targets(self, y: Any, n_outputs: int) -> Array:
+        if n_outputs < 2:
+            raise ValueError(
+                "A softmax over one output is constant. Use `keras.losses."
+                "BinaryCrossentropy(from_logits=True)` for two classes, or give the "
+                f"model an output per class. Received: n_outputs={n_outputs}"
+            )
+        labels = _finite_float64(y, "labels")
+        targets = (
+            self._one_hot(labels, n_outputs)
+            if self.sparse
+            else self._distributions(labels, n_outputs)
+        )
+        smoothing = self.label_smoothing
+        return targets * (1.0 - smoothing) + smoothing / n_outputs
+
+    def _one_hot(self, labels: Array, n_outputs: int) -> Array:
+        if labels.ndim == 2 and labels.shape[1] == 1:
+            labels = labels[:, 0]
+        if labels.ndim != 1:
+            raise ValueError(
+                "Sparse labels must have shape (n,) or (n, 1). For one-hot labels use "
+                "`keras.losses.CategoricalCrossentropy(from_logits=True)`. "
+                f"Received: labels.shape={labels.shape}"
+            )
+        valid = (labels >= 0) & (labels < n_outputs) & (labels == np.floor(labels))
+        if not valid.all():
+            raise ValueError(
+                f"Sparse labels must be integers from 0 to {n_outputs - 1}, as the "
+                f"model has {n_outputs} outputs. Received: label "
+                f"{labels[~valid][0]:g}"
+            )
+        one_hot = np.zeros((len(labels), n_outputs))
+        one_hot[np.arange(len(labels)), labels.astype(np.intp)] = 1.0
+        return one_hot
+
+    def _distributions(self, labels: Array, n_outputs: int) -> Array:
+        if labels.shape[1:] != (n_outputs,):
+            raise ValueError(
+                f"One-hot or soft labels must have shape (n, {n_outputs}), as the "
+                f"model has {n_outputs} outputs. For class indices use `keras.losses."
+                "SparseCategoricalCrossentropy(from_logits=True)`. "
+                f"Received: labels.shape={labels.shape}"
+            )
+        _check_unit_interval(labels)
+        off = np.abs(labels.sum(axis=1) - 1.0)
+        if off.size and off.max() > _ROW_SUM_TOLERANCE:
+            worst = int(off.argmax())
+            raise ValueError(
+                "Each row of one-hot or soft labels must sum to 1. For several labels "
+                "per sample use `keras.losses.BinaryCrossentropy(from_logits=True)`. "
+                f"Received: row {worst} with sum {labels[worst].sum():g}"
+            )
+        return labels
+
+    def value(self, logits: Array, targets: Array) -> Array:
+        top = logits.argmax(axis=1)[:, None]
+        below = np.take_along_axis(logits, top, axis=1) - logits
+        rest = np.exp(-below)
+        np.put_along_axis(rest, top, 0.0, axis=1)
+        # The largest term stays outside the sum, so losses far below the rounding of 1
+        # keep their digits: log(sum exp z) = max z + log1p(rest).
+        log_rest = np.log1p(rest.sum(axis=1, keepdims=True))
+        return (targets * (below + log_rest)).sum(axis=1)
+
+    def gradient(self, logits: Array, targets: Array) -> Array:
+        exp = np.exp(logits - logits.max(axis=1, keepdims=True))
+        softmax = exp / exp.sum(axis=1, keepdims=True)
+        return softmax * targets.sum(axis=1, keepdims=True) - targets
+
+    def _group_infimum(
+        self, targets: Array, weights: Array, groups: Indices, total: Array
+    ) -> Array:
+        # Divided by the mass of the targets, not by the weights: exact for rounded soft
+        # labels too, whose rows do not quite sum to 1.
+        sums = _group_sum(weights * targets, groups, len(total))
+        mass = sums.sum(axis=1, keepdims=True)
+        return _entropy_terms(sums, mass).sum(axis=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BinaryCrossEntropy(ConvexLoss):
+    """Cross-entropy of a sigmoid of each logit, averaged over the outputs.
+
+    Labels are in `[0, 1]`, of shape `(n, C)`, or `(n,)` for a single output.
+
+    Args:
+        label_smoothing: In `[0, 1]`: how far targets are squeezed towards 1/2.
+        reduction: See `ConvexLoss`.
+    """
+
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_smoothing(self.label_smoothing)
+
+    @property
+    def name(self) -> str:
+        return "binary cross-entropy" + _smoothing_words(self.label_smoothing)
+
+    def targets(self, y: Any, n_outputs: int) -> Array:
+        labels = _as_matrix(_finite_float64(y, "labels"), n_outputs, "Binary labels")
+        _check_unit_interval(labels)
+        return labels * (1.0 - self.label_smoothing) + 0.5 * self.label_smoothing
+
+    def value(self, logits: Array, targets: Array) -> Array:
+        losses = targets * np.logaddexp(0.0, -logits)
+        losses += (1.0 - targets) * np.logaddexp(0.0, logits)
+        return losses.mean(axis=1)
+
+    def gradient(self, logits: Array, targets: Array) -> Array:
+        sigmoid = np.exp(-np.logaddexp(0.0, -logits))
+        return (sigmoid - targets) / logits.shape[1]
+
+    def _group_infimum(
+        self, targets: Array, weights: Array, groups: Indices, total: Array
+    ) -> Array:
+        ones = _group_sum(weights * targets, groups, len(total))
+        zeros = _group_sum(weights * (1.0 - targets), groups, len(total))
+        entropies = _entropy_terms(ones, ones + zeros)
+        return (entropies + _entropy_terms(zeros, ones + zeros)).mean(axis=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SquaredError(ConvexLoss):
+    """Squared error, averaged over the outputs.
+
+    Targets have shape `(n, C)`, or `(n,)` for a single output.
+
+    Args:
+        reduction: See `ConvexLoss`.
+    """
+
+    @property
+    def name(self) -> str:
+        return "squared error"
+
+    def targets(self, y: Any, n_outputs: int) -> Array:
+        return _as_matrix(_finite_float64(y, "targets"), n_outputs, "Targets")
+
+    def value(self, logits: Array, targets: Array) -> Array:
+        return np.square(logits - targets).mean(axis=1)
+
+    def gradient(self, logits: Array, targets: Array) -> Array:
+        return (logits - targets) * (2.0 / logits.shape[1])
+
+    def _group_infimum(
+        self, targets: Array, weights: Array, groups: Indices, total: Array
+    ) -> Array:
+        means = _group_sum(weights * targets, groups, len(total)) / total
+        squares = weights * np.square(targets - means[groups])
+        return _group_sum(squares, groups, len(total)).mean(axis=1)
+
+
+def convex_loss(loss: Any) -> ConvexLoss:
+    """The convex loss that a Keras model was compiled with.
+
+    Args:
+        loss: What `model.compile` got as `loss` (also `model.loss`): one of
+            `keras.losses.SparseCategoricalCrossentropy`, `CategoricalCrossentropy` and
+            `BinaryCrossentropy`, each with `from_logits=True`, or `MeanSquaredError`,
+            as an object, a Keras name such as `"mse"`, or a list or dict with this one
+            entry. A `ConvexLoss` is returned as it is.
+
+    Returns:
+        The same loss for NumPy arrays, with the same reduction.
+
+    Raises:
+        ValueError: If the loss is anything else: not convex in the model's outputs, not
+            known to be, or with options (`ignore_class`, `axis`, no reduction) that
+            change its meaning.
+    """
+    if isinstance(loss, ConvexLoss):
+        return loss
+    given = loss
+    loss = _single(loss)
+    if isinstance(loss, (str, dict)):
+        try:
+            loss = keras.losses.get(loss)
+        except (ValueError, TypeError):
+            _refuse("Keras does not know this loss", given)
+    if loss is keras.losses.mean_squared_error:
+        return SquaredError()
+    kind = type(loss)
+    if kind is keras.losses.MeanSquaredError:
+        return SquaredError(reduction=loss.reduction)
+    for function, name in _CROSS_ENTROPY_FUNCTIONS.items():
+        if loss is function:
+            _refuse_probabilities(name, given)
+    if kind in _CROSS_ENTROPIES:
+        # The arguments of `call`; not all of them are in the object's public config.
+        options = dict(loss._fn_kwargs)
+        if not options.pop("from_logits", False):
+            _refuse_probabilities(kind.__name__, given)
+        smoothing = options.pop("label_smoothing", 0.0)
+        if options.pop("axis", -1) not in (-1, 1):
+            _refuse("`axis` must be the last one", given)
+        if any(value is not None for value in options.values()):
+            _refuse(f"the options {options} are not supported", given)
+        return _CROSS_ENTROPIES[kind](loss.reduction, smoothing)
+    _refuse("this loss is not known to be convex in the model's outputs", given)
+
+
+_CROSS_ENTROPIES = {
+    keras.losses.SparseCategoricalCrossentropy: lambda reduction, smoothing: (
+        SoftmaxCrossEntropy(reduction=reduction, sparse=True, label_smoothing=smoothing)
+    ),
+    keras.losses.CategoricalCrossentropy: lambda reduction, smoothing: (
+        SoftmaxCrossEntropy(
+            reduction=reduction, sparse=False, label_smoothing=smoothing
+        )
+    ),
+    keras.losses.BinaryCrossentropy: lambda reduction, smoothing: BinaryCrossEntropy(
+        reduction=reduction, label_smoothing=smoothing
+    ),
+}
+
+_CROSS_ENTROPY_FUNCTIONS = {
+    keras.losses.sparse_categorical_crossentropy: "SparseCategoricalCrossentropy",
+    keras.losses.categorical_crossentropy: "CategoricalCrossentropy",
+    keras.losses.binary_crossentropy: "BinaryCrossentropy",
+}
+
+
+def _single(loss: Any) -> Any:
+    if isinstance(loss, dict) and "class_name" not in loss:
+        loss = list(loss.values())
+    if isinstance(loss, (list, tuple)):
+        if len(loss) != 1:
+            raise ValueError(
+                "Models with several outputs or losses are not supported: one output "
+                f"and one loss are needed. Received: loss={loss}"
+            )
+        (loss,) = loss
+    return loss
+
+
+def _refuse_probabilities(name: str, given: Any) -> NoReturn:
+    _refuse(
+        f"`{name}` with from_logits=False takes probabilities, in which a model is not "
+        "linear. Remove the model's final softmax or sigmoid, and compile with "
+        f"`keras.losses.{name}(from_logits=True)`; a loss given by name means "
+        "from_logits=False",
+        given,
+    )
+
+
+def _refuse(why: str, given: Any) -> NoReturn:
+    raise ValueError(
+        "A loss that is convex in the model's outputs is needed: `keras.losses."
+        "SparseCategoricalCrossentropy`, `CategoricalCrossentropy` or "
+        "`BinaryCrossentropy` with from_logits=True, or `MeanSquaredError`; but "
+        f"{why}. Received: loss={given!r}"
+    )
+
+
+def _finite_float64(y: Any, noun: str) -> Array:
+    array = np.asarray(y)
+    try:
+        array = array.astype(np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"The {noun} must be numbers; encode names as integers first. "
+            f"Received: {noun} of dtype {array.dtype}"
+        ) from None
+    if not np.isfinite(array).all():
+        row = int(np.argwhere(~np.isfinite(array))[0][0]) if array.ndim else 0
+        raise ValueError(
+            f"The {noun} must be finite: remove or repair the samples with missing "
+            f"values. Received: {array[~np.isfinite(array)][0]} in row {row}"
+        )
+    return array
+
+
+def _as_matrix(labels: Array, n_outputs: int, noun: str) -> Array:
+    if labels.ndim == 1 and n_outputs == 1:
+        labels = labels[:, None]
+    if labels.ndim != 2 or labels.shape[1] != n_outputs:
+        also = " or (n,)" if n_outputs == 1 else ""
+        raise ValueError(
+            f"{noun} must have shape (n, {n_outputs}){also}, as the model has "
+            f"{n_outputs} outputs. Received: shape {labels.shape}"
+        )
+    return labels
+
+
+def _check_unit_interval(labels: Array) -> None:
+    valid = (labels >= 0) & (labels <= 1)
+    if not valid.all():
+        raise ValueError(
+            "Labels of a cross-entropy must be between 0 and 1; map labels such as -1 "
+            f"and 1 to 0 and 1 first. Received: label {labels[~valid][0]:g}"
+        )
+
+
+def _check_smoothing(label_smoothing: float) -> None:
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(
+            "`label_smoothing` must be between 0 and 1. "
+            f"Received: label_smoothing={label_smoothing}"
+        )
+
+
+def _smoothing_words(label_smoothing: float) -> str:
+    return f" with label smoothing {label_smoothing:g}" if label_smoothing else ""
+
+
+def _group_sum(values: Array, groups: Indices, n_groups: int) -> Array:
+    sums = np.zeros((n_groups, values.shape[1]))
+    np.add.at(sums, groups, values)
+    return sums
+
+
+def _entropy_terms(parts: Array, totals: Array) -> Array:
+    """`parts * log(totals / parts)`, with `0 log(.../0) = 0`."""
+    shares = np.divide(parts, totals, out=np.ones_like(parts), where=parts > 0)
+    return -parts * np.log(shares)

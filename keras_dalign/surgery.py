@@ -1,0 +1,338 @@
+"""Model surgery: swap the output layer of a Keras model for an alignment head."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_dalign.aligned_model import AlignedModel
+from keras_dalign.alignment_head import AlignmentHead
+
+_BY_HAND = (
+    "Build the model by hand instead: keras_dalign.AlignedModel(trunk, "
+    "keras_dalign.AlignmentHead(units, n_samples=...))."
+)
+# What may stand behind the output layer: operations without weights that turn
+# logits into probabilities, or do nothing.
+_PROBABILITIES = ("softmax", "sigmoid", "log_softmax")
+
+
+def align(
+    model: keras.Model,
+    n_samples: int,
+    *,
+    gates: str = "random",
+    layer: str | keras.layers.Layer | None = None,
+    features: str | keras.layers.Layer | None = None,
+    width: int | None = None,
+    slope: float = 20.0,
+    seed: int | None = None,
+    copy: bool = False,
+) -> AlignedModel:
+    """Replaces the output layer of a model by an `AlignmentHead`.
+
+    The result has the model's inputs and outputs (logits). With `gates="random"` it
+    computes, until the switch, what the model computes, bit for bit.
+
+    Args:
+        model: A built Keras classifier or regressor with one output that ends in
+            `Dense`: Functional, Sequential, from `keras.applications`, or a
+            subclass whose `call` can be traced. A softmax or sigmoid behind (or
+            in) the last `Dense` is dropped with a warning.
+        n_samples: Positive int, number of training samples.
+        gates: `"random"` or `"learned"`, see `AlignmentHead`.
+        layer: The output layer, or its name, if it is not to be detected. What
+            stands behind it is dropped.
+        features: A layer of the model, or its name, whose output feeds the gated
+            units instead of the output layer's input: for instance a feature map
+            that is pooled less (it is flattened).
+        width: Gated units per output. Defaults to `ceil(2 * n_samples / (p + 1))`
+            for `p` features.
+        slope: Positive float, see `AlignmentHead`.
+        seed: Int, see `AlignmentHead`.
+        copy: Whether to work on a copy of the model's weights. By default they are
+            shared: exploration trains the given model, exploitation leaves it.
+
+    Returns:
+        The `AlignedModel`, to be compiled with `DAlign`.
+
+    Raises:
+        ValueError: If the model cannot be aligned; the message says what to do.
+
+    Example:
+
+    ```python
+    base = keras.applications.MobileNetV2(weights=None, classes=10,
+                                          input_shape=(32, 32, 3))
+    model = keras_dalign.align(base, n_samples=len(x))
+    ```
+    """
+    _check_n_samples(n_samples)
+    if isinstance(model, AlignedModel):
+        raise ValueError(
+            "The model has an alignment head already. Received: an AlignedModel. Align "
+            "the base model anew if you want another head."
+        )
+    graph = _as_graph(model)
+    if copy:
+        graph = _copied(graph)
+    output = _find_output(graph, layer)
+    gated = None if features is None else _feature_tensor(graph, features)
+    dense = output.dense
+    if len(output.features.shape) != 2:
+        raise ValueError(
+            "The output layer must work on feature vectors. Received: "
+            f"'{dense.name}' on features of shape {tuple(output.features.shape)}. Pool "
+            "or flatten them in front of it."
+        )
+    outputs = output.features if gated is None else [output.features, gated]
+    trunk = keras.Model(graph.input, outputs, name=f"{model.name}_trunk")
+    head = AlignmentHead(
+        dense.units,
+        width=width,
+        n_samples=n_samples,
+        gates=gates,
+        slope=slope,
+        seed=seed,
+        dense=dense if gates == "random" else None,
+        activity_regularizer=dense.activity_regularizer,
+        dtype=dense.dtype_policy,
+        name="alignment_head",
+    )
+    aligned = AlignedModel(trunk, head, name=model.name, dtype=model.dtype_policy)
+    _check_width(head)
+    return aligned
+
+
+@dataclass(frozen=True)
+class _Output:
+    """The output layer found, and the tensor of features it works on."""
+
+    dense: keras.layers.Dense
+    features: keras.KerasTensor
+
+
+def _check_n_samples(n_samples: Any) -> None:
+    is_int = isinstance(n_samples, (int, np.integer)) and not isinstance(
+        n_samples, bool
+    )
+    if not is_int or n_samples < 1:
+        raise ValueError(
+            "`n_samples` must be the number of training samples, a positive int. "
+            f"Received: n_samples={n_samples}. Pass n_samples=len(x)."
+        )
+
+
+def _check_width(head: AlignmentHead) -> None:
+    d = head.q.shape[0]
+    if head.width * d < head.n_samples:
+        warnings.warn(
+            f"The head is too narrow to fit {head.n_samples} samples: width * d = "
+            f"{head.width} * {d} = {head.width * d}. Received: width={head.width}. A "
+            f"width of {-(-2 * head.n_samples // d)} would do.",
+            stacklevel=3,
+        )
+
+
+def _as_graph(model: Any) -> keras.Model:
+    """The model as a Functional (or built Sequential) model that shares weights."""
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            f"`model` must be a keras.Model. Received: model={model} (of type "
+            f"{type(model).__name__})"
+        )
+    if isinstance(model, keras.Sequential):
+        if not model.built or not model.inputs:
+            raise ValueError(
+                "The Sequential model is not built, so its features have no known "
+                f"shape. Received: model '{model.name}'. Begin it with "
+                "keras.Input(shape), or call model.build((None, ...)) first."
+            )
+        graph = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
+    elif hasattr(model, "_inputs_struct"):
+        graph = model
+    else:
+        graph = _traced(model)
+    if len(graph.outputs) != 1:
+        raise ValueError(
+            "Only models with one output can be aligned. Received: "
+            f"{len(graph.outputs)} outputs. Align a model of one of them: "
+            "keras.Model(model.input, model.outputs[0])."
+        )
+    return graph
+
+
+def _traced(model: keras.Model) -> keras.Model:
+    """A Functional twin of a subclassed model, made by tracing its `call`."""
+    if not model.built:
+        raise ValueError(
+            "The model is not built. Received: subclassed model "
+            f"'{model.name}'. Call it on a batch of data first."
+        )
+    shapes = getattr(model, "_build_shapes_dict", None) or {}
+    if len(shapes) != 1 or not _is_shape(next(iter(shapes.values()))):
+        raise ValueError(
+            "The input shape of the subclassed model is unknown. Received: model "
+            f"'{model.name}'. Call it on one batch of data (a single tensor) first. "
+            f"{_BY_HAND}"
+        )
+    shape = next(iter(shapes.values()))
+    inputs = keras.Input(shape=shape[1:], dtype=model.input_dtype)
+    try:
+        return keras.Model(inputs, model.call(inputs), name=model.name)
+    except Exception as error:
+        raise ValueError(
+            "The model's `call` cannot be traced: it must be made of Keras layers and "
+            f"keras.ops. Received: model '{model.name}' of type "
+            f"{type(model).__name__}, which failed with: {error}. {_BY_HAND}"
+        ) from error
+
+
+def _is_shape(shape: Any) -> bool:
+    return isinstance(shape, (tuple, list)) and all(
+        size is None or isinstance(size, int) for size in shape
+    )
+
+
+def _copied(graph: keras.Model) -> keras.Model:
+    clone = keras.models.clone_model(graph)
+    clone.set_weights(graph.get_weights())
+    return clone
+
+
+def _find_output(graph: keras.Model, layer: Any) -> _Output:
+    if layer is not None:
+        return _named_output(graph, layer)
+    tensor = graph.outputs[0]
+    dropped: list[str] = []
+    while True:
+        operation, node_index, _ = tensor._keras_history
+        node = operation._inbound_nodes[node_index]
+        if isinstance(operation, keras.Model):
+            # The output is made inside of a nested model: step into it.
+            inner = operation.call(*node.arguments.args, **node.arguments.kwargs)
+            tensor = inner if not isinstance(inner, (list, tuple)) else inner[0]
+        elif isinstance(operation, keras.layers.Dense):
+            break
+        elif _may_be_dropped(operation):
+            dropped.append(_nonlinearity(operation))
+            tensor = node.input_tensors[0]
+        else:
+            raise ValueError(
+                "The model does not end in a Dense layer. Received: "
+                f"'{operation.name}' ({type(operation).__name__}) at the end of model "
+                f"'{graph.name}'. Name the output layer with `layer=`. {_BY_HAND}"
+            )
+    return _output_at(operation, node, dropped)
+
+
+def _named_output(graph: keras.Model, layer: Any) -> _Output:
+    if isinstance(layer, str):
+        names = [known.name for known in graph.layers]
+        if layer not in names:
+            raise ValueError(
+                f"The model has no such layer. Received: layer='{layer}'. Its layers "
+                f"are: {names}"
+            )
+        layer = graph.get_layer(layer)
+    if not isinstance(layer, keras.layers.Dense):
+        raise ValueError(
+            "The output layer must be a Dense layer. Received: "
+            f"layer={layer} (of type {type(layer).__name__})"
+        )
+    node = _last_node(graph, layer)
+    dropped = [] if node.output_tensors[0] is graph.outputs[0] else [layer.name]
+    if dropped:
+        warnings.warn(
+            f"Everything behind the output layer '{layer.name}' is dropped: the aligned "
+            "model ends in its logits.",
+            stacklevel=4,
+        )
+    return _output_at(layer, node, [])
+
+
+def _output_at(dense: Any, node: Any, dropped: list[str]) -> _Output:
+    if type(dense).call is not keras.layers.Dense.call:
+        raise ValueError(
+            "The output layer must compute what Dense computes. Received: "
+            f"'{dense.name}' of type {type(dense).__name__}, which overrides `call`. "
+            f"{_BY_HAND}"
+        )
+    if dense.quantization_mode is not None:
+        raise ValueError(
+            "A quantized output layer cannot be trained. Received: "
+            f"'{dense.name}' with quantization_mode={dense.quantization_mode}. Align "
+            "the model before quantizing it."
+        )
+    activation = keras.activations.serialize(dense.activation)
+    if activation in _PROBABILITIES:
+        dropped = [*dropped, activation]
+    elif activation != "linear":
+        raise ValueError(
+            "The output layer has a nonlinearity that no loss undoes. Received: "
+            f"'{dense.name}' with activation={activation}. Make its activation None, "
+            f"or add a Dense layer behind it. {_BY_HAND}"
+        )
+    for name in dropped:
+        if name in _PROBABILITIES:
+            warnings.warn(
+                f"The trailing {name} is dropped: the aligned model puts out logits. "
+                "Compile it with a loss made with from_logits=True.",
+                stacklevel=5,
+            )
+    return _Output(dense, node.input_tensors[0])
+
+
+def _may_be_dropped(operation: Any) -> bool:
+    return _nonlinearity(operation) in (*_PROBABILITIES, "linear")
+
+
+def _nonlinearity(operation: Any) -> str | None:
+    """Name of the nonlinearity that an operation applies, if that is all it does."""
+    if isinstance(operation, keras.layers.Activation):
+        return keras.activations.serialize(operation.activation)
+    if isinstance(operation, keras.layers.Softmax):
+        return "softmax"
+    if isinstance(operation, keras.layers.Identity):
+        return "linear"
+    if isinstance(operation, keras.layers.Layer):
+        return None
+    # keras.ops functions appear as operations named after their class.
+    return {
+        "Softmax": "softmax",
+        "Sigmoid": "sigmoid",
+        "LogSoftmax": "log_softmax",
+        "Cast": "linear",
+    }.get(type(operation).__name__)
+
+
+def _last_node(graph: keras.Model, layer: keras.layers.Layer) -> Any:
+    """The last call of a layer within the model's graph."""
+    nodes = {id(node) for nodes in graph._nodes_by_depth.values() for node in nodes}
+    calls = [node for node in layer._inbound_nodes if id(node) in nodes]
+    if not calls:
+        raise ValueError(
+            "The layer takes no part in the model. Received: "
+            f"layer '{layer.name}', model '{graph.name}'"
+        )
+    return calls[-1]
+
+
+def _feature_tensor(graph: keras.Model, features: Any) -> keras.KerasTensor:
+    if isinstance(features, str):
+        names = [known.name for known in graph.layers]
+        if features not in names:
+            raise ValueError(
+                f"The model has no such layer. Received: features='{features}'. Its "
+                f"layers are: {names}"
+            )
+        features = graph.get_layer(features)
+    if not isinstance(features, keras.layers.Layer):
+        raise ValueError(
+            f"`features` must be a layer of the model or its name. Received: {features}"
+        )
+    return _last_node(graph, features).output_tensors[0]

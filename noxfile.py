@@ -1,0 +1,135 @@
+"""The project's tasks: `nox --list` names them, `nox -s NAME` runs one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "typecheck", "tests"]
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+
+
+def group(*names: str) -> list[str]:
+    """Returns the requirements of the named dependency groups."""
+    return list(nox.project.dependency_groups(PYPROJECT, *names))
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting; `-- --fix` repairs what it can."""
+    session.install(*group("lint"))
+    if "--fix" in session.posargs:
+        session.run("ruff", "check", "--fix")
+        session.run("ruff", "format")
+    else:
+        session.run("ruff", "check")
+        session.run("ruff", "format", "--check")
+
+
+@nox.session
+def typecheck(session: nox.Session) -> None:
+    """Check the type annotations."""
+    session.install(*group("typecheck"))
+    session.run("mypy", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests on TensorFlow; `-- ARGS` go to pytest."""
+    # The pipelines use TensorFlow, so their tests run here.
+    session.install("-e", ".[repro]", *group("test", "tensorflow"))
+    run_pytest(session, "tensorflow")
+
+
+@nox.session
+def tests_jax(session: nox.Session) -> None:
+    """Run the tests on JAX."""
+    session.install("-e", ".", *group("test", "jax"))
+    run_pytest(session, "jax")
+
+
+# pip, so that a CPU build which its configuration offers is taken.
+@nox.session(venv_backend="virtualenv")
+def tests_torch(session: nox.Session) -> None:
+    """Run the tests on PyTorch."""
+    session.install("-e", ".", *group("test", "torch"))
+    run_pytest(session, "torch")
+
+
+@nox.session
+def minimums(session: nox.Session) -> None:
+    """Run the tests with the oldest dependencies that are allowed."""
+    oldest = [
+        requirement.replace(">=", "==")
+        for requirement in (
+            *PYPROJECT["project"]["dependencies"],
+            *group("tensorflow"),
+        )
+    ]
+    session.install("-e", ".", *oldest, *group("test"))
+    # Old releases warn about newer ones.
+    run_pytest(session, "tensorflow", "-W", "ignore::DeprecationWarning")
+
+
+def run_pytest(session: nox.Session, backend: str, *args: str) -> None:
+    """Runs pytest on one backend."""
+    session.run(
+        "pytest",
+        *args,
+        *session.posargs,
+        env={"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"},
+    )
+
+
+@nox.session
+def quickstart(session: nox.Session) -> None:
+    """Train, certify, and draw the digits grid."""
+    session.install("-e", ".[repro]", *group("tensorflow"))
+    session.run(
+        "python",
+        "-m",
+        "pipelines.quickstart",
+        *session.posargs,
+        env={"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "2"},
+    )
+
+
+@nox.session
+def lock(session: nox.Session) -> None:
+    """Check that the committed results belong to the committed code."""
+    session.install(*group("lock"))
+    command = ("dvc", "repro", "--dry", "--allow-missing")
+    output = session.run(*command, silent=True)
+    if output and "Running stage" in output:
+        session.log(output)
+        session.error("dvc.lock is out of date: run `dvc repro` and commit.")
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build the wheel and import it where nothing else is installed."""
+    session.install("build")
+    dist = Path(session.create_tmp()).resolve() / "dist"
+    for old in dist.glob("*"):
+        old.unlink()
+    session.run("python", "-m", "build", "--outdir", str(dist))
+    (wheel,) = dist.glob("*.whl")
+    empty = dist.parent / "empty"
+    session.run("python", "-m", "venv", "--clear", str(empty))
+    python = empty / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    # Keras cannot be imported without a backend; JAX is the smallest.
+    session.run(python, "-m", "pip", "install", "-q", f"{wheel}[jax]", external=True)
+    session.chdir(dist)
+    session.run(
+        python,
+        "-c",
+        "import keras_dalign; print(keras_dalign.__version__, keras_dalign.__file__)",
+        env={"KERAS_BACKEND": "jax"},
+        external=True,
+    )
