@@ -83,8 +83,9 @@ class AlignedModel(keras.Model):
 
     def _follow_phase(self) -> None:
         """Forgets functions that were compiled in the other phase."""
-        if isinstance(self.optimizer, DAlign):
-            self.optimizer.enter(self.phase)
+        optimizer = getattr(self, "optimizer", None)
+        if isinstance(optimizer, DAlign):
+            optimizer.enter(self.phase)
         if self._compiled_phase != self.phase:
             self._compiled_phase = self.phase
             self.train_function = None
@@ -174,7 +175,7 @@ class AlignedModel(keras.Model):
             "validation_batch_size": validation_batch_size,
             "validation_freq": validation_freq,
         }
-        if isinstance(self.optimizer, DAlign):
+        if isinstance(getattr(self, "optimizer", None), DAlign):
             run = TrainingRun(
                 self,
                 super().fit,
@@ -281,6 +282,32 @@ class AlignedModel(keras.Model):
         """Sets all weights and, with them, the phase."""
         super().set_weights(weights)
         self.head.sync_phase()
+        self._follow_phase()
+
+    def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """Loads all weights and, with them, the phase; arguments as in Keras.
+
+        Raises:
+            ValueError: If they are those of another model; this one is then left as
+                it was.
+        """
+        optimizer = getattr(self, "optimizer", None)
+        state = self.variables + (optimizer.variables if optimizer else [])
+        before = [keras.ops.convert_to_numpy(variable) for variable in state]
+        try:
+            super().load_weights(filepath, *args, **kwargs)
+        except ValueError as error:
+            for variable, value in zip(state, before, strict=True):
+                variable.assign(value)
+            self.head.sync_phase()
+            raise ValueError(
+                "The weights do not fit this model, which was left as it was. Received: "
+                f"'{filepath}' for a head of {self.head.units} outputs and width "
+                f"{self.head.width} with {self.head.gates} gates. Align the model as it "
+                f"was aligned when the weights were saved. Keras said: {error}"
+            ) from error
+        finally:
+            self._follow_phase()
 
     @property
     def inputs(self) -> Any:

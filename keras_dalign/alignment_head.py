@@ -43,7 +43,9 @@ class AlignmentHead(keras.layers.Layer):
       full rank for almost every `r`: every label vector can be reached.
 
     The step from the first to the second is `start_exploiting`, which
-    `AlignedModel` calls at the switch.
+    `AlignedModel` calls at the switch. In a model of another kind, freeze everything
+    else yourself (`head.dense` included), and compile the model again whenever the
+    phase has changed, also by loading weights: compiled functions are of one phase.
 
     Memory of the forward pass for a batch of `B`: `B * units * width` numbers.
 
@@ -110,7 +112,7 @@ class AlignmentHead(keras.layers.Layer):
         if gates not in GATES:
             raise ValueError(f"`gates` must be one of {GATES}. Received: gates={gates}")
         self.gates = gates
-        if not (np.isscalar(slope) and np.isfinite(slope) and slope > 0):
+        if not (_is_finite(slope) and slope > 0):
             raise ValueError(
                 f"`slope` must be a positive number. Received: slope={slope}"
             )
@@ -121,12 +123,16 @@ class AlignmentHead(keras.layers.Layer):
                 "gates='learned' together with a `dense` layer. Drop `dense`, or use "
                 "gates='random'."
             )
+        if dense is not None and not isinstance(dense, keras.layers.Dense):
+            raise ValueError(
+                f"`dense` must be a keras.layers.Dense. Received: dense={dense}"
+            )
         if dense is not None and dense.units != units:
             raise ValueError(
                 "`dense` must have as many units as the head. Received: "
                 f"units={units}, dense.units={dense.units}"
             )
-        self.seed = _peek_seed() if seed is None else int(seed)
+        self.seed = _peek_seed() if seed is None else _seed(seed)
         self.dense: keras.layers.Dense | None = None
         if gates == "random":
             self.dense = dense or keras.layers.Dense(
@@ -144,6 +150,8 @@ class AlignmentHead(keras.layers.Layer):
         )
         self.width: int | None = self._requested_width
         self._phase = EXPLORING
+        # As Dense: a mask of the features is one of the logits, and of the loss.
+        self.supports_masking = True
 
     def build(self, input_shape: Any) -> None:
         """Creates the weights for features of shape `(batch, p)` or a pair."""
@@ -159,6 +167,8 @@ class AlignmentHead(keras.layers.Layer):
                 f"shape {tuple(gated_shape)}"
             )
         p = math.prod(gated_shape[1:])
+        pair = isinstance(input_shape[0], (list, tuple))
+        self.feature_size = p + (linear_shape[-1] if pair else 0)
         if self.width is None:
             self.width = default_width(self.n_samples, p + 1)
         if self.dense is not None and not self.dense.built:
@@ -258,9 +268,20 @@ class AlignmentHead(keras.layers.Layer):
     def gates_of(self, output: int) -> tuple[np.ndarray, np.ndarray]:
         """Gates `(d, width)` and weights `(width,)` of one output, float64."""
         r = ops.convert_to_numpy(self.r)[:, output, :]
-        return r.astype("float64"), ops.convert_to_numpy(self.w)[output].astype("float64")
+        w = ops.convert_to_numpy(self.w)[output]
+        return r.astype("float64"), w.astype("float64")
+
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:  # noqa: ARG002
+        """The mask of the features `z`."""
+        return _split(previous_mask)[0]
 
     def _linear(self, z: Any) -> Any:
+        if self.dense.quantization_mode is not None:
+            raise ValueError(
+                "The linear part of an alignment head cannot be quantized. Received: "
+                f"'{self.dense.name}' with "
+                f"quantization_mode={self.dense.quantization_mode}"
+            )
         # What Dense.call does, less its activation: aligned models end in logits.
         z = ops.matmul(z, self.dense.kernel)
         return z if self.dense.bias is None else ops.add(z, self.dense.bias)
@@ -280,7 +301,7 @@ class AlignmentHead(keras.layers.Layer):
         """The variables trained in exploration, in Keras's order."""
         if self.dense is not None:
             return self.dense.trainable_variables
-        return [self.bias, self.q]
+        return [self.bias, self.q] if self._trainable else []
 
     def start_exploiting(self, noise: float = 1e-3) -> None:
         """Sets and freezes the gates; from here on only `q` and `b` are trained.
@@ -294,8 +315,18 @@ class AlignmentHead(keras.layers.Layer):
                 gates in units of `q`'s root mean square.
 
         Raises:
-            ValueError: If the head is exploiting already.
+            ValueError: If the head is unbuilt or exploiting already, or if `noise` is
+                negative.
         """
+        if not self.built:
+            raise ValueError(
+                "The head is not built, so it has no gates to set. Received: a call of "
+                "`start_exploiting` on an unbuilt head. Call it once on features."
+            )
+        if not (_is_finite(noise) and noise >= 0):
+            raise ValueError(
+                f"`noise` must be a non-negative number. Received: noise={noise}"
+            )
         if self._phase == EXPLOITING:
             raise ValueError(
                 "The head's gates are set and frozen already. Received: a call of "
@@ -334,6 +365,23 @@ class AlignmentHead(keras.layers.Layer):
         keras.layers.Layer.trainable.fset(self, value)
         if self.built:
             self._set_trainable()
+
+    def get_build_config(self) -> dict[str, Any] | None:
+        """The shapes that rebuild the weights, and the phase."""
+        config = super().get_build_config()
+        return None if config is None else {**config, "phase": self._phase}
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        """Builds a head in the phase of the saved one.
+
+        A model that is loaded builds its optimizer before it loads weights: what is
+        trained must be known by then.
+        """
+        config = dict(config)
+        phase = config.pop("phase", EXPLORING)
+        super().build_from_config(config)
+        if phase == EXPLOITING:
+            self.start_exploiting()
 
     def load_own_variables(self, store: Any) -> None:
         """Loads the head's weights and, with them, its phase."""
@@ -411,13 +459,23 @@ def _positive_int(name: str, value: Any) -> int:
     return int(value)
 
 
-def _peek_seed() -> int:
-    """A seed that follows the global one without moving the global stream.
+def _is_finite(value: Any) -> bool:
+    is_number = isinstance(value, (int, float, np.number))
+    return is_number and not isinstance(value, bool) and bool(np.isfinite(value))
 
-    Keras shuffles some data with Python's global generator: moving it would make
-    the exploration differ from the base model's own run.
-    """
+
+def _seed(value: Any) -> int:
+    is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_int or value < 0:
+        raise ValueError(f"`seed` must be a non-negative int. Received: seed={value}")
+    return int(value)
+
+
+def _peek_seed() -> int:
+    """A seed that follows the global one without moving the global stream."""
+    # Keras shuffles some data with Python's global generator: moving it would make
+    # the exploration differ from the base model's own run.
     state = random.getstate()
-    seed = random.randint(0, 2**31 - 1)
+    seed = random.randint(0, 2**31 - 1)  # noqa: S311  (no secret)
     random.setstate(state)
     return seed

@@ -11,8 +11,11 @@ import numpy as np
 from keras import ops
 
 from keras_dalign import data
+from keras_dalign.alignment_head import EXPLOITING, AlignmentHead
 
 BatchNormalization = keras.layers.BatchNormalization
+# Count, mean and variance.
+_Moments = tuple[np.ndarray, ...]
 
 
 def reestimate_batch_norm(
@@ -39,7 +42,8 @@ def reestimate_batch_norm(
     two, and so on; in practice one pass is close for all.
 
     Layers with `trainable=False` are left alone: they train with their moving
-    statistics, which therefore cannot be stale.
+    statistics, which therefore cannot be stale. So are layers that take no part in
+    what the model computes in inference mode.
 
     Args:
         model: Any built Keras model. Only moving means and variances change.
@@ -53,9 +57,10 @@ def reestimate_batch_norm(
         The number of layers that were set.
 
     Raises:
-        ValueError: If there are no data, if `passes` is not a positive int, if a
-            layer uses batch renormalisation, or if statistics come out non-finite
-            (the model is then left as it was).
+        ValueError: If the model is unbuilt or exploits already, if there are no data,
+            if `passes` is not a positive int, if a layer is no plain batch
+            normalisation, or if statistics come out non-finite. The model is then
+            left as it was.
 
     Example:
 
@@ -65,36 +70,67 @@ def reestimate_batch_norm(
     base.evaluate(x_test, y_test)
     ```
     """
-    if not isinstance(passes, int) or passes < 1:
+    is_int = isinstance(passes, (int, np.integer)) and not isinstance(passes, bool)
+    if not is_int or passes < 1:
         raise ValueError(f"`passes` must be a positive int. Received: passes={passes}")
     layers = batch_norm_layers(model)
     if not layers:
         return 0
-    before = [_statistics(layer) for layer in layers]
+    before = {index: _statistics(layer) for index, layer in enumerate(layers)}
+    found: dict[int, Any] = {}
     try:
         for index in range(passes):
             probe = _MomentsProbe(model, layers, by_batch=index == 0)
             batches = data.batches(x, batch_size=batch_size, steps=steps)
-            _set_statistics(layers, _pool(probe.moments(batch[0]) for batch in batches))
-    except Exception:
+            found = _pool(probe.moments(batch[0]) for batch in batches)
+            _set_statistics(layers, found)
+    except BaseException:
         _set_statistics(layers, before)
         raise
-    return len(layers)
+    return len(found)
 
 
 def batch_norm_layers(model: keras.Model) -> list[BatchNormalization]:
     """The normalisations that train by batch statistics, each once."""
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            f"`model` must be a keras.Model. Received: model={model} (of type "
+            f"{type(model).__name__})"
+        )
     layers: list[BatchNormalization] = []
     for layer in model._flatten_layers():
+        if isinstance(layer, AlignmentHead) and layer.phase == EXPLOITING:
+            raise ValueError(
+                "The model's statistics were set at the switch and are part of what is "
+                f"frozen since. Received: model '{model.name}', whose alignment head "
+                "is exploiting. Re-estimate before the switch."
+            )
         if isinstance(layer, BatchNormalization) and layer.trainable:
-            if getattr(layer, "renorm", False):
-                raise ValueError(
-                    "Batch renormalisation cannot be re-estimated. Received: layer "
-                    f"'{layer.name}' with renorm=True"
-                )
+            _check_is_plain(layer)
             if not any(layer is known for known in layers):
                 layers.append(layer)
     return layers
+
+
+def _check_is_plain(layer: BatchNormalization) -> None:
+    if not layer.built:
+        raise ValueError(
+            "The model is not built: its batch normalisations have no statistics yet. "
+            f"Received: unbuilt layer '{layer.name}'. Call the model once on a batch "
+            "of data."
+        )
+    if getattr(layer, "renorm", False):
+        raise ValueError(
+            "Batch renormalisation cannot be re-estimated. Received: layer "
+            f"'{layer.name}' with renorm=True"
+        )
+    if type(layer).call is not BatchNormalization.call:
+        raise ValueError(
+            "Only layers that compute what BatchNormalization computes can be "
+            f"re-estimated. Received: layer '{layer.name}' of type "
+            f"{type(layer).__name__}, which overrides `call`. Freeze it with "
+            "trainable=False, and its moving statistics are kept."
+        )
 
 
 class _MomentsProbe(keras.Model):
@@ -108,14 +144,23 @@ class _MomentsProbe(keras.Model):
     def __init__(
         self, model: keras.Model, layers: list[BatchNormalization], by_batch: bool
     ) -> None:
-        super().__init__(dtype=model.dtype_policy)
+        # TensorFlow accepts no name that begins with an underscore, as the class's.
+        super().__init__(name="moments_probe", dtype=model.dtype_policy)
         self.model = model
         self.normalizations = layers
         self.by_batch = by_batch
         self.built = True
 
-    def call(self, inputs: Any, training: bool = False) -> list[Any]:
-        """Counts `(calls, 1)`, means and variances `(calls, channels)` by layer."""
+    def call(self, inputs: Any) -> dict[str, list[Any]]:
+        """Runs the model in inference mode and looks at its normalisations.
+
+        Args:
+            inputs: The model's inputs.
+
+        Returns:
+            Counts `(calls, 1)`, means and variances `(calls, channels)`, by index of
+            the layer, for those that were called.
+        """
         found: dict[int, list[Any]] = {id(layer): [] for layer in self.normalizations}
 
         def normalize(layer: BatchNormalization, x: Any, mask: Any) -> Any:
@@ -136,62 +181,76 @@ class _MomentsProbe(keras.Model):
             )
             return ops.cast(x, layer.compute_dtype)
 
-        with _replaced_call(self.normalizations, normalize):
+        with _replaced_call(self.model, self.normalizations, normalize):
             self.model(inputs, training=False)
-        unused = [layer.name for layer in self.normalizations if not found[id(layer)]]
-        if unused:
-            raise ValueError(
-                "Some BatchNormalization layers take no part in the model's output, so "
-                f"they have no statistics. Received: {unused}"
-            )
         # A layer that is called twice has two populations, pooled as one.
-        return [
-            [ops.concatenate(rows, axis=0) for rows in zip(*found[id(layer)], strict=True)]
-            for layer in self.normalizations
-        ]
+        return {
+            str(index): [
+                ops.concatenate(parts, axis=0)
+                for parts in zip(*found[id(layer)], strict=True)
+            ]
+            for index, layer in enumerate(self.normalizations)
+            if found[id(layer)]
+        }
 
-    def moments(self, x: Any) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def moments(self, x: Any) -> dict[int, _Moments]:
         """The moments of one batch, as float64 arrays of one row per replica."""
-        return [
-            tuple(np.asarray(part, dtype="float64") for part in layer)
-            for layer in self.predict_on_batch(x)
-        ]
+        return {
+            int(index): tuple(np.asarray(part, dtype="float64") for part in parts)
+            for index, parts in self.predict_on_batch(x).items()
+        }
 
 
 @contextmanager
 def _replaced_call(
-    layers: list[BatchNormalization], function: Callable[..., Any]
+    model: keras.Model,
+    layers: list[BatchNormalization],
+    function: Callable[..., Any],
 ) -> Iterator[None]:
     """While the model is traced, its normalisations call `function` instead."""
 
     def replacement(layer: BatchNormalization) -> Callable[..., Any]:
-        def call(inputs: Any, training: Any = None, mask: Any = None) -> Any:
+        def call(inputs: Any, training: Any = None, mask: Any = None) -> Any:  # noqa: ARG001
             return function(layer, inputs, mask)
 
         return call
 
-    for layer in layers:
-        layer.__dict__["call"] = replacement(layer)
+    # What a layer under keras.RematScope computes cannot be taken out of it, and
+    # without gradients there is nothing to rematerialise.
+    remat = [
+        layer for layer in model._flatten_layers() if "_remat_mode" in layer.__dict__
+    ]
+    modes = [layer.__dict__["_remat_mode"] for layer in remat]
     try:
+        for layer in remat:
+            layer.__dict__["_remat_mode"] = None
+        for layer in layers:
+            layer.__dict__["call"] = replacement(layer)
         yield
     finally:
         for layer in layers:
-            del layer.__dict__["call"]
+            layer.__dict__.pop("call", None)
+        for layer, mode in zip(remat, modes, strict=True):
+            layer.__dict__["_remat_mode"] = mode
 
 
 def _moments(layer: BatchNormalization, x: Any, mask: Any) -> tuple[Any, Any, Any]:
+    """Count, mean and variance; the two latter are arbitrary if the count is 0."""
     axes = [axis for axis in range(len(x.shape)) if axis != layer.axis % len(x.shape)]
+    shape = [1] * len(x.shape)
+    shape[layer.axis] = -1
     if mask is None:
-        mean, variance = ops.moments(x, axes=axes)
+        # Not ops.moments: on PyTorch it is E[x^2] - E[x]^2, which cancels.
+        mean = ops.mean(x, axis=axes)
+        variance = ops.mean(ops.square(x - ops.reshape(mean, shape)), axis=axes)
         return ops.cast(_size(x, axes), x.dtype), mean, variance
     weights = ops.expand_dims(ops.cast(mask, x.dtype), -1)
     weights = ops.broadcast_to(weights, ops.shape(x))
     count = ops.sum(weights, axis=axes)
-    mean = ops.sum(weights * x, axis=axes) / count
-    shape = [1] * len(x.shape)
-    shape[layer.axis] = -1
-    variance = ops.sum(weights * ops.square(x - ops.reshape(mean, shape)), axes) / count
-    return count[0], mean, variance
+    divisor = ops.maximum(count, 1.0)
+    mean = ops.sum(weights * x, axis=axes) / divisor
+    centred = ops.square(x - ops.reshape(mean, shape))
+    return count[0], mean, ops.sum(weights * centred, axis=axes) / divisor
 
 
 def _size(x: Any, axes: list[int]) -> Any:
@@ -203,17 +262,17 @@ def _size(x: Any, axes: list[int]) -> Any:
 
 
 def _pool(
-    batches: Iterator[list[tuple[np.ndarray, np.ndarray, np.ndarray]]],
-) -> list[tuple[np.ndarray, np.ndarray]]:
+    batches: Iterator[dict[int, _Moments]],
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """Pools moments by the law of total variance (Chan's update), in float64."""
-    pooled: list[list[Any]] = []
+    pooled: dict[int, list[Any]] = {}
     for batch in batches:
-        if not pooled:
-            pooled = [[0.0, 0.0, 0.0] for _ in batch]
-        for total, (counts, means, variances) in zip(pooled, batch, strict=True):
-            for count, mean, variance in zip(
-                counts[:, 0], means, variances, strict=True
-            ):
+        for index, rows in batch.items():
+            total = pooled.setdefault(index, [0.0, 0.0, 0.0])
+            for (count,), mean, variance in zip(*rows, strict=True):
+                # A batch that is masked out, or a replica that got no samples.
+                if count == 0:
+                    continue
                 n = total[0] + count
                 delta = mean - total[1]
                 total[2] = (
@@ -223,18 +282,19 @@ def _pool(
                 ) / n
                 total[1] = total[1] + delta * (count / n)
                 total[0] = n
-    if not pooled:
-        raise ValueError(
-            "Batch-norm statistics need at least one batch. Received: an empty data set"
-        )
-    for _, mean, variance in pooled:
+    for count, mean, variance in pooled.values():
+        if count == 0:
+            raise ValueError(
+                "Batch-norm statistics need at least one sample. Received: data that "
+                "are masked out throughout."
+            )
         if not (np.all(np.isfinite(mean)) and np.all(np.isfinite(variance))):
             raise ValueError(
                 "Batch-norm statistics came out non-finite; the model was left as it "
                 "was. Received: NaN or infinity in the inputs, or in what the model "
                 "makes of them."
             )
-    return [(mean, variance) for _, mean, variance in pooled]
+    return {index: (mean, variance) for index, (_, mean, variance) in pooled.items()}
 
 
 def _statistics(layer: BatchNormalization) -> tuple[np.ndarray, np.ndarray]:
@@ -246,8 +306,8 @@ def _statistics(layer: BatchNormalization) -> tuple[np.ndarray, np.ndarray]:
 
 def _set_statistics(
     layers: list[BatchNormalization],
-    statistics: list[tuple[np.ndarray, np.ndarray]],
+    statistics: dict[int, tuple[np.ndarray, np.ndarray]],
 ) -> None:
-    for layer, (mean, variance) in zip(layers, statistics, strict=True):
-        layer.moving_mean.assign(mean)
-        layer.moving_variance.assign(variance)
+    for index, (mean, variance) in statistics.items():
+        layers[index].moving_mean.assign(mean)
+        layers[index].moving_variance.assign(variance)

@@ -74,9 +74,10 @@ class Certificate:
         return fields
 
     def __str__(self) -> str:
+        gap = _round(self.gap, up=True) if self.gap else "0 (to rounding)"
         return (
-            f"The loss is {self.loss:.6g}, at most {_round(self.gap, up=True)} above "
-            "its global minimum: no function of the inputs can go below "
+            f"The loss is {self.loss:.6g}, at most {gap} above its global "
+            "minimum: no function of the inputs can go below "
             f"{_round(self.lower_bound, up=False)} on these {self.n_samples} samples "
             f"({self.n_distinct} distinct inputs, {self.n_conflicts} of them with "
             f"conflicting targets); objective: {self.objective}; outputs in "
@@ -169,7 +170,7 @@ def certify(
         n = data.n_samples(x_batch)
         # First the inputs: what a model makes of NaN is no clear error.
         digests = _digests(x_batch)
-        tally.add(digests, _predict(model, x_batch, n), y_batch, _weights(w_batch, n))
+        tally.add(digests, _predict(model, x_batch, n), y_batch, w_batch)
     return tally.certificate()
 
 
@@ -181,14 +182,17 @@ class _Tally:
         self._repeats = _Repeats()
         self._n = 0
         self._weight = 0.0
+        self._is_weighted = False
         self._weighted_loss = 0.0
         self._rounding = 0.0
         self._dtype = ""
         self._n_outputs = 0
 
     def add(
-        self, digests: list[bytes], outputs: np.ndarray, y: Any, weights: Array
+        self, digests: list[bytes], outputs: np.ndarray, y: Any, sample_weight: Any
     ) -> None:
+        weights = _weights(sample_weight, len(digests))
+        self._is_weighted |= sample_weight is not None
         if self._n and outputs.shape[1] != self._n_outputs:
             raise ValueError(
                 "The model's number of outputs changed between batches. Received: "
@@ -234,6 +238,7 @@ class _Tally:
                 f"again. Received: loss={loss:.9g}, lower_bound={lower_bound:.9g}"
             )
         n_conflicts, conflicts = self._repeats.conflicts()
+        weighting = ", with sample weights" if self._is_weighted else ""
         return Certificate(
             loss=loss,
             lower_bound=lower_bound,
@@ -243,8 +248,8 @@ class _Tally:
             n_conflicts=n_conflicts,
             conflicts=conflicts,
             objective=(
-                f"{self._loss.objective} as given, in inference mode, without "
-                "regularisation or augmentation"
+                f"{self._loss.objective} as given{weighting}, in inference mode, "
+                "without regularisation or augmentation"
             ),
             dtype=self._dtype,
         )
@@ -415,25 +420,11 @@ def _single_array(structure: Any, name: str) -> np.ndarray:
 
 def _digests(x: Any) -> list[bytes]:
     """A 128-bit digest of each sample's content, all input arrays together."""
-    headers, rows = [], []
-    for leaf in keras.tree.flatten(x):
-        if leaf.dtype.kind in "OSUMm":
-            raise ValueError(
-                "Inputs must be numeric arrays; encode strings and objects first. "
-                f"Received: inputs of dtype {leaf.dtype}"
-            )
-        if leaf.dtype.kind not in "biu":
-            if not np.isfinite(leaf).all():
-                raise ValueError(
-                    "Inputs must be finite: remove or repair the samples with missing "
-                    f"values. Received: NaN or infinite inputs of dtype {leaf.dtype}"
-                )
-            leaf = leaf + leaf.dtype.type(0)  # -0.0 becomes 0.0.
-        # Arrays of other shapes or dtypes may have the same bytes.
-        headers.append(f"{leaf.dtype.name}{leaf.shape[1:]}")
-        row_bytes = np.ascontiguousarray(leaf).reshape(len(leaf), -1).view(np.uint8)
-        rows.append(row_bytes)
-    start = hashlib.blake2b(";".join(headers).encode(), digest_size=16)
+    leaves = [_canonical(leaf) for leaf in keras.tree.flatten(x)]
+    # Arrays of other shapes or dtypes may have the same bytes.
+    header = ";".join(f"{leaf.dtype.name}{leaf.shape[1:]}" for leaf in leaves)
+    rows = [leaf.reshape(len(leaf), -1).view(np.uint8) for leaf in leaves]
+    start = hashlib.blake2b(header.encode(), digest_size=16)
     digests = []
     for i in range(len(rows[0])):
         digest = start.copy()
@@ -441,6 +432,23 @@ def _digests(x: Any) -> list[bytes]:
             digest.update(row[i])
         digests.append(digest.digest())
     return digests
+
+
+def _canonical(leaf: np.ndarray) -> np.ndarray:
+    """The same finite numbers, equal in bytes wherever they are equal in value."""
+    if leaf.dtype.kind in "OSTUMm":
+        raise ValueError(
+            "Inputs must be numeric arrays; encode strings and objects first. "
+            f"Received: inputs of dtype {leaf.dtype}"
+        )
+    if leaf.dtype.kind in "biu":
+        return np.ascontiguousarray(leaf)
+    if not np.isfinite(leaf).all():
+        raise ValueError(
+            "Inputs must be finite: remove or repair the samples with missing values. "
+            f"Received: NaN or infinite inputs of dtype {leaf.dtype}"
+        )
+    return np.ascontiguousarray(leaf + leaf.dtype.type(0))  # -0.0 becomes 0.0.
 
 
 def _round(value: float, *, up: bool) -> str:

@@ -118,9 +118,9 @@ class DAlign(keras.optimizers.Optimizer):
             )
         self._phase = EXPLORING
 
-    @property
     def active_optimizer(self) -> keras.optimizers.Optimizer:
-        """The optimizer of the current phase."""
+        """Returns the optimizer of the current phase."""
+        # A method: Keras saves every optimizer that is an attribute, under its name.
         if self._phase == EXPLOITING:
             return self.exploit_optimizer
         return self.inner_optimizer
@@ -220,7 +220,7 @@ class DAlign(keras.optimizers.Optimizer):
         """Takes one step with the optimizer of the current phase."""
         if not self.built:
             self.build(trainable_variables or [])
-        self.active_optimizer.apply(grads, trainable_variables)
+        self.active_optimizer().apply(grads, trainable_variables)
         self._iterations.assign_add(1)
 
     def stateless_apply(
@@ -238,8 +238,8 @@ class DAlign(keras.optimizers.Optimizer):
         begin = own + (
             len(self.inner_optimizer.variables) if self._phase == EXPLOITING else 0
         )
-        end = begin + len(self.active_optimizer.variables)
-        trained, active = self.active_optimizer.stateless_apply(
+        end = begin + len(self.active_optimizer().variables)
+        trained, active = self.active_optimizer().stateless_apply(
             optimizer_variables[begin:end], grads, trainable_variables
         )
         values = list(optimizer_variables)
@@ -252,29 +252,29 @@ class DAlign(keras.optimizers.Optimizer):
 
     def scale_loss(self, loss: Any) -> Any:
         """Scales the loss as the optimizer of the current phase asks."""
-        return self.active_optimizer.scale_loss(loss)
+        return self.active_optimizer().scale_loss(loss)
 
     @property
     def loss_scale_factor(self) -> float | None:
         """The loss scale of the optimizer of the current phase."""
         if not hasattr(self, "exploit_optimizer"):
             return None
-        return self.active_optimizer.loss_scale_factor
+        return self.active_optimizer().loss_scale_factor
 
     @loss_scale_factor.setter
     def loss_scale_factor(self, value: float | None) -> None:
         # Keras's constructor sets it before there is an inner optimizer.
         if hasattr(self, "exploit_optimizer"):
-            self.active_optimizer.loss_scale_factor = value
+            self.active_optimizer().loss_scale_factor = value
 
     @property
     def learning_rate(self) -> Any:
         """The learning rate of the optimizer of the current phase."""
-        return self.active_optimizer.learning_rate
+        return self.active_optimizer().learning_rate
 
     @learning_rate.setter
     def learning_rate(self, value: Any) -> None:
-        self.active_optimizer.learning_rate = value
+        self.active_optimizer().learning_rate = value
 
     @property
     def iterations(self) -> keras.Variable:
@@ -283,10 +283,10 @@ class DAlign(keras.optimizers.Optimizer):
 
     def finalize_variable_values(self, var_list: list[keras.Variable]) -> None:
         """Ends the phase's training, e.g. by taking over averaged weights."""
-        self.active_optimizer.finalize_variable_values(var_list)
+        self.active_optimizer().finalize_variable_values(var_list)
         if (
             keras.backend.backend() == "jax"
-            and _unwrapped(self.active_optimizer).use_ema
+            and _unwrapped(self.active_optimizer()).use_ema
         ):
             # The average and the weight would share one buffer, which the next
             # training step could not donate twice.

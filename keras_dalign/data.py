@@ -57,20 +57,20 @@ def n_samples(x: Any) -> int:
     shapes = [tuple(leaf.shape) for leaf in keras.tree.flatten(x)]
     if not all(shapes):
         raise ValueError(
-            "Every array must have the samples along its first axis. Received an array "
-            f"without axes: shapes={shapes}"
+            "Every array must have the samples along its first axis; convert lists "
+            f"with `np.asarray`. Received: shapes={_shorten(shapes)}"
         )
     sizes = {int(shape[0]) for shape in shapes}
     if len(sizes) > 1:
         raise ValueError(
             "All arrays must hold the same number of samples along their first axis. "
-            f"Received: shapes={shapes}"
+            f"Received: shapes={_shorten(shapes)}"
         )
     (size,) = sizes
     if size == 0:
         raise ValueError(
             "The data are empty: at least one sample is needed. Received: "
-            f"shapes={shapes}"
+            f"shapes={_shorten(shapes)}"
         )
     return size
 
@@ -246,3 +246,8 @@ def _describe(x: Any) -> str:
     types = sorted({type(leaf).__name__ for leaf in keras.tree.flatten(x)})
     text = f"x of type {type(x).__name__}"
     return text if types == [type(x).__name__] else f"{text} with leaves {types}"
+
+
+def _shorten(shapes: list[tuple[int, ...]]) -> str:
+    shown = ", ".join(str(shape) for shape in shapes[:6])
+    return f"[{shown}, ...]" if len(shapes) > 6 else f"[{shown}]"

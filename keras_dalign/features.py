@@ -15,6 +15,9 @@ from keras_dalign.losses import convex_loss
 
 if TYPE_CHECKING:
     from keras_dalign.aligned_model import AlignedModel
+    from keras_dalign.alignment_head import AlignmentHead
+
+_BATCHES_AT_ONCE = 64
 
 # Rows kept for the rank check when the features themselves are not.
 _SAMPLE_ROWS = 8192
@@ -89,14 +92,25 @@ class FeaturePass:
         Raises:
             ValueError: If features are non-finite or targets do not fit the loss.
         """
-        for batch in data.batches(
-            x, y, sample_weight, batch_size=batch_size, steps=steps
+        trunk = self.model.trunk
+        is_array = data.is_arrays(x)
+        # Chunks of many batches: Keras compiles `predict` once for all their sizes.
+        size = batch_size * (_BATCHES_AT_ONCE if is_array else 1)
+        for inputs, targets, weights in data.batches(
+            x, y, sample_weight, batch_size=size, steps=steps
         ):
-            self._add(*batch)
+            if is_array:
+                z = trunk.predict(inputs, batch_size=batch_size, verbose=0)
+            else:
+                # Replicas of a distribution strategy each predict the whole batch.
+                n = data.n_samples(inputs)
+                z = keras.tree.map_structure(
+                    lambda leaf, n=n: leaf[:n], trunk.predict_on_batch(inputs)
+                )
+            self._add(keras.tree.map_structure(_as_float, z), targets, weights)
         return self
 
-    def _add(self, x: Any, y: Any, sample_weight: Any) -> None:
-        z = keras.tree.map_structure(_as_float, self.model.trunk.predict_on_batch(x))
+    def _add(self, z: Any, y: Any, sample_weight: Any) -> None:
         u = _gated(z)
         if not np.all(np.isfinite(u)):
             raise ValueError(
@@ -193,7 +207,7 @@ class CachePlan:
 
 
 def plan_cache(
-    trunk: keras.Model,
+    head: AlignmentHead,
     n_samples: int | None,
     wanted: bool | str,
     is_array: bool,
@@ -201,7 +215,7 @@ def plan_cache(
     """Decides whether features are cached.
 
     Args:
-        trunk: The trunk whose features would be kept.
+        head: The head whose features would be kept.
         n_samples: Number of samples, if known.
         wanted: `DAlign`'s `cache_features`: True, False or `"auto"`.
         is_array: Whether the data are arrays (streams may augment, so `"auto"`
@@ -210,7 +224,7 @@ def plan_cache(
     Returns:
         The plan.
     """
-    gib = None if n_samples is None else n_samples * _bytes_per_sample(trunk) / 2**30
+    gib = None if n_samples is None else n_samples * head.feature_size * 4 / 2**30
     if wanted is False:
         return CachePlan(False, gib, "features are not cached (cache_features=False)")
     if wanted is True:
@@ -232,12 +246,6 @@ def plan_cache(
             "GiB that are free",
         )
     return CachePlan(True, gib, f"features are cached ({gib or 0.0:.3g} GiB)")
-
-
-def _bytes_per_sample(trunk: keras.Model) -> int:
-    shapes = trunk.output_shape
-    shapes = shapes if isinstance(shapes, list) else [shapes]
-    return sum(4 * int(np.prod(shape[1:])) for shape in shapes)
 
 
 def _free_gib() -> float | None:

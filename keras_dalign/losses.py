@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any, NoReturn
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -179,9 +181,11 @@ class SoftmaxCrossEntropy(ConvexLoss):
 
     @property
     def name(self) -> str:
+        """The loss in words."""
         return "softmax cross-entropy" + _smoothing_words(self.label_smoothing)
 
     def targets(self, y: Any, n_outputs: int) -> Array:
+        """Labels as a target matrix; see `ConvexLoss`."""
         if n_outputs < 2:
             raise ValueError(
                 "A softmax over one output is constant. Use `keras.losses."
@@ -237,6 +241,7 @@ class SoftmaxCrossEntropy(ConvexLoss):
         return labels
 
     def value(self, logits: Array, targets: Array) -> Array:
+        """Loss of each sample; see `ConvexLoss`."""
         top = logits.argmax(axis=1)[:, None]
         below = np.take_along_axis(logits, top, axis=1) - logits
         rest = np.exp(-below)
@@ -247,6 +252,7 @@ class SoftmaxCrossEntropy(ConvexLoss):
         return (targets * (below + log_rest)).sum(axis=1)
 
     def gradient(self, logits: Array, targets: Array) -> Array:
+        """Gradient of each sample's loss in its logits; see `ConvexLoss`."""
         exp = np.exp(logits - logits.max(axis=1, keepdims=True))
         softmax = exp / exp.sum(axis=1, keepdims=True)
         return softmax * targets.sum(axis=1, keepdims=True) - targets
@@ -280,19 +286,23 @@ class BinaryCrossEntropy(ConvexLoss):
 
     @property
     def name(self) -> str:
+        """The loss in words."""
         return "binary cross-entropy" + _smoothing_words(self.label_smoothing)
 
     def targets(self, y: Any, n_outputs: int) -> Array:
+        """Labels as a target matrix; see `ConvexLoss`."""
         labels = _as_matrix(_finite_float64(y, "labels"), n_outputs, "Binary labels")
         _check_unit_interval(labels)
         return labels * (1.0 - self.label_smoothing) + 0.5 * self.label_smoothing
 
     def value(self, logits: Array, targets: Array) -> Array:
+        """Loss of each sample; see `ConvexLoss`."""
         losses = targets * np.logaddexp(0.0, -logits)
         losses += (1.0 - targets) * np.logaddexp(0.0, logits)
         return losses.mean(axis=1)
 
     def gradient(self, logits: Array, targets: Array) -> Array:
+        """Gradient of each sample's loss in its logits; see `ConvexLoss`."""
         sigmoid = np.exp(-np.logaddexp(0.0, -logits))
         return (sigmoid - targets) / logits.shape[1]
 
@@ -317,15 +327,19 @@ class SquaredError(ConvexLoss):
 
     @property
     def name(self) -> str:
+        """The loss in words."""
         return "squared error"
 
     def targets(self, y: Any, n_outputs: int) -> Array:
+        """Labels as a target matrix; see `ConvexLoss`."""
         return _as_matrix(_finite_float64(y, "targets"), n_outputs, "Targets")
 
     def value(self, logits: Array, targets: Array) -> Array:
+        """Loss of each sample; see `ConvexLoss`."""
         return np.square(logits - targets).mean(axis=1)
 
     def gradient(self, logits: Array, targets: Array) -> Array:
+        """Gradient of each sample's loss in its logits; see `ConvexLoss`."""
         return (logits - targets) * (2.0 / logits.shape[1])
 
     def _group_infimum(
@@ -361,44 +375,40 @@ def convex_loss(loss: Any) -> ConvexLoss:
     if isinstance(loss, (str, dict)):
         try:
             loss = keras.losses.get(loss)
-        except (ValueError, TypeError):
-            _refuse("Keras does not know this loss", given)
-    if loss is keras.losses.mean_squared_error:
-        return SquaredError()
-    kind = type(loss)
-    if kind is keras.losses.MeanSquaredError:
-        return SquaredError(reduction=loss.reduction)
+        except (TypeError, ValueError):
+            raise ValueError(_refusal("Keras does not know this loss", given)) from None
     for function, name in _CROSS_ENTROPY_FUNCTIONS.items():
         if loss is function:
-            _refuse_probabilities(name, given)
-    if kind in _CROSS_ENTROPIES:
-        # The arguments of `call`; not all of them are in the object's public config.
-        options = dict(loss._fn_kwargs)
-        if not options.pop("from_logits", False):
-            _refuse_probabilities(kind.__name__, given)
-        smoothing = options.pop("label_smoothing", 0.0)
-        if options.pop("axis", -1) not in (-1, 1):
-            _refuse("`axis` must be the last one", given)
-        if any(value is not None for value in options.values()):
-            _refuse(f"the options {options} are not supported", given)
-        return _CROSS_ENTROPIES[kind](loss.reduction, smoothing)
-    _refuse("this loss is not known to be convex in the model's outputs", given)
+            raise ValueError(_refusal(_takes_probabilities(name), given))
+    if loss is keras.losses.mean_squared_error:
+        return SquaredError()
+    kind = type(loss)  # A subclass may compute anything.
+    if kind is keras.losses.MeanSquaredError:
+        return SquaredError(reduction=loss.reduction)
+    if kind not in _CROSS_ENTROPIES:
+        raise ValueError(_refusal("this loss is not known to be convex in them", given))
+    # The arguments of the loss function; the public config leaves out some of them.
+    options = dict(loss._fn_kwargs)  # noqa: SLF001
+    if not options.pop("from_logits", False):
+        raise ValueError(_refusal(_takes_probabilities(kind.__name__), given))
+    smoothing = options.pop("label_smoothing", 0.0)
+    if options.pop("axis", -1) not in {-1, 1}:
+        raise ValueError(_refusal("its `axis` is not the last one", given))
+    unknown = {name: value for name, value in options.items() if value is not None}
+    if unknown:
+        raise ValueError(_refusal(f"its options {unknown} are not supported", given))
+    return _CROSS_ENTROPIES[kind](reduction=loss.reduction, label_smoothing=smoothing)
 
 
-_CROSS_ENTROPIES = {
-    keras.losses.SparseCategoricalCrossentropy: lambda reduction, smoothing: (
-        SoftmaxCrossEntropy(reduction=reduction, sparse=True, label_smoothing=smoothing)
+_CROSS_ENTROPIES: dict[type, Callable[..., ConvexLoss]] = {
+    keras.losses.SparseCategoricalCrossentropy: SoftmaxCrossEntropy,
+    keras.losses.CategoricalCrossentropy: functools.partial(
+        SoftmaxCrossEntropy, sparse=False
     ),
-    keras.losses.CategoricalCrossentropy: lambda reduction, smoothing: (
-        SoftmaxCrossEntropy(
-            reduction=reduction, sparse=False, label_smoothing=smoothing
-        )
-    ),
-    keras.losses.BinaryCrossentropy: lambda reduction, smoothing: BinaryCrossEntropy(
-        reduction=reduction, label_smoothing=smoothing
-    ),
+    keras.losses.BinaryCrossentropy: BinaryCrossEntropy,
 }
 
+# Keras's own functions, and its names for them, work on probabilities.
 _CROSS_ENTROPY_FUNCTIONS = {
     keras.losses.sparse_categorical_crossentropy: "SparseCategoricalCrossentropy",
     keras.losses.categorical_crossentropy: "CategoricalCrossentropy",
@@ -419,18 +429,16 @@ def _single(loss: Any) -> Any:
     return loss
 
 
-def _refuse_probabilities(name: str, given: Any) -> NoReturn:
-    _refuse(
-        f"`{name}` with from_logits=False takes probabilities, in which a model is not "
-        "linear. Remove the model's final softmax or sigmoid, and compile with "
-        f"`keras.losses.{name}(from_logits=True)`; a loss given by name means "
-        "from_logits=False",
-        given,
+def _takes_probabilities(name: str) -> str:
+    return (
+        f"`{name}` with from_logits=False takes probabilities (as does every loss "
+        "given by name): remove the model's final softmax or sigmoid, and compile with "
+        f"`keras.losses.{name}(from_logits=True)`"
     )
 
 
-def _refuse(why: str, given: Any) -> NoReturn:
-    raise ValueError(
+def _refusal(why: str, given: Any) -> str:
+    return (
         "A loss that is convex in the model's outputs is needed: `keras.losses."
         "SparseCategoricalCrossentropy`, `CategoricalCrossentropy` or "
         "`BinaryCrossentropy` with from_logits=True, or `MeanSquaredError`; but "

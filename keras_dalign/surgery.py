@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import random
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_dalign.aligned_model import AlignedModel
 from keras_dalign.alignment_head import AlignmentHead
+from keras_dalign.rank import default_width
 
 _BY_HAND = (
     "Build the model by hand instead: keras_dalign.AlignedModel(trunk, "
@@ -19,6 +23,10 @@ _BY_HAND = (
 # What may stand behind the output layer: operations without weights that turn
 # logits into probabilities, or do nothing.
 _PROBABILITIES = ("softmax", "sigmoid", "log_softmax")
+_DROPPED_FUNCTIONS = {
+    **{getattr(keras.activations, name): name for name in (*_PROBABILITIES, "linear")},
+    **{getattr(ops, name): name for name in _PROBABILITIES},
+}
 
 
 def align(
@@ -80,6 +88,7 @@ def align(
     graph = _as_graph(model)
     if copy:
         graph = _copied(graph)
+        layer, features = _name(layer), _name(features)
     output = _find_output(graph, layer)
     gated = None if features is None else _feature_tensor(graph, features)
     dense = output.dense
@@ -104,16 +113,18 @@ def align(
         name="alignment_head",
     )
     aligned = AlignedModel(trunk, head, name=model.name, dtype=model.dtype_policy)
-    _check_width(head)
+    for message in [*output.warnings, *_width_warnings(head)]:
+        warnings.warn(message, stacklevel=2)
     return aligned
 
 
 @dataclass(frozen=True)
 class _Output:
-    """The output layer found, and the tensor of features it works on."""
+    """The output layer found, the tensor of features it works on, and what to say."""
 
     dense: keras.layers.Dense
     features: keras.KerasTensor
+    warnings: list[str]
 
 
 def _check_n_samples(n_samples: Any) -> None:
@@ -127,15 +138,16 @@ def _check_n_samples(n_samples: Any) -> None:
         )
 
 
-def _check_width(head: AlignmentHead) -> None:
+def _width_warnings(head: AlignmentHead) -> list[str]:
     d = head.q.shape[0]
-    if head.width * d < head.n_samples:
-        warnings.warn(
-            f"The head is too narrow to fit {head.n_samples} samples: width * d = "
-            f"{head.width} * {d} = {head.width * d}. Received: width={head.width}. A "
-            f"width of {-(-2 * head.n_samples // d)} would do.",
-            stacklevel=3,
-        )
+    if head.width * d >= head.n_samples:
+        return []
+    message = (
+        f"The head is too narrow to fit {head.n_samples} samples: width * d = "
+        f"{head.width} * {d} = {head.width * d}. Received: width={head.width}. A "
+        f"width of {default_width(head.n_samples, d)} would do."
+    )
+    return [message]
 
 
 def _as_graph(model: Any) -> keras.Model:
@@ -153,7 +165,7 @@ def _as_graph(model: Any) -> keras.Model:
                 "keras.Input(shape), or call model.build((None, ...)) first."
             )
         graph = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
-    elif hasattr(model, "_inputs_struct"):
+    elif _is_functional(model) and not _overrides_call(model):
         graph = model
     else:
         graph = _traced(model)
@@ -173,23 +185,63 @@ def _traced(model: keras.Model) -> keras.Model:
             "The model is not built. Received: subclassed model "
             f"'{model.name}'. Call it on a batch of data first."
         )
-    shapes = getattr(model, "_build_shapes_dict", None) or {}
-    if len(shapes) != 1 or not _is_shape(next(iter(shapes.values()))):
-        raise ValueError(
-            "The input shape of the subclassed model is unknown. Received: model "
-            f"'{model.name}'. Call it on one batch of data (a single tensor) first. "
-            f"{_BY_HAND}"
-        )
-    shape = next(iter(shapes.values()))
-    inputs = keras.Input(shape=shape[1:], dtype=model.input_dtype)
+    if _is_functional(model):
+        inputs = model.input
+    else:
+        shapes = getattr(model, "_build_shapes_dict", None) or {}
+        if len(shapes) != 1 or not _is_shape(next(iter(shapes.values()))):
+            raise ValueError(
+                "The input shape of the subclassed model is unknown. Received: model "
+                f"'{model.name}'. Call it on one batch of data (a single tensor) "
+                f"first. {_BY_HAND}"
+            )
+        shape = next(iter(shapes.values()))
+        inputs = keras.Input(shape=shape[1:], dtype=model.input_dtype)
     try:
-        return keras.Model(inputs, model.call(inputs), name=model.name)
+        graph = keras.Model(inputs, model.call(inputs), name=model.name)
+        training = None
+        if "training" in inspect.signature(model.call).parameters:
+            training = keras.Model(inputs, model.call(inputs, training=True))
     except Exception as error:
+        raise _untraceable(model, error) from error
+    # What runs in training only would be lost: the twin is made of one trace.
+    if training is not None and _operations(training) != _operations(graph):
         raise ValueError(
-            "The model's `call` cannot be traced: it must be made of Keras layers and "
-            f"keras.ops. Received: model '{model.name}' of type "
-            f"{type(model).__name__}, which failed with: {error}. {_BY_HAND}"
-        ) from error
+            "The model's `call` does other operations in training than in inference "
+            f"(Python code that depends on `training`). Received: model '{model.name}' "
+            f"of type {type(model).__name__}. Leave such choices to layers that take "
+            f"`training`. {_BY_HAND}"
+        )
+    return graph
+
+
+def _untraceable(model: keras.Model, error: Exception) -> ValueError:
+    return ValueError(
+        "The model's `call` cannot be traced: it must be made of Keras layers and "
+        f"keras.ops. Received: model '{model.name}' of type "
+        f"{type(model).__name__}, which failed with: {error}. {_BY_HAND}"
+    )
+
+
+def _operations(graph: keras.Model) -> list[str]:
+    """What a graph does, in order: layers by name, other operations by kind."""
+    return [
+        node.operation.name
+        if isinstance(node.operation, keras.layers.Layer)
+        else type(node.operation).__name__
+        for depth in sorted(graph._nodes_by_depth, reverse=True)
+        for node in graph._nodes_by_depth[depth]
+    ]
+
+
+def _is_functional(model: keras.Model) -> bool:
+    return hasattr(model, "_inputs_struct")
+
+
+def _overrides_call(model: keras.Model) -> bool:
+    """Whether a subclass of Functional models computes more than its graph."""
+    owner = next(base for base in type(model).__mro__ if "call" in vars(base))
+    return not owner.__module__.startswith("keras.")
 
 
 def _is_shape(shape: Any) -> bool:
@@ -199,9 +251,21 @@ def _is_shape(shape: Any) -> bool:
 
 
 def _copied(graph: keras.Model) -> keras.Model:
+    # Layers that draw numbers get their seeds from Python's global generator, which
+    # must not move; the copy goes on with the originals' seeds.
+    state = random.getstate()
     clone = keras.models.clone_model(graph)
-    clone.set_weights(graph.get_weights())
+    random.setstate(state)
+    for copied, original in zip(clone.variables, graph.variables, strict=True):
+        copied.assign(original)
     return clone
+
+
+def _name(value: Any) -> Any:
+    """The name of a layer or function; anything else as it is."""
+    if isinstance(value, keras.layers.Layer):
+        return value.name
+    return getattr(value, "__name__", value)
 
 
 def _find_output(graph: keras.Model, layer: Any) -> _Output:
@@ -210,12 +274,15 @@ def _find_output(graph: keras.Model, layer: Any) -> _Output:
     tensor = graph.outputs[0]
     dropped: list[str] = []
     while True:
-        operation, node_index, _ = tensor._keras_history
+        operation, node_index, tensor_index = tensor._keras_history
         node = operation._inbound_nodes[node_index]
         if isinstance(operation, keras.Model):
             # The output is made inside of a nested model: step into it.
-            inner = operation.call(*node.arguments.args, **node.arguments.kwargs)
-            tensor = inner if not isinstance(inner, (list, tuple)) else inner[0]
+            try:
+                inner = operation.call(*node.arguments.args, **node.arguments.kwargs)
+            except Exception as error:
+                raise _untraceable(operation, error) from error
+            tensor = keras.tree.flatten(inner)[tensor_index]
         elif isinstance(operation, keras.layers.Dense):
             break
         elif _may_be_dropped(operation):
@@ -245,14 +312,13 @@ def _named_output(graph: keras.Model, layer: Any) -> _Output:
             f"layer={layer} (of type {type(layer).__name__})"
         )
     node = _last_node(graph, layer)
-    dropped = [] if node.output_tensors[0] is graph.outputs[0] else [layer.name]
-    if dropped:
-        warnings.warn(
-            f"Everything behind the output layer '{layer.name}' is dropped: the aligned "
-            "model ends in its logits.",
-            stacklevel=4,
+    output = _output_at(layer, node, [])
+    if node.output_tensors[0] is not graph.outputs[0]:
+        output.warnings.append(
+            f"Everything behind the output layer '{layer.name}' is dropped: the "
+            "aligned model ends in its logits."
         )
-    return _output_at(layer, node, [])
+    return output
 
 
 def _output_at(dense: Any, node: Any, dropped: list[str]) -> _Output:
@@ -268,23 +334,22 @@ def _output_at(dense: Any, node: Any, dropped: list[str]) -> _Output:
             f"'{dense.name}' with quantization_mode={dense.quantization_mode}. Align "
             "the model before quantizing it."
         )
-    activation = keras.activations.serialize(dense.activation)
+    activation = _activation(dense.activation)
     if activation in _PROBABILITIES:
         dropped = [*dropped, activation]
     elif activation != "linear":
         raise ValueError(
             "The output layer has a nonlinearity that no loss undoes. Received: "
-            f"'{dense.name}' with activation={activation}. Make its activation None, "
-            f"or add a Dense layer behind it. {_BY_HAND}"
+            f"'{dense.name}' with activation={_name(dense.activation)}. Make its "
+            f"activation None, or add a Dense layer behind it. {_BY_HAND}"
         )
-    for name in dropped:
-        if name in _PROBABILITIES:
-            warnings.warn(
-                f"The trailing {name} is dropped: the aligned model puts out logits. "
-                "Compile it with a loss made with from_logits=True.",
-                stacklevel=5,
-            )
-    return _Output(dense, node.input_tensors[0])
+    messages = [
+        f"The trailing {name} is dropped: the aligned model puts out logits. Compile "
+        "it with a loss made with from_logits=True."
+        for name in dropped
+        if name in _PROBABILITIES
+    ]
+    return _Output(dense, node.input_tensors[0], messages)
 
 
 def _may_be_dropped(operation: Any) -> bool:
@@ -294,7 +359,7 @@ def _may_be_dropped(operation: Any) -> bool:
 def _nonlinearity(operation: Any) -> str | None:
     """Name of the nonlinearity that an operation applies, if that is all it does."""
     if isinstance(operation, keras.layers.Activation):
-        return keras.activations.serialize(operation.activation)
+        return _activation(operation.activation)
     if isinstance(operation, keras.layers.Softmax):
         return "softmax"
     if isinstance(operation, keras.layers.Identity):
@@ -308,6 +373,13 @@ def _nonlinearity(operation: Any) -> str | None:
         "LogSoftmax": "log_softmax",
         "Cast": "linear",
     }.get(type(operation).__name__)
+
+
+def _activation(activation: Any) -> str | None:
+    """Name of an activation that may be dropped, None for any other."""
+    if isinstance(activation, keras.layers.Layer):
+        return _nonlinearity(activation)
+    return _DROPPED_FUNCTIONS.get(activation)
 
 
 def _last_node(graph: keras.Model, layer: keras.layers.Layer) -> Any:

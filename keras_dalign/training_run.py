@@ -121,7 +121,7 @@ class TrainingRun:
     def _exploit(self, epoch: int) -> None:
         model = self.model
         plan = plan_cache(
-            model.trunk,
+            model.head,
             self.n_samples,
             model.optimizer.cache_features,
             self.is_array,

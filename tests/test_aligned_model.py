@@ -1,0 +1,359 @@
+import json
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from small import assert_equal, convnet, cross_entropy, digit_images, digits, mlp, weights
+
+import keras_dalign as kd
+
+BACKEND = keras.backend.backend()
+
+
+def aligned(base=None, n=96, gates="random", explore=2, compiled=True, **options):
+    model = kd.align(base or mlp(), n_samples=n, gates=gates, seed=1)
+    if compiled:
+        model.compile(
+            kd.DAlign(keras.optimizers.Adam(1e-2), explore=explore, **options),
+            loss=cross_entropy(),
+            metrics=["accuracy"],
+        )
+    return model
+
+
+def exploiting(gates="random", **options):
+    x, y = digit_images(96)
+    model = aligned(convnet(), gates=gates, **options)
+    model.fit(x, y, epochs=3, batch_size=20, verbose=0)
+    return model, x, y
+
+
+@pytest.mark.parametrize("gates", ["random", "learned"])
+@pytest.mark.parametrize("cache", [True, False])
+def test_exploitation_trains_q_and_b_alone(gates, cache):
+    model, x, y = exploiting(gates, cache_features=cache)
+    model.head.w.assign(np.array(model.head.w))
+    before = {v.path: np.array(v) for v in model.variables}
+    inner = [np.array(v) for v in model.optimizer.inner_optimizer.variables]
+    model.fit(x, y, epochs=2, batch_size=20, verbose=0)
+    changed = {
+        v.path for v in model.variables if not np.array_equal(before[v.path], np.array(v))
+    }
+    assert changed == {model.head.q.path, model.head.bias.path}
+    assert_equal(inner, [np.array(v) for v in model.optimizer.inner_optimizer.variables])
+
+
+@pytest.mark.parametrize("gates", ["random", "learned"])
+def test_cached_and_streamed_exploitation_are_equal(gates):
+    results = []
+    for cache in (True, False):
+        x, y = digit_images(96)
+        model = aligned(convnet(), gates=gates, cache_features=cache)
+        history = model.fit(x, y, epochs=5, batch_size=20, verbose=0, shuffle=False)
+        results.append((weights(model), history.history["loss"]))
+    (cached, loss), (streamed, streamed_loss) = results
+    for a, b in zip(cached, streamed, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    np.testing.assert_allclose(loss, streamed_loss, rtol=1e-4)
+
+
+def test_trained_variables_by_phase():
+    model = aligned(convnet(), n=96, compiled=False)
+    base = convnet()
+    shapes = [v.shape for v in base.trainable_variables]
+    assert [v.shape for v in model.trainable_variables] == shapes
+    assert model.trainable_weights == model.trainable_variables
+    model.start_exploiting()
+    ids = [id(v) for v in model.trainable_variables]
+    assert ids == [id(model.head.q), id(model.head.bias)]
+    everything = model.trainable_variables + model.non_trainable_variables
+    assert {id(v) for v in everything} == {id(v) for v in model.variables}
+    assert len(everything) == len(model.variables)
+    model.trainable = False
+    assert model.trainable_variables == []
+
+
+@pytest.mark.parametrize("gates", ["random", "learned"])
+def test_base_layers_are_left_trainable(gates):
+    base = convnet()
+    x, y = digit_images(96)
+    model = aligned(base, gates=gates)
+    model.fit(x, y, epochs=3, verbose=0)
+    assert all(layer.trainable for layer in base.layers)
+    expected = 5 if gates == "random" else 6
+    assert len(base.trainable_variables) == len(convnet().trainable_variables) >= expected - 1
+
+
+def test_exploitation_leaves_the_base_model_as_it_was_at_the_switch():
+    base = mlp()
+    x, y = digits(96)
+    model = aligned(base)
+    model.fit(x, y, epochs=2, verbose=0)
+    explored = weights(base)
+    model.fit(x, y, initial_epoch=2, epochs=5, verbose=0)
+    assert model.phase == "exploiting"
+    assert_equal(explored, weights(base))
+
+
+@pytest.mark.parametrize("gates", ["random", "learned"])
+@pytest.mark.parametrize("epochs", [1, 2, 4])
+def test_saved_and_loaded_in_every_phase(gates, epochs, tmp_path):
+    x, y = digit_images(96)
+    model = aligned(convnet(), gates=gates)
+    model.fit(x, y, epochs=max(epochs, 2), batch_size=20, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert isinstance(loaded, kd.AlignedModel)
+    assert isinstance(loaded.optimizer, kd.DAlign)
+    assert loaded.phase == model.phase
+    assert_equal(weights(model), weights(loaded))
+    for saved, new in zip(
+        model.optimizer.variables, loaded.optimizer.variables, strict=True
+    ):
+        np.testing.assert_array_equal(np.array(saved), np.array(new))
+    np.testing.assert_array_equal(
+        model.predict(x, verbose=0), loaded.predict(x, verbose=0)
+    )
+
+
+@pytest.mark.parametrize("gates", ["random", "learned"])
+@pytest.mark.parametrize("saved_at", [2, 4])
+def test_resumed_from_a_file_is_the_run_that_would_have_been(gates, saved_at, tmp_path):
+    x, y = digits(96)
+
+    def run():
+        return aligned(gates=gates, explore=3)
+
+    arguments = {"batch_size": 20, "shuffle": False, "verbose": 0}
+    whole = run()
+    whole.fit(x, y, epochs=6, **arguments)
+    part = run()
+    part.optimizer.explore = 3
+    part.fit(x, y, epochs=max(saved_at, 3), **arguments)
+    if saved_at == 2:
+        # Saved while exploring, just before the switch.
+        assert part.phase == "exploring"
+    part.save(tmp_path / "model.keras")
+    del part
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    loaded.fit(x, y, initial_epoch=max(saved_at, 3), epochs=6, **arguments)
+    assert_equal(weights(whole), weights(loaded))
+
+
+@pytest.mark.parametrize("gates", ["random", "learned"])
+@pytest.mark.parametrize("killed_in", range(6))
+def test_backup_and_restore_resumes_anywhere(gates, killed_in, tmp_path):
+    x, y = digits(96)
+
+    class Kill(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == killed_in:
+                raise KeyboardInterrupt
+
+    arguments = {"batch_size": 20, "shuffle": False, "verbose": 0, "epochs": 6}
+    whole = aligned(gates=gates, explore=3)
+    whole.fit(x, y, **arguments)
+    backup = keras.callbacks.BackupAndRestore
+    killed = aligned(gates=gates, explore=3)
+    with pytest.raises(KeyboardInterrupt):
+        killed.fit(x, y, callbacks=[backup(tmp_path / "backup"), Kill()], **arguments)
+    resumed = aligned(mlp(seed=7), gates=gates, explore=3)
+    if killed_in == 0:
+        resumed.set_weights(aligned(gates=gates, explore=3).get_weights())
+    history = resumed.fit(x, y, callbacks=[backup(tmp_path / "backup")], **arguments)
+    assert history.epoch == list(range(killed_in, 6))
+    assert history.history["phase"] == [int(e >= 3) for e in range(killed_in, 6)]
+    assert_equal(weights(whole), weights(resumed))
+    assert not Path(tmp_path / "backup").exists()
+
+
+def test_killed_within_the_switch(tmp_path, monkeypatch):
+    import keras_dalign.switch as switch_module
+
+    x, y = digits(96)
+    arguments = {"batch_size": 20, "shuffle": False, "verbose": 0, "epochs": 5}
+    whole = aligned()
+    whole.fit(x, y, **arguments)
+    killed = aligned()
+
+    def kill(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    backup = keras.callbacks.BackupAndRestore
+    with monkeypatch.context() as patch:
+        patch.setattr(switch_module, "check_rank", kill)
+        with pytest.raises(KeyboardInterrupt):
+            killed.fit(x, y, callbacks=[backup(tmp_path / "backup")], **arguments)
+    resumed = aligned(mlp(seed=7))
+    resumed.fit(x, y, callbacks=[backup(tmp_path / "backup")], **arguments)
+    assert_equal(weights(whole), weights(resumed))
+
+
+def test_load_weights_brings_the_phase_along(tmp_path):
+    model, x, _ = exploiting()
+    model.save_weights(tmp_path / "model.weights.h5")
+    other = aligned(convnet(seed=8))
+    assert other.predict(x, verbose=0).shape == (96, 10)
+    other.load_weights(tmp_path / "model.weights.h5")
+    assert other.phase == other.optimizer.phase or other.phase == "exploiting"
+    np.testing.assert_array_equal(
+        model.predict(x, verbose=0), other.predict(x, verbose=0)
+    )
+    assert other.optimizer.phase == "exploiting"
+
+
+def test_set_weights_brings_the_phase_back():
+    x, y = digits(96)
+    model = aligned()
+    explored = model.get_weights()
+    before = model.predict(x, verbose=0)
+    model.fit(x, y, epochs=3, verbose=0)
+    model.set_weights(explored)
+    assert model.phase == "exploring"
+    np.testing.assert_array_equal(before, model.predict(x, verbose=0))
+    history = model.fit(x, y, epochs=3, verbose=0)
+    assert history.history["phase"] == [0, 0, 1]
+
+
+def test_resuming_with_a_different_head_is_an_error(tmp_path):
+    model, _, _ = exploiting()
+    model.save_weights(tmp_path / "model.weights.h5")
+    other = kd.align(convnet(), n_samples=500)
+    before = weights(other)
+    with pytest.raises(ValueError, match="shape|head"):
+        other.load_weights(tmp_path / "model.weights.h5")
+    assert other.phase == "exploring"
+    assert_equal(before, weights(other))
+
+
+@pytest.mark.parametrize("gates", ["random", "learned"])
+def test_a_plain_optimizer_trains_an_ordinary_model(gates):
+    x, y = digits(96)
+    model = aligned(gates=gates, compiled=False)
+    model.compile("adam", loss=cross_entropy(), metrics=["accuracy"])
+    loss = model.fit(x, y, epochs=3, batch_size=20, verbose=0).history["loss"]
+    assert loss[-1] < loss[0]
+    assert model.phase == "exploring"
+    model.start_exploiting()
+    model.compile("adam", loss=cross_entropy())
+    frozen = weights(model.trunk)
+    model.fit(x, y, epochs=2, batch_size=20, verbose=0)
+    assert_equal(frozen, weights(model.trunk))
+
+
+def test_train_on_batch_follows_the_phase():
+    x, y = digits(96)
+    model = aligned()
+    model.train_on_batch(x, y)
+    frozen = weights(model.trunk)
+    model.train_on_batch(x, y)
+    assert any((a != b).any() for a, b in zip(frozen, weights(model.trunk), strict=True))
+    model.start_exploiting()
+    frozen = weights(model.trunk)
+    first = model.train_on_batch(x, y)
+    for _ in range(5):
+        last = model.train_on_batch(x, y)
+    assert_equal(frozen, weights(model.trunk))
+    assert float(last[0]) < float(first[0])
+
+
+def test_a_training_call_in_exploitation_runs_the_trunk_in_inference_mode():
+    model, x, _ = exploiting()
+    np.testing.assert_allclose(
+        keras.ops.convert_to_numpy(model(x[:8], training=True)),
+        keras.ops.convert_to_numpy(model(x[:8], training=False)),
+        rtol=1e-6,
+    )
+
+
+def test_the_same_inputs_and_outputs():
+    model = aligned(convnet(), compiled=False)
+    assert model.input_shape == (None, 8, 8, 1)
+    assert model.output_shape == (None, 10)
+    assert model.compute_output_shape((5, 8, 8, 1)) == (5, 10)
+    assert model(np.zeros((3, 8, 8, 1), "float32")).shape == (3, 10)
+    assert [t.shape for t in model.inputs] == [(None, 8, 8, 1)]
+    model.summary(print_fn=lambda *_args, **_kwargs: None)
+
+
+def test_several_inputs_and_another_feature_tensor():
+    keras.utils.set_random_seed(0)
+    left, right = keras.Input((32,), name="left"), keras.Input((32,), name="right")
+    both = keras.layers.Concatenate()([left, right])
+    wide = keras.layers.Dense(20, "relu", name="wide")(both)
+    narrow = keras.layers.Dense(8, "relu")(wide)
+    base = keras.Model({"left": left, "right": right}, keras.layers.Dense(10)(narrow))
+    x, y = digits(96)
+    inputs = {"left": x[:, :32], "right": x[:, 32:]}
+    model = kd.align(base, n_samples=96, features="wide", seed=0)
+    assert model.head.q.shape == (21, 10, 10)
+    model.compile(
+        kd.DAlign(keras.optimizers.Adam(1e-2), explore=2), loss=cross_entropy()
+    )
+    history = model.fit(inputs, y, epochs=12, batch_size=16, verbose=0)
+    assert history.history["loss"][-1] < history.history["loss"][1]
+    certificate = kd.certify(model, inputs, y)
+    assert certificate.gap < history.history["loss"][0]
+
+
+def test_regression_with_one_unit_reaches_the_minimum():
+    rng = np.random.default_rng(0)
+    x, _ = digits(64)
+    y = rng.standard_normal((64, 1)).astype("float32")
+    model = kd.align(mlp(units=1), n_samples=64, seed=0)
+    model.compile(
+        kd.DAlign(keras.optimizers.Adam(1e-2), keras.optimizers.Adam(3e-2), explore=1),
+        loss="mse",
+    )
+    model.fit(x, y, epochs=300, batch_size=64, verbose=0)
+    assert kd.certify(model, x, y).gap < 0.05 * y.var()
+
+
+def test_wrong_parts():
+    with pytest.raises(ValueError, match="`trunk` must be a built"):
+        kd.AlignedModel(keras.Sequential([keras.layers.Dense(3)]), None)
+    trunk = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    with pytest.raises(ValueError, match="`head` must be an AlignmentHead"):
+        kd.AlignedModel(trunk, keras.layers.Dense(3))
+
+
+def test_parts_by_hand():
+    class Trunk(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(12, "relu")
+
+        def call(self, x):
+            return self.dense(x)
+
+    x, y = digits(96)
+    trunk = Trunk()
+    features = trunk(x[:2])
+    head = kd.AlignmentHead(10, n_samples=96, seed=0)
+    head(features)
+    model = kd.AlignedModel(trunk, head)
+    model.compile(kd.DAlign("adam", explore=1), loss=cross_entropy())
+    history = model.fit(x, y, epochs=3, verbose=0).history
+    assert history["phase"] == [0, 1, 1]
+
+
+BACKENDS_FILE = Path(__file__).parent / "backends.json"
+
+
+def test_three_backends_agree():
+    """Each backend is compared with what the reference backend recorded."""
+    rng = np.random.default_rng(0)
+    x, y = digits(64)
+    model = kd.align(mlp(), n_samples=64, seed=4)
+    shared = [0.2 * rng.standard_normal(w.shape) for w in mlp().get_weights()]
+    model.trunk.set_weights(shared[:4])
+    model.head.dense.set_weights(shared[4:])
+    model.compile(
+        kd.DAlign(keras.optimizers.Adam(1e-2), explore=3), loss=cross_entropy()
+    )
+    history = model.fit(x, y, epochs=6, batch_size=16, shuffle=False, verbose=0)
+    expected = json.loads(BACKENDS_FILE.read_text())
+    np.testing.assert_allclose(history.history["loss"], expected["loss"], rtol=2e-4)
+    outputs = model.predict(x[:5], verbose=0)
+    np.testing.assert_allclose(outputs, expected["logits"], rtol=2e-3, atol=2e-3)

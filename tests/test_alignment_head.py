@@ -1,0 +1,743 @@
+"""The head against explicit features in float64, and through both of its phases."""
+
+import contextlib
+import math
+import random
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_dalign import AlignmentHead
+from keras_dalign.gram import explicit_features, gram_matrix
+
+BACKEND = keras.backend.backend()
+GATES = ["random", "learned"]
+POLICIES = ["float32", "float64", "mixed_bfloat16", "mixed_float16"]
+
+
+@pytest.fixture
+def float64():
+    """JAX computes in float64 only where it is told to."""
+    if BACKEND != "jax":
+        yield
+        return
+    import jax
+
+    with jax.enable_x64(True):
+        yield
+
+
+def policy_context(policy):
+    if BACKEND != "jax" or policy != "float64":
+        return contextlib.nullcontext()
+    import jax
+
+    return jax.enable_x64(True)
+
+
+def array(value):
+    return np.array(ops.convert_to_numpy(value), dtype="float64")
+
+
+def features(n=9, p=4, seed=0, dtype="float32"):
+    return np.random.default_rng(seed).normal(0.5, 2.0, size=(n, p)).astype(dtype)
+
+
+def sigmoid(t):
+    return np.exp(-np.logaddexp(0.0, -t))
+
+
+def set_statistics(head, u):
+    head.standardize.moving_mean.assign(u.reshape(len(u), -1).mean(axis=0))
+    head.standardize.moving_variance.assign(u.reshape(len(u), -1).var(axis=0))
+
+
+def randomize(head, seed=1):
+    """Gives every weight that is trained, in either phase, a value of its own."""
+    rng = np.random.default_rng(seed)
+    trained = [head.q, head.bias, *(head.dense.weights if head.dense else [])]
+    for variable in trained:
+        variable.assign(rng.normal(size=variable.shape))
+
+
+def exploiting(gates="random", units=3, z=None, u=None, seed=5, **options):
+    """A built head in its second phase, with weights that are all in use."""
+    z = features(dtype="float64") if z is None else z
+    head = AlignmentHead(units, gates=gates, seed=seed, **{"width": 5, **options})
+    head.build(z.shape if u is None else [z.shape, u.shape])
+    set_statistics(head, z if u is None else u)
+    if gates == "random":
+        head.start_exploiting()
+        randomize(head)
+    else:
+        randomize(head)
+        head.start_exploiting(noise=0.3)
+        head.q.assign_add(np.random.default_rng(2).normal(size=head.q.shape))
+    return head
+
+
+def reference(head, z, u=None):
+    """`a . z + b0 + b + Phi q`, from the explicit features of every class."""
+    zh = head.normalize_exactly(z if u is None else u)
+    out = np.zeros((len(z), head.units))
+    for c in range(head.units):
+        r, w = array(head.r)[:, c], array(head.w)[c]
+        out[:, c] = explicit_features(zh, r, w, head.slope) @ array(head.q)[:, c].T.ravel()
+    out += array(head.bias)
+    if head.dense is not None:
+        out += z @ array(head.dense.kernel)
+        if head.dense.use_bias:
+            out += array(head.dense.bias)
+    return out
+
+
+class TestExploiting:
+    @pytest.mark.parametrize("units", [1, 3])
+    @pytest.mark.parametrize("gates", GATES)
+    def test_is_the_explicit_features_times_q(self, gates, units, float64):
+        z = features(dtype="float64")
+        head = exploiting(gates, units, dtype="float64")
+        result = array(head(z))
+        assert result.shape == (9, units)
+        np.testing.assert_allclose(result, reference(head, z), rtol=1e-12, atol=1e-12)
+
+    @pytest.mark.parametrize("slope", [0.5, 4.0, 100.0])
+    def test_uses_its_slope(self, slope, float64):
+        z = features(dtype="float64")
+        head = exploiting(slope=slope, dtype="float64")
+        np.testing.assert_allclose(array(head(z)), reference(head, z), rtol=1e-11)
+
+    @pytest.mark.parametrize("gates", GATES)
+    def test_a_pair_feeds_the_units_with_the_second_tensor(self, gates, float64):
+        z = features(dtype="float64")
+        u = np.random.default_rng(3).normal(size=(9, 2, 3, 2))
+        head = exploiting(gates, z=z, u=u, dtype="float64")
+        assert head.q.shape == (2 * 3 * 2 + 1, 3, 5)
+        result = array(head([z, u]))
+        np.testing.assert_allclose(result, reference(head, z, u), rtol=1e-11)
+
+    @pytest.mark.parametrize("gates", GATES)
+    def test_jacobian_times_its_transpose_is_the_gram_matrix(self, gates, float64):
+        """Linear probing: the output's change for every single entry of q."""
+        z = features(n=6, dtype="float64")
+        head = exploiting(gates, units=2, z=z, width=4, dtype="float64")
+        zero = np.zeros(head.q.shape)
+        head.q.assign(zero)
+        constant = array(head(z))
+        for c in range(2):
+            jacobian = []
+            for j, k in np.ndindex(head.q.shape[0], head.width):
+                unit = zero.copy()
+                unit[j, c, k] = 1.0
+                head.q.assign(unit)
+                jacobian.append(array(head(z)) - constant)
+            jacobian = np.stack(jacobian, axis=-1)
+            np.testing.assert_array_equal(jacobian[:, 1 - c], 0.0)
+            gram = gram_matrix(head.normalize_exactly(z), *head.gates_of(c), head.slope)
+            np.testing.assert_allclose(
+                jacobian[:, c] @ jacobian[:, c].T, gram, rtol=1e-9, atol=1e-10
+            )
+
+    @pytest.mark.parametrize("gates", GATES)
+    def test_ignores_the_batch_it_is_given(self, gates):
+        z = features()
+        head = exploiting(gates)
+        mean = array(head.standardize.moving_mean)
+        trained = array(head(z, training=True))
+        np.testing.assert_array_equal(trained, array(head(z, training=False)))
+        np.testing.assert_array_equal(array(head.standardize.moving_mean), mean)
+
+    def test_cannot_start_twice(self):
+        with pytest.raises(ValueError, match="in the phase 'exploiting'"):
+            exploiting().start_exploiting()
+
+
+class TestNormalize:
+    def test_is_standardised_and_has_one_length(self, float64):
+        z = features(n=50, dtype="float64") * [1, 10, 100, 1000]
+        head = exploiting(z=z, dtype="float64")
+        zh = array(head.normalize(z))
+        u = (z - z.mean(axis=0)) / np.sqrt(z.var(axis=0) + 1e-6)
+        u *= 2.0 / np.linalg.norm(u, axis=1, keepdims=True)
+        np.testing.assert_allclose(zh[:, :4], u, rtol=1e-10)
+        np.testing.assert_array_equal(zh[:, 4], 1.0)
+        np.testing.assert_allclose(head.normalize_exactly(z), zh, rtol=1e-10)
+
+    def test_features_at_their_mean_leave_the_constant(self):
+        z = np.stack([np.ones(4), np.arange(4.0), 2 - np.arange(4.0)]).astype("float32")
+        head = exploiting(z=z)
+        expected = [0, 0, 0, 0, 1]
+        np.testing.assert_array_equal(array(head.normalize(z))[0], expected)
+        np.testing.assert_array_equal(head.normalize_exactly(z)[0], expected)
+        assert np.all(np.isfinite(array(head(z))))
+
+
+class TestExploring:
+    @pytest.mark.parametrize("policy", POLICIES)
+    @pytest.mark.parametrize("use_bias", [True, False])
+    def test_random_gates_are_the_dense_layer_bit_for_bit(self, use_bias, policy):
+        with policy_context(policy):
+            z = features(n=33, p=17)
+            dense = keras.layers.Dense(
+                3, use_bias=use_bias, bias_initializer="normal", dtype=policy
+            )
+            expected = dense(z)
+            head = AlignmentHead(3, width=5, dense=dense, dtype=policy)
+            result = head(z, training=True)
+            assert result.dtype == expected.dtype
+            np.testing.assert_array_equal(array(result), array(expected))
+            assert head.dense is dense
+            # The units sleep: whatever they hold is not even looked at.
+            head.q.assign(np.full(head.q.shape, np.nan))
+            np.testing.assert_array_equal(array(head(z)), array(expected))
+
+    def test_the_shared_dense_layers_activation_is_ignored(self):
+        z = features()
+        dense = keras.layers.Dense(3, "softmax")
+        dense(z)
+        expected = z.astype("float64") @ array(dense.kernel)
+        result = array(AlignmentHead(3, width=5, dense=dense)(z))
+        np.testing.assert_allclose(result, expected, atol=1e-5)
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_learned_gates_are_a_silu_layer(self, training, float64):
+        z = features(dtype="float64")
+        head = AlignmentHead(3, width=5, gates="learned", slope=2.5, dtype="float64")
+        head.build(z.shape)
+        randomize(head)
+        head.standardize.moving_mean.assign([1.0, 0.0, -1.0, 2.0])
+        u = z if training else z - [1.0, 0.0, -1.0, 2.0]
+        if training:
+            u = (u - u.mean(axis=0)) / np.sqrt(u.var(axis=0) + 1e-6)
+        u *= 2.0 / np.linalg.norm(u, axis=1, keepdims=True)
+        v = np.concatenate([u, np.ones((9, 1))], axis=1)
+        t = np.einsum("nd,dck->nck", v, array(head.q))
+        expected = np.einsum("nck,ck->nc", t * sigmoid(2.5 * t), array(head.w))
+        expected += array(head.bias)
+        result = array(head(z, training=training))
+        np.testing.assert_allclose(result, expected, rtol=1e-5)
+
+    def test_learned_gates_move_the_statistics_in_training_alone(self):
+        z = features()
+        head = AlignmentHead(2, width=3, gates="learned")
+        head(z, training=False)
+        np.testing.assert_array_equal(array(head.standardize.moving_mean), 0.0)
+        head(z, training=True)
+        np.testing.assert_allclose(
+            array(head.standardize.moving_mean), 0.1 * z.mean(axis=0), rtol=1e-5
+        )
+
+
+class TestSwitch:
+    @pytest.mark.parametrize("policy", POLICIES)
+    @pytest.mark.parametrize("use_bias", [True, False])
+    def test_random_gates_do_not_change_the_output_by_a_bit(self, use_bias, policy):
+        with policy_context(policy):
+            z = features(n=33, p=17)
+            dense = keras.layers.Dense(3, use_bias=use_bias, bias_initializer="normal")
+            head = AlignmentHead(3, width=50, dense=dense, dtype=policy)
+            head.build(z.shape)
+            before = head(z)
+            head.start_exploiting()
+            after = head(z)
+            assert head.phase == "exploiting"
+            assert after.dtype == before.dtype
+            np.testing.assert_array_equal(array(after), array(before))
+
+    def test_random_gates_are_gaussian_with_mean_square_one_over_d(self):
+        head = AlignmentHead(8, width=200, seed=3)
+        head.build((None, 24))
+        head.start_exploiting()
+        r = array(head.r)
+        assert r.shape == (25, 8, 200)
+        assert abs(r.mean()) < 5 * 0.2 / math.sqrt(r.size)
+        assert r.var() == pytest.approx(1 / 25, rel=0.05)
+        assert np.mean(np.abs(r) < 0.2) == pytest.approx(0.6827, abs=0.02)
+        np.testing.assert_array_equal(array(head.q), 0.0)
+        np.testing.assert_array_equal(array(head.bias), 0.0)
+
+    def test_learned_gates_are_the_units_own_weights(self):
+        z = features()
+        head = AlignmentHead(3, width=50, gates="learned", seed=4)
+        head.build(z.shape)
+        head.q.assign(array(head.q) * 7)
+        set_statistics(head, z)
+        q, before = array(head.q), array(head(z))
+        head.start_exploiting()
+        np.testing.assert_array_equal(array(head.r), array(head.q))
+        moved = array(head.q) - q
+        # Noise of 1e-3 in units of q's own scale, drawn independently of q.
+        assert np.std(moved) / np.sqrt(np.mean(q**2)) == pytest.approx(1e-3, rel=0.15)
+        assert abs(np.corrcoef(moved.ravel(), q.ravel())[0, 1]) < 0.2
+        after = array(head(z))
+        assert 0 < np.abs(after - before).max() < 0.05 * np.abs(before).max()
+
+    def test_without_noise_learned_gates_keep_the_output(self):
+        z = features()
+        head = AlignmentHead(3, width=7, gates="learned")
+        before = array(head(z))
+        head.start_exploiting(noise=0.0)
+        np.testing.assert_array_equal(array(head(z)), before)
+
+    def test_gates_do_not_follow_q_any_more(self):
+        head = exploiting("learned")
+        r = array(head.r)
+        head.q.assign(array(head.q) + 1)
+        np.testing.assert_array_equal(array(head.r), r)
+
+    @pytest.mark.parametrize("noise", [-1e-3, math.nan, math.inf, "1", True, None])
+    def test_bad_noise(self, noise):
+        head = AlignmentHead(2, width=3, gates="learned")
+        head.build((None, 4))
+        with pytest.raises(ValueError, match=f"non-negative number.*noise={noise}"):
+            head.start_exploiting(noise)
+        assert head.phase == "exploring"
+
+    def test_an_unbuilt_head_has_no_gates_to_set(self):
+        with pytest.raises(ValueError, match="not built"):
+            AlignmentHead(2, width=3).start_exploiting()
+
+
+class TestWidth:
+    @pytest.mark.parametrize(
+        ("n", "p", "width"), [(100, 4, 40), (101, 4, 41), (1, 9, 1), (60000, 64, 1847)]
+    )
+    def test_default(self, n, p, width):
+        head = AlignmentHead(1, n_samples=n)
+        head.build((None, p))
+        assert head.width == width == math.ceil(2 * n / (p + 1))
+        assert head.q.shape == head.r.shape == (p + 1, 1, width)
+
+    def test_counts_the_gated_features(self):
+        head = AlignmentHead(2, n_samples=100)
+        head.build([(None, 4), (None, 3, 3, 1)])
+        assert head.width == 20
+
+    def test_an_explicit_width_wins(self):
+        head = AlignmentHead(2, width=3, n_samples=100)
+        head.build((None, 4))
+        assert head.width == 3
+
+
+class TestDtypes:
+    @pytest.mark.parametrize("gates", GATES)
+    @pytest.mark.parametrize(
+        ("policy", "compute", "tolerance"),
+        [
+            ("float64", "float64", 1e-12),
+            ("float32", "float32", 1e-5),
+            ("mixed_float16", "float16", 0.03),
+            ("mixed_bfloat16", "bfloat16", 0.2),
+        ],
+    )
+    def test_policies(self, policy, compute, tolerance, gates):
+        with policy_context(policy):
+            z = features(n=40, p=6, dtype="float64")
+            # Gentle slope: half precision loses the sign of what is nearly closed.
+            head = exploiting(gates, z=z, dtype=policy, slope=1.0)
+            result = head(z)
+            assert keras.backend.standardize_dtype(result.dtype) == compute
+            assert head.q.dtype == ("float64" if policy == "float64" else "float32")
+            error = np.abs(array(result) - reference(head, z)).max()
+            assert error < tolerance * np.abs(reference(head, z)).max()
+
+    def test_half_precision_sums_over_many_units_in_float32(self):
+        """Each term is below half a unit in the last place of the float16 sum."""
+        width = 4096
+        head = AlignmentHead(1, width=width, dtype="mixed_float16")
+        head.build((None, 1))
+        head.start_exploiting()
+        head.w.assign(np.full(head.w.shape, 1 / 64))
+        head.r.assign(np.zeros(head.r.shape))
+        q = np.zeros(head.q.shape)
+        q[1] = 1.0
+        head.q.assign(q)
+        head.dense.kernel.assign([[0.0]])
+        assert array(head(np.ones((1, 1), "float32"))).item() == width / 64 / 2
+
+
+class TestShapes:
+    def test_compute_output_shape(self):
+        head = AlignmentHead(3, width=5)
+        assert head.compute_output_shape((None, 4)) == (None, 3)
+        assert head.compute_output_shape([(7, 4), (7, 2, 2, 8)]) == (7, 3)
+
+    @pytest.mark.parametrize("gates", GATES)
+    def test_symbolic_and_real_shapes_agree(self, gates):
+        head = AlignmentHead(1, width=5, gates=gates)
+        symbolic = head(keras.Input((4,)))
+        assert symbolic.shape == (None, 1)
+        assert head(features(6)).shape == (6, 1)
+        head.start_exploiting()
+        assert head(keras.Input((4,))).shape == (None, 1)
+        assert head(features(6)).shape == (6, 1)
+
+    @pytest.mark.parametrize("shape", [(None, 3, 4), (None, 2, 2, 8), (4,)])
+    def test_feature_maps_are_refused(self, shape):
+        with pytest.raises(ValueError, match="Pool or flatten them first"):
+            AlignmentHead(3, width=5).build(shape)
+
+    def test_a_known_length_is_needed(self):
+        with pytest.raises(ValueError, match="known length.*None"):
+            AlignmentHead(3, width=5).build([(None, 4), (None, None, 2)])
+
+
+@pytest.mark.parametrize("gates", GATES)
+def test_no_intermediate_is_larger_than_batch_x_units_x_width(gates):
+    """`B * m * d` would be the explicit features; a call must never make them."""
+    if BACKEND != "jax":
+        pytest.skip("The intermediates of a computation are listed by JAX alone.")
+    import jax
+
+    n, p, units, width = 64, 31, 2, 16
+    z = features(n, p)
+    head = exploiting(gates, units, z=z, width=width)
+    variables = [v.value for v in head.variables]
+
+    def loss(q, z):
+        values = [q if v is head.q else value for v, value in zip(head.variables, variables)]  # noqa: B905
+        mapping = list(zip(head.variables, values, strict=True))
+        with keras.StatelessScope(state_mapping=mapping):
+            return ops.sum(ops.square(head(z)))
+
+    def sizes(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from (var.aval.size for var in equation.outvars)
+            for value in equation.params.values():
+                for inner in value if isinstance(value, (list, tuple)) else [value]:
+                    inner = getattr(inner, "jaxpr", inner)
+                    if hasattr(inner, "eqns"):
+                        yield from sizes(inner)
+
+    found = list(sizes(jax.make_jaxpr(jax.value_and_grad(loss))(head.q.value, z).jaxpr))
+    # Forward, and backward to q: nothing beyond what goes in or comes out.
+    assert n * units * width in found
+    assert max(found) == max(n * units * width, n * (p + 1))
+
+
+class TestTrainable:
+    @staticmethod
+    def trained(head):
+        names = {v.path.rpartition("/")[2] for v in head.trainable_variables}
+        return names, len(head.trainable_variables)
+
+    def test_random_gates_train_the_dense_layer_and_then_q(self):
+        head = AlignmentHead(2, width=3)
+        head.build((None, 4))
+        assert {id(v) for v in head.trainable_variables} == {
+            id(v) for v in head.dense.trainable_variables
+        }
+        assert [id(v) for v in head.explored_variables] == [
+            id(v) for v in head.trainable_variables
+        ]
+        head.start_exploiting()
+        assert head.q.trainable
+        assert head.bias.trainable
+        assert [id(v) for v in head.exploited_variables] == [id(head.q), id(head.bias)]
+
+    def test_learned_gates_train_q_and_bias_throughout(self):
+        head = AlignmentHead(2, width=3, gates="learned")
+        head.build((None, 4))
+        expected = [id(head.bias), id(head.q)]
+        assert [id(v) for v in head.trainable_variables] == expected
+        assert [id(v) for v in head.explored_variables] == expected
+        head.start_exploiting()
+        assert [id(v) for v in head.trainable_variables] == expected
+
+    def test_gates_signs_and_phase_never_train(self):
+        for gates in GATES:
+            head = exploiting(gates)
+            for variable in (head.r, head.w, head._phase_index):
+                assert not variable.trainable
+                assert not any(variable is v for v in head.trainable_variables)
+
+    @pytest.mark.parametrize("by_model", [True, False])
+    def test_sleeping_units_stay_asleep_when_thawed(self, by_model):
+        inputs = keras.Input((4,))
+        head = AlignmentHead(2, width=3)
+        model = keras.Model(inputs, head(inputs))
+        owner = model if by_model else head
+        owner.trainable = False
+        assert model.trainable_variables == []
+        assert head.explored_variables == []
+        owner.trainable = True
+        assert {id(v) for v in model.trainable_variables} == {
+            id(v) for v in head.dense.variables
+        }
+        assert not head.q.trainable
+        assert not head.bias.trainable
+        head.start_exploiting()
+        assert head.q.trainable
+
+    @pytest.mark.parametrize("gates", GATES)
+    def test_a_frozen_head_stays_frozen(self, gates):
+        head = AlignmentHead(2, width=3, gates=gates)
+        head.build((None, 4))
+        head.trainable = False
+        assert head.explored_variables == []
+        head.start_exploiting()
+        assert head.trainable_variables == []
+        assert not head.q.trainable
+        head.trainable = True
+        assert head.q.trainable
+
+    def test_frozen_before_it_is_built(self):
+        head = AlignmentHead(2, width=3, gates="learned", trainable=False)
+        head.build((None, 4))
+        assert head.trainable_variables == []
+
+
+class TestSeeds:
+    @staticmethod
+    def drawn(gates="random", seed=7):
+        head = AlignmentHead(2, width=3, gates=gates, seed=seed)
+        head.build((None, 2))
+        q = array(head.q)
+        head.start_exploiting()
+        return q, array(head.r), array(head.w)
+
+    def test_gates_are_equal_on_every_backend(self):
+        q, r, w = self.drawn("random")
+        rng = np.random.default_rng([7, 1])
+        expected = rng.standard_normal((3, 2, 3)) / math.sqrt(3)
+        np.testing.assert_array_equal(r, expected.astype("float32"))
+        np.testing.assert_array_equal(np.abs(w), np.float32(1 / math.sqrt(3)))
+        q, r, _ = self.drawn("learned")
+        rng = np.random.default_rng([7, 0])
+        expected = rng.standard_normal((3, 2, 3)) / math.sqrt(3)
+        np.testing.assert_array_equal(q, expected.astype("float32"))
+
+    @pytest.mark.parametrize("gates", GATES)
+    def test_the_seed_determines_everything(self, gates):
+        for a, b in zip(self.drawn(gates), self.drawn(gates), strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert not np.array_equal(self.drawn(gates)[1], self.drawn(gates, seed=8)[1])
+
+    def test_signs_are_balanced(self):
+        head = AlignmentHead(4, width=1000, seed=0)
+        head.build((None, 2))
+        w = array(head.w) * math.sqrt(1000)
+        np.testing.assert_allclose(np.abs(w), 1.0, rtol=1e-6)
+        assert np.all(np.abs(w.mean(axis=1)) < 4 / math.sqrt(1000))
+        assert len(np.unique(w, axis=0)) == 4
+
+    def test_the_default_seed_follows_the_global_one(self):
+        seeds = []
+        for value in (1, 1, 2):
+            keras.utils.set_random_seed(value)
+            seeds.append(AlignmentHead(2, width=3).seed)
+        assert seeds[0] == seeds[1] != seeds[2]
+
+    def test_pythons_generator_does_not_move(self):
+        random.seed(3)
+        state = random.getstate()
+        head = AlignmentHead(2, width=3, dense=keras.layers.Dense(2, kernel_initializer="ones"))
+        head.build((None, 4))
+        head.start_exploiting()
+        assert random.getstate() == state
+
+
+class TestConfig:
+    @pytest.mark.parametrize("gates", GATES)
+    def test_round_trip(self, gates):
+        head = AlignmentHead(
+            3,
+            n_samples=20,
+            gates=gates,
+            slope=3.5,
+            seed=11,
+            dtype="mixed_bfloat16",
+            activity_regularizer=keras.regularizers.L2(0.25),
+            name="top",
+            trainable=False,
+        )
+        twin = AlignmentHead.from_config(head.get_config())
+        assert twin.get_config() == head.get_config()
+        for name in ("units", "n_samples", "gates", "slope", "seed", "name", "trainable"):
+            assert getattr(twin, name) == getattr(head, name)
+        assert twin.dtype_policy == head.dtype_policy
+        assert twin.activity_regularizer.l2 == 0.25
+        for layer in (head, twin):
+            layer.build((None, 4))
+        assert twin.width == head.width == 8
+        np.testing.assert_array_equal(array(twin.w), array(head.w))
+
+    def test_the_default_width_is_derived_anew(self):
+        """What a head was built with must not be taken for what was asked for."""
+        head = AlignmentHead(3, n_samples=20)
+        head.build((None, 4))
+        assert head.get_config()["width"] is None
+        assert AlignmentHead(3, width=6).get_config()["width"] == 6
+
+    def test_the_dense_layer_survives(self):
+        dense = keras.layers.Dense(3, use_bias=False, kernel_regularizer="l2", name="out")
+        head = AlignmentHead(3, width=4, dense=dense)
+        twin = AlignmentHead.from_config(head.get_config())
+        assert twin.dense is not dense
+        assert twin.dense.get_config() == dense.get_config()
+
+    def test_from_config_does_not_eat_the_config(self):
+        config = AlignmentHead(3, width=4).get_config()
+        copy = dict(config)
+        AlignmentHead.from_config(config)
+        assert config == copy
+
+    def test_a_rebuilt_exploiting_head_exploits_with_the_same_gates(self):
+        """As in `model_from_json`: the weights are new, the gates are the seed's."""
+        head = exploiting()
+        config = keras.saving.serialize_keras_object(head)
+        twin = keras.saving.deserialize_keras_object(config)
+        assert twin.phase == "exploiting"
+        np.testing.assert_array_equal(array(twin.r), array(head.r))
+        assert AlignmentHead.from_config(head.get_config()).phase == "exploring"
+
+
+def functional(gates, pair=False, optimizer="adam"):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((4,))
+    hidden = keras.layers.Dense(6, "relu")(inputs)
+    z = [keras.layers.Dense(5)(hidden), hidden] if pair else hidden
+    head = AlignmentHead(2, n_samples=20, gates=gates, seed=3, name="head")
+    model = keras.Model(inputs, head(z))
+    model.compile(optimizer, "mse")
+    return model, head
+
+
+def trained(gates, phase, pair=False):
+    x, y = features(20), features(20, 2, seed=1)
+    model, head = functional(gates, pair)
+    model.fit(x, y, epochs=2, verbose=0)
+    if phase == "exploiting":
+        set_statistics(head, x[:, :1] * np.ones((1, head.q.shape[0] - 1), "float32"))
+        head.start_exploiting()
+        model.compile("adam", "mse")
+        model.fit(x, y, epochs=2, verbose=0)
+        assert np.any(array(head.q) != array(head.r))
+    return model, head, x, y
+
+
+class TestInAFunctionalModel:
+    @pytest.mark.parametrize("pair", [False, True])
+    @pytest.mark.parametrize("gates", GATES)
+    @pytest.mark.parametrize("phase", ["exploring", "exploiting"])
+    def test_saves_and_loads(self, phase, gates, pair, tmp_path):
+        model, head, x, y = trained(gates, phase, pair)
+        model.save(tmp_path / "model.keras")
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
+        assert loaded.get_layer("head").phase == phase
+        np.testing.assert_array_equal(
+            loaded.predict(x, verbose=0), model.predict(x, verbose=0)
+        )
+        # The optimizer goes on where it was: the next epoch is the same, too.
+        assert [v.path for v in loaded.trainable_variables] == [
+            v.path for v in model.trainable_variables
+        ]
+        for m in (model, loaded):
+            m.fit(x, y, shuffle=False, verbose=0)
+        for a, b in zip(model.get_weights(), loaded.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    @pytest.mark.parametrize("gates", GATES)
+    @pytest.mark.parametrize("by_file", [True, False])
+    def test_weights_bring_the_phase_along(self, by_file, gates, tmp_path):
+        models = {}
+        for phase in ("exploring", "exploiting"):
+            model, _, x, _ = trained(gates, phase)
+            model.save_weights(tmp_path / f"{phase}.weights.h5")
+            models[phase] = model
+        for phase in ("exploiting", "exploring"):
+            other, _ = functional(gates)
+            # From the other phase each time, the one that it is in being the first.
+            other.set_weights(models["exploiting"].get_weights())
+            if by_file:
+                other.load_weights(tmp_path / f"{phase}.weights.h5")
+            else:
+                other.layers[-1].set_weights(models[phase].layers[-1].get_weights())
+                other.layers[1].set_weights(models[phase].layers[1].get_weights())
+            head = other.get_layer("head")
+            if not by_file:
+                assert head.phase == phase
+            assert head.phase == phase
+            asleep = phase == "exploring" and gates == "random"
+            assert head.q.trainable is not asleep
+            np.testing.assert_array_equal(array(other(x)), array(models[phase](x)))
+
+    def test_a_models_set_weights_needs_sync_phase(self):
+        """Keras assigns a model's variables one by one: no layer is told."""
+        model, _, x, _ = trained("random", "exploiting")
+        other, head = functional("random")
+        other.set_weights(model.get_weights())
+        head.sync_phase()
+        assert head.phase == "exploiting"
+        np.testing.assert_array_equal(array(other(x)), array(model(x)))
+
+    def test_a_mask_of_the_features_is_one_of_the_logits(self):
+        """As with Dense: the loss then leaves masked samples out."""
+        inputs = keras.Input((3, 4))
+        z = keras.layers.Masking()(inputs)
+        head = AlignmentHead(2, width=3)
+        z = keras.layers.Lambda(
+            lambda t: t[:, 0], mask=lambda _, mask: mask[:, 0], output_shape=(4,)
+        )(z)
+        outputs = head(z)
+        dense = keras.layers.Dense(2)
+        dense(z)
+        assert head.supports_masking is dense.supports_masking is True
+        assert keras.src.backend.get_keras_mask(outputs) is not None
+        assert head.compute_mask([0, 1], ["mask of z", None]) == "mask of z"
+        assert head.compute_mask(0, None) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"units": 0}, "`units` must be a positive int.*units=0"),
+        ({"units": 2.0}, "`units` must be a positive int.*units=2.0"),
+        ({"units": True}, "`units` must be a positive int.*units=True"),
+        ({"width": 0}, "`width` must be a positive int.*width=0"),
+        ({"width": "4"}, "`width` must be a positive int.*width=4"),
+        ({"width": None}, "Pass `n_samples=len"),
+        ({"n_samples": -1}, "`n_samples` must be a positive int.*n_samples=-1"),
+        ({"n_samples": 1.5}, "`n_samples` must be a positive int.*n_samples=1.5"),
+        ({"gates": "Random"}, "`gates` must be one of.*gates=Random"),
+        ({"slope": 0}, "`slope` must be a positive number.*slope=0"),
+        ({"slope": -1.0}, "`slope` must be a positive number.*slope=-1.0"),
+        ({"slope": math.nan}, "`slope` must be a positive number.*slope=nan"),
+        ({"slope": math.inf}, "`slope` must be a positive number.*slope=inf"),
+        ({"slope": "steep"}, "`slope` must be a positive number.*slope=steep"),
+        ({"slope": True}, "`slope` must be a positive number.*slope=True"),
+        ({"seed": -1}, "`seed` must be a non-negative int.*seed=-1"),
+        ({"seed": 0.5}, "`seed` must be a non-negative int.*seed=0.5"),
+        ({"dense": "logits"}, "`dense` must be a keras.layers.Dense.*dense=logits"),
+        ({"dense": keras.layers.Dense(3)}, "units=2, dense.units=3"),
+        (
+            {"dense": keras.layers.Dense(2), "gates": "learned"},
+            "no linear part to share.*gates='learned'",
+        ),
+    ],
+)
+def test_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=message):
+        AlignmentHead(**{"units": 2, "width": 4, **change})
+
+
+def test_numpy_numbers_are_numbers():
+    head = AlignmentHead(
+        np.int64(2), np.int32(4), np.int64(9), slope=np.float32(2.0), seed=np.uint8(3)
+    )
+    head.build((None, 4))
+    assert head(features()).shape == (9, 2)
+    config = head.get_config()
+    assert [type(config[k]) for k in ("units", "width", "n_samples", "seed")] == [int] * 4
+
+
+def test_a_quantized_linear_part_is_refused():
+    dense = keras.layers.Dense(2)
+    dense.build((None, 4))
+    head = AlignmentHead(2, width=3, dense=dense)
+    head.build((None, 4))
+    dense.quantize("int8")
+    with pytest.raises(ValueError, match="cannot be quantized.*quantization_mode=int8"):
+        head(features())

@@ -1,0 +1,512 @@
+import dataclasses
+import json
+import re
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keras_dalign.certificate import Certificate, certify
+from keras_dalign.losses import SoftmaxCrossEntropy, SquaredError
+
+L = keras.losses
+SPARSE = L.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def linear(n_outputs=3, n_inputs=2, loss=SPARSE, **compile_args):
+    """A small model; its weights are large enough to matter."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((n_inputs,)), keras.layers.Dense(n_outputs)])
+    model.compile(loss=loss, **compile_args)
+    return model
+
+
+def lookup(logits, loss=SPARSE):
+    """A model that maps the integer input `i` to `logits[i]`."""
+    table = np.asarray(logits, dtype="float32")
+    model = keras.Sequential(
+        [
+            keras.Input((), dtype="int32"),
+            keras.layers.Embedding(*table.shape, weights=[table]),
+        ]
+    )
+    model.compile(loss=loss)
+    return model
+
+
+def points(n=20, n_inputs=2, seed=0):
+    return np.random.default_rng(seed).standard_normal((n, n_inputs)).astype("float32")
+
+
+X = points()
+Y = np.arange(20) % 3
+
+
+# Loss and gap ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 256])
+def test_loss_is_that_of_evaluate(batch_size):
+    model = linear()
+    certificate = certify(model, X, Y, batch_size=batch_size)
+    expected = model.evaluate(X, Y, batch_size=20, verbose=0)
+    assert certificate.loss == pytest.approx(expected, rel=1e-5)
+    assert certificate.lower_bound == 0
+    assert certificate.gap == certificate.loss
+    assert certificate.n_samples == 20
+    assert certificate.n_distinct == 20
+    assert certificate.n_conflicts == 0
+    assert certificate.conflicts == ()
+    assert certificate.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    "reduction", ["sum_over_batch_size", "mean_with_sample_weight", "sum"]
+)
+@pytest.mark.parametrize("column", [False, True])
+def test_weights_follow_the_reduction(reduction, column):
+    loss = L.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
+    model = linear(loss=loss)
+    weights = np.linspace(0, 3, 20)[:, None] if column else np.linspace(0, 3, 20)
+    x = X.copy()
+    x[1::2] = x[::2]
+    certificate = certify(model, x, Y, sample_weight=weights, batch_size=6)
+    logits = model.predict_on_batch(x)
+    expected = loss(Y, logits, sample_weight=weights.ravel().astype("float32"))
+    assert certificate.loss == pytest.approx(float(expected), rel=1e-5)
+    divisor = {"sum": 1, "sum_over_batch_size": 20}.get(reduction, weights.sum())
+    pairs = weights.reshape(10, 2)
+    total = pairs.sum(axis=1, keepdims=True)
+    pairs = np.where(pairs > 0, pairs, total)
+    entropy = (weights.reshape(10, 2) * np.log(total / pairs)).sum()
+    assert certificate.lower_bound == pytest.approx(entropy / divisor, rel=1e-12)
+
+
+def test_a_loss_can_be_given():
+    model = linear()
+    given = certify(model, X, points(n_inputs=3), loss="mse")
+    assert given.objective.startswith("squared error, mean over the samples")
+    uncompiled = keras.Sequential(model.layers)
+    assert certify(uncompiled, X, Y, loss=SPARSE).loss == certify(model, X, Y).loss
+
+
+def test_dropout_and_regularisation_are_left_out():
+    keras.utils.set_random_seed(0)
+    dense = keras.layers.Dense(3, kernel_regularizer="l2")
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dropout(0.5), dense])
+    model.compile(loss=SPARSE)
+    plain = linear()
+    plain.set_weights(model.get_weights())
+    assert certify(model, X, Y).loss == certify(plain, X, Y).loss
+
+
+def test_several_inputs():
+    a, b = keras.Input((2,)), keras.Input((1,))
+    out = keras.layers.Dense(3)(keras.layers.concatenate([a, b]))
+    model = keras.Model([a, b], out)
+    model.compile(loss=SPARSE)
+    extra = np.zeros((20, 1), "float32")
+    x = X.copy()
+    x[1] = x[0]
+    assert certify(model, [x, extra], Y).n_distinct == 19
+    extra[1] = 1
+    assert certify(model, [x, extra], Y).n_distinct == 20
+
+
+# The lower bound ---------------------------------------------------------------------
+
+
+def best_table(y, ids, weights, n_outputs):
+    """Logits of the best function of the input: log frequencies of the labels."""
+    counts = np.zeros((ids.max() + 1, n_outputs))
+    np.add.at(counts, (ids, y), weights)
+    with np.errstate(divide="ignore"):
+        return np.maximum(np.log(counts), -60.0)
+
+
+@settings(deadline=None, max_examples=8)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    n_ids=st.integers(1, 6),
+    reduction=st.sampled_from(["sum_over_batch_size", "mean_with_sample_weight"]),
+)
+def test_the_best_function_of_the_inputs_has_no_gap(seed, n_ids, reduction):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, n_ids, 30).astype("int32")
+    y = rng.integers(0, 3, 30)
+    weights = rng.random(30)
+    loss = L.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
+    model = lookup(best_table(y, ids, weights, 3), loss)
+    certificate = certify(model, ids, y, sample_weight=weights, batch_size=8)
+    assert 0 <= certificate.gap < 1e-6
+    assert certificate.loss == pytest.approx(certificate.lower_bound, abs=1e-6)
+    assert certificate.n_distinct == len(set(ids))
+    labels = [set(y[ids == i]) for i in set(ids)]
+    assert certificate.n_conflicts == sum(len(found) > 1 for found in labels)
+
+
+@pytest.mark.parametrize(
+    ("loss", "y", "expected"),
+    [
+        (SPARSE, [0, 1, 2, 2], np.log(2) / 2),
+        (
+            L.CategoricalCrossentropy(from_logits=True),
+            [[1, 0], [0.5, 0.5], [0, 1], [0, 1]],
+            (0.75 * np.log(4 / 3) + 0.25 * np.log(4)) / 2,
+        ),
+        (
+            L.CategoricalCrossentropy(from_logits=True, label_smoothing=0.5),
+            [[1, 0], [0, 1], [0, 1], [0, 1]],
+            np.log(2) / 2 + (0.75 * np.log(4 / 3) + 0.25 * np.log(4)) / 2,
+        ),
+        (L.BinaryCrossentropy(from_logits=True), [0, 1, 1, 1], np.log(2) / 2),
+        (
+            L.BinaryCrossentropy(from_logits=True),
+            [[0, 1], [1, 1], [1, 0], [1, 0]],
+            np.log(2) / 4,
+        ),
+        (L.MeanSquaredError(), [1.0, 3.0, 7.0, 7.0], 0.5),
+        (L.MeanSquaredError(), [[1.0, 0], [3.0, 0], [7.0, 1], [7.0, 1]], 0.25),
+    ],
+)
+def test_lower_bound_by_hand(loss, y, expected):
+    """Inputs 0, 0, 1, 1: the first two disagree, the others agree."""
+    y = np.asarray(y)
+    n_outputs = 3 if loss is SPARSE else (1 if y.ndim == 1 else y.shape[1])
+    model = lookup(np.full((2, n_outputs), 0.25), loss)
+    certificate = certify(model, np.array([0, 0, 1, 1]), y)
+    assert certificate.lower_bound == pytest.approx(expected, rel=1e-12)
+    assert certificate.gap == certificate.loss - certificate.lower_bound
+    assert certificate.gap > 0
+    assert certificate.n_distinct == 2
+    assert certificate.n_conflicts == 1
+    assert certificate.conflicts == ((0, 1),)
+
+
+def test_conflicts_are_found_across_batches_and_listed_once_per_target():
+    ids = np.array([5, 1, 5, 2, 5, 1, 2, 5])
+    y = np.array([0, 1, 1, 2, 0, 1, 0, 2])
+    certificate = certify(lookup(np.zeros((6, 3))), ids, y, batch_size=3)
+    assert certificate.n_conflicts == 2
+    assert certificate.conflicts == ((0, 2, 7), (3, 6))
+
+
+def test_the_list_of_conflicts_is_limited():
+    ids = np.repeat(np.arange(30), 30)
+    y = np.tile(np.arange(30), 30)
+    certificate = certify(lookup(np.zeros((30, 30))), ids, y)
+    assert certificate.n_conflicts == 30
+    assert len(certificate.conflicts) == 20
+    assert {len(conflict) for conflict in certificate.conflicts} == {20}
+
+
+def test_a_sample_without_weight_conflicts_with_nothing():
+    ids, y, weights = np.zeros(3, "int32"), np.array([1, 0, 0]), [0.0, 1.0, 1.0]
+    certificate = certify(
+        lookup(np.zeros((1, 3))), ids, y, sample_weight=np.array(weights)
+    )
+    assert certificate.n_samples == 3
+    assert certificate.n_conflicts == 0
+    assert certificate.lower_bound == 0
+
+
+def test_negative_zero_is_zero():
+    x = np.array([[0.0, 1.0], [-0.0, 1.0]], "float32")
+    assert certify(linear(), x, np.array([0, 1])).n_distinct == 1
+    y = np.array([[0.0], [-0.0]])
+    certificate = certify(linear(1, loss="mse"), x, y)
+    assert certificate.n_distinct == 1
+    assert certificate.n_conflicts == 0
+
+
+def test_inputs_one_ulp_apart_are_distinct():
+    x = np.ones((2, 2), "float32")
+    x[1, 1] = np.nextafter(x[0, 1], np.float32(2))
+    certificate = certify(linear(), x, np.array([0, 1]))
+    assert certificate.n_distinct == 2
+    assert certificate.lower_bound == 0
+
+
+def test_the_layout_in_memory_does_not_matter():
+    model = linear()
+    x = np.vstack([X, X])
+    y = np.concatenate([Y, (Y + 1) % 3])
+    plain = certify(model, x, y)
+    assert plain.n_conflicts == 20
+    assert certify(model, np.asfortranarray(x), y) == plain
+
+
+# Streams -----------------------------------------------------------------------------
+
+
+class Stream(keras.utils.PyDataset):
+    def __init__(self, x, y, weights):
+        super().__init__()
+        self.data = (x, y, weights)
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return tuple(part[6 * index : 6 * index + 6] for part in self.data)
+
+
+def stream_cases():
+    x = np.concatenate([X[:15], X[1:6]])
+    return x, Y, np.linspace(0.5, 2, 20)
+
+
+def test_streams_and_arrays_agree():
+    model = linear()
+    x, y, weights = stream_cases()
+    expected = certify(model, x, y, sample_weight=weights, batch_size=6)
+    assert expected.n_conflicts > 0
+    stream = Stream(x, y, weights)
+    assert certify(model, stream) == expected
+    generator = (stream[i] for i in range(4))
+    assert certify(model, generator, steps=4) == expected
+
+
+def test_tf_data_agrees_with_arrays():
+    tf = pytest.importorskip("tensorflow")
+    model = linear()
+    parts = stream_cases()
+    stream = tf.data.Dataset.from_tensor_slices(parts).batch(6)
+    x, y, weights = parts
+    expected = certify(model, x, y, sample_weight=weights, batch_size=6)
+    assert certify(model, stream) == expected
+
+
+# What a certificate shows ------------------------------------------------------------
+
+
+def example(**changes):
+    fields = {
+        "loss": 0.123456789,
+        "lower_bound": 0.0234567,
+        "gap": 0.100000089,
+        "n_samples": 1200,
+        "n_distinct": 1198,
+        "n_conflicts": 1,
+        "conflicts": ((3, 17),),
+        "objective": "squared error, mean over the samples",
+        "dtype": "float32",
+    }
+    return Certificate(**{**fields, **changes})
+
+
+def test_the_sentence_rounds_bounds_to_the_safe_side():
+    assert str(example()) == (
+        "The loss is 0.123457, at most 0.101 above its global minimum: no function of "
+        "the inputs can go below 0.0234 on these 1200 samples (1198 distinct inputs, 1 "
+        "of them with conflicting targets); objective: squared error, mean over the "
+        "samples; outputs in float32, sums in float64."
+    )
+
+
+@pytest.mark.parametrize("gap", [1e-17, 3.0000001e-9, 0.5, 1.2341, 99999.0])
+def test_the_printed_gap_is_never_smaller(gap):
+    text = str(example(gap=gap))
+    printed = float(re.search(r"at most (\S+) above", text)[1])
+    assert gap <= printed <= gap * 1.01
+
+
+def test_a_gap_of_zero_is_one_to_rounding():
+    assert "at most 0 (to rounding) above" in str(example(gap=0.0))
+
+
+def test_to_dict_is_json():
+    certificate = certify(lookup(np.zeros((1, 3))), np.zeros(2, "int32"), np.arange(2))
+    fields = json.loads(json.dumps(certificate.to_dict()))
+    assert fields.pop("conflicts") == [[0, 1]]
+    for name, value in fields.items():
+        assert value == getattr(certificate, name)
+    assert len(fields) + 1 == len(dataclasses.fields(certificate))
+
+
+def test_notebook_view_is_escaped():
+    text = example(objective="<loss>")._repr_html_()
+    assert "&lt;loss&gt;" in text
+    assert "<loss>" not in text
+    assert "<b>0.101</b>" in text
+
+
+def test_the_objective_says_what_is_left_out():
+    objective = certify(linear(), X, Y).objective
+    assert objective == (
+        "softmax cross-entropy, mean over the samples as given, in inference mode, "
+        "without regularisation or augmentation"
+    )
+    weighted = certify(linear(), X, Y, sample_weight=np.ones(20)).objective
+    assert weighted == objective.replace("given,", "given, with sample weights,")
+
+
+def test_a_certificate_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        example().gap = 0.0
+
+
+# A gap below zero --------------------------------------------------------------------
+
+
+class Predictor:
+    """The part of a model that `certify` uses, with given predictions."""
+
+    loss = SPARSE
+
+    def __init__(self, *outputs):
+        self.outputs_left = [np.asarray(part) for part in outputs]
+
+    def predict_on_batch(self, x):
+        return self.outputs_left.pop(0)
+
+
+def test_different_outputs_for_identical_inputs_are_an_error():
+    model = Predictor(np.array([[9.0, 0.0], [0.0, 9.0]], "float32"))
+    with pytest.raises(RuntimeError, match=r"stochastic.*lower_bound=0.693147"):
+        certify(model, np.ones((2, 1)), np.array([0, 1]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_gap_below_zero_by_rounding_is_zero(dtype):
+    ulp = np.finfo(dtype).eps
+    logits = np.array([[2 + 2 * ulp, 2], [2, 2 + 2 * ulp]], dtype)
+    certificate = certify(Predictor(logits), np.ones((2, 1)), np.array([0, 1]))
+    assert certificate.loss < certificate.lower_bound
+    assert certificate.gap == 0
+    logits = np.array([[2 + 500 * ulp, 2], [2, 2 + 500 * ulp]], dtype)
+    with pytest.raises(RuntimeError, match="below the least"):
+        certify(Predictor(logits), np.ones((2, 1)), np.array([0, 1]))
+
+
+def test_replicas_that_repeat_the_batch_count_once():
+    logits = np.array([[1.0, 0.0], [0.0, 2.0]], "float32")
+    x, y = np.arange(2.0), np.array([0, 1])
+    model = Predictor(np.vstack([logits, logits]))
+    with pytest.raises(ValueError, match=r"one row of outputs per sample.*\(4, 2\)"):
+        certify(model, x, y)
+    model = Predictor(np.vstack([logits, logits]))
+    model.distribute_strategy = type("Strategy", (), {"num_replicas_in_sync": 2})
+    assert certify(model, x, y) == certify(Predictor(logits), x, y)
+
+
+# Errors ------------------------------------------------------------------------------
+
+
+def changed(array, index, value):
+    array = np.array(array, dtype="float64")
+    array[index] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "weights", "message"),
+    [
+        (changed(X, (3, 1), np.nan), Y, None, "Inputs must be finite"),
+        (changed(X, (3, 1), np.inf), Y, None, "Inputs must be finite"),
+        (X.astype(str), Y, None, "Inputs must be numeric"),
+        (X, changed(Y, 3, np.nan), None, "labels must be finite"),
+        (X, changed(Y, 3, 3), None, "integers from 0 to 2"),
+        (X, None, None, "Targets are needed.*y=None"),
+        (X, [Y, Y], None, "`y` must be one array.*2 arrays"),
+        (X, Y[:9], None, "same number of samples"),
+        (X[:0], Y[:0], None, "data are empty"),
+        (X, Y, changed(np.ones(20), 3, -1), "at least 0.*-1"),
+        (X, Y, changed(np.ones(20), 3, np.nan), "at least 0.*nan"),
+        (X, Y, np.ones((20, 3)), r"one weight per sample.*\(20, 3\)"),
+        (X, Y, np.zeros(20), "weights are 0"),
+    ],
+)
+def test_bad_data(x, y, weights, message):
+    with pytest.raises(ValueError, match=message):
+        certify(linear(), x, y, sample_weight=weights)
+
+
+def test_non_finite_outputs():
+    model = linear()
+    model.set_weights([np.full((2, 3), np.nan), np.zeros(3)])
+    with pytest.raises(ValueError, match=r"outputs must be finite.*float32"):
+        certify(model, X, Y)
+
+
+def test_a_loss_beyond_float64():
+    model = Predictor(np.full((2, 1), 1e200))
+    with (
+        pytest.raises(ValueError, match="overflows float64"),
+        np.errstate(over="ignore"),
+    ):
+        certify(model, X[:2], np.ones(2), loss="mse")
+
+
+def test_no_loss():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
+    with pytest.raises(ValueError, match=r"pass `loss`, or call `model.compile"):
+        certify(model, X, Y)
+
+
+def test_probabilities():
+    for loss in ("sparse_categorical_crossentropy", "mae"):
+        with pytest.raises(ValueError, match="convex in the model's outputs"):
+            certify(linear(loss=loss), X, Y)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        lambda: [keras.layers.Dense(3, activation="softmax")],
+        lambda: [keras.layers.Dense(3, activation="sigmoid")],
+        lambda: [keras.layers.Dense(3), keras.layers.Softmax()],
+        lambda: [keras.layers.Dense(3), keras.layers.Activation("softmax")],
+    ],
+)
+def test_a_softmax_inside_with_from_logits(last):
+    model = keras.Sequential([keras.Input((2,)), *last()])
+    model.compile(loss=SPARSE)
+    with pytest.raises(ValueError, match="ends in a softmax or sigmoid"):
+        certify(model, X, Y)
+
+
+def test_a_sigmoid_output_under_squared_error_is_no_mistake():
+    model = keras.Sequential(
+        [keras.Input((2,)), keras.layers.Dense(1, activation="sigmoid")]
+    )
+    assert certify(model, X, Y / 2, loss="mse").gap > 0
+
+
+def test_several_outputs():
+    x = keras.Input((2,))
+    model = keras.Model(x, [keras.layers.Dense(3)(x), keras.layers.Dense(3)(x)])
+    with pytest.raises(ValueError, match=r"one output is needed.*2 outputs"):
+        certify(model, X, Y, loss=SPARSE)
+
+
+class TwoOutputs(keras.Model):
+    def call(self, x):
+        return {"a": x, "b": x}
+
+
+def test_several_outputs_of_a_subclass():
+    with pytest.raises(ValueError, match=r"one output is needed.*2 outputs"):
+        certify(TwoOutputs(), X, Y, loss=SPARSE)
+
+
+def test_outputs_with_more_axes():
+    model = keras.Sequential([keras.Input((2, 2)), keras.layers.Dense(3)])
+    with pytest.raises(ValueError, match=r"shape \(n, C\).*\(5, 2, 3\) for 5"):
+        certify(model, X.reshape(10, 2, 2)[:5], Y[:5], loss=SPARSE)
+
+
+def test_outputs_that_change_in_number():
+    model = Predictor(np.zeros((1, 2)), np.zeros((1, 3)))
+    with pytest.raises(ValueError, match="2 outputs, then 3"):
+        certify(model, np.arange(2.0), np.array([0, 1]), batch_size=1)
+
+
+def test_a_convex_loss_object_is_accepted():
+    model = linear()
+    assert certify(model, X, Y, loss=SoftmaxCrossEntropy()) == certify(model, X, Y)
+    y = points(n_inputs=3)
+    as_name = certify(model, X, y, loss="mse")
+    assert certify(model, X, y, loss=SquaredError()) == as_name

@@ -1,0 +1,284 @@
+import keras
+import numpy as np
+import pytest
+from small import assert_equal, cross_entropy, digits, mlp, weights
+
+import keras_dalign as kd
+from keras_dalign.dalign import ContinuedSchedule
+
+BACKEND = keras.backend.backend()
+optimizers = keras.optimizers
+
+SETTINGS = {
+    "adam": lambda: optimizers.Adam(1e-2),
+    "sgd_momentum": lambda: optimizers.SGD(0.1, momentum=0.9, nesterov=True),
+    "clipnorm": lambda: optimizers.Adam(1e-2, clipnorm=0.1),
+    "global_clipnorm": lambda: optimizers.Adam(1e-2, global_clipnorm=0.1),
+    "adamw": lambda: optimizers.AdamW(1e-2, weight_decay=0.05),
+    "ema": lambda: optimizers.Adam(1e-2, use_ema=True, ema_momentum=0.9),
+    "ema_overwrite": lambda: optimizers.Adam(
+        1e-2, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=3
+    ),
+    "accumulation": lambda: optimizers.Adam(1e-2, gradient_accumulation_steps=2),
+    "loss_scale": lambda: optimizers.Adam(1e-2, loss_scale_factor=128.0),
+    "dynamic_loss_scale": lambda: optimizers.LossScaleOptimizer(optimizers.Adam(1e-2)),
+    "schedule": lambda: optimizers.Adam(
+        optimizers.schedules.ExponentialDecay(1e-2, 5, 0.5)
+    ),
+}
+
+
+def fitted(optimizer, *, aligned, epochs=3, seed=3):
+    x, y = digits(96)
+    model = mlp(seed)
+    if aligned:
+        model = kd.align(model, n_samples=len(x))
+        optimizer = kd.DAlign(optimizer, explore=epochs)
+    model.compile(optimizer=optimizer, loss=cross_entropy())
+    keras.utils.set_random_seed(seed)
+    history = model.fit(x, y, batch_size=20, epochs=epochs, verbose=0)
+    return model, history
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_exploration_is_the_inner_optimizer_bit_for_bit(setting):
+    base, history = fitted(SETTINGS[setting](), aligned=False)
+    model, aligned_history = fitted(SETTINGS[setting](), aligned=True)
+    explored = model.trunk.get_weights() + model.head.dense.get_weights()
+    assert_equal(weights(base), explored)
+    assert history.history["loss"] == aligned_history.history["loss"]
+    assert model.phase == "exploring"
+    inner = model.optimizer.inner_optimizer
+    for mine, bare in zip(inner.variables, base.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(np.array(mine), np.array(bare))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_every_setting_survives_the_switch(setting):
+    x, y = digits(96)
+    model = kd.align(mlp(), n_samples=len(x))
+    model.compile(optimizer=kd.DAlign(SETTINGS[setting](), explore=0.5), loss=cross_entropy())
+    # The first exploitation after a switch, and a second fit of the same model.
+    history = model.fit(x, y, batch_size=20, epochs=4, verbose=0).history
+    frozen = weights(model.trunk)
+    again = model.fit(x, y, batch_size=20, epochs=2, verbose=0).history
+    assert history["phase"] == [0, 0, 1, 1]
+    assert again["phase"] == [1, 1]
+    assert_equal(frozen, weights(model.trunk))
+    assert np.isfinite(history["loss"] + again["loss"]).all()
+    assert again["loss"][-1] < history["loss"][0]
+
+
+def test_mixed_float16_scales_the_losses_of_both_phases():
+    x, y = digits(96)
+    with_policy = keras.dtype_policies.DTypePolicy("mixed_float16")
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(with_policy)
+    try:
+        base = mlp(dtype="float32")
+        model = kd.align(base, n_samples=len(x))
+        model.compile(kd.DAlign(optimizers.Adam(1e-2), explore=0.5), loss=cross_entropy())
+    finally:
+        keras.config.set_dtype_policy(before)
+    optimizer = model.optimizer
+    assert isinstance(optimizer, kd.DAlign)
+    for phase in (optimizer.inner_optimizer, optimizer.exploit_optimizer):
+        assert isinstance(phase, optimizers.LossScaleOptimizer)
+    loss = model.fit(x, y, batch_size=20, epochs=4, verbose=0).history["loss"]
+    assert np.isfinite(loss).all()
+    assert loss[-1] < loss[0]
+    assert int(np.array(optimizer.exploit_optimizer.inner_optimizer.iterations)) > 0
+
+
+def test_learning_rate_is_that_of_the_current_phase():
+    optimizer = kd.DAlign(optimizers.Adam(1e-2), optimizers.SGD(0.5))
+    assert float(np.array(optimizer.learning_rate)) == pytest.approx(1e-2)
+    optimizer.learning_rate = 2e-2
+    optimizer.enter("exploiting")
+    assert float(np.array(optimizer.learning_rate)) == pytest.approx(0.5)
+    optimizer.learning_rate = 0.25
+    inner = optimizer.inner_optimizer.learning_rate
+    assert float(np.array(inner)) == pytest.approx(2e-2)
+    exploit = optimizer.exploit_optimizer.learning_rate
+    assert float(np.array(exploit)) == pytest.approx(0.25)
+
+
+def test_callbacks_change_the_rate_of_the_current_phase():
+    x, y = digits(64)
+    seen = []
+
+    def schedule(epoch, rate):
+        seen.append(rate)
+        return 0.1 / (epoch + 1)
+
+    model = kd.align(mlp(), n_samples=len(x))
+    model.compile(
+        kd.DAlign(optimizers.SGD(0.3), optimizers.SGD(0.7), explore=2),
+        loss=cross_entropy(),
+    )
+    scheduler = keras.callbacks.LearningRateScheduler(schedule)
+    model.fit(x, y, epochs=4, verbose=0, callbacks=[scheduler])
+    # Each phase comes with its own rate, then keeps what the callback set.
+    np.testing.assert_allclose(seen, [0.3, 0.1, 0.7, 0.1 / 3], rtol=1e-6)
+
+
+def test_a_copied_schedule_goes_on_where_exploration_left_it():
+    x, y = digits(64)
+    rates = optimizers.schedules.PiecewiseConstantDecay([4, 8, 12], [1e-1, 2e-2, 3e-3, 4e-4])
+    model = kd.align(mlp(), n_samples=len(x))
+    model.compile(kd.DAlign(optimizers.SGD(rates), explore=2), loss=cross_entropy())
+
+    class Rates(keras.callbacks.Callback):
+        seen = []
+
+        def on_epoch_end(self, epoch, logs=None):
+            self.seen.append(float(np.array(self.model.optimizer.learning_rate)))
+
+    model.fit(x, y, batch_size=16, epochs=4, verbose=0, callbacks=[Rates()])
+    # Four steps an epoch; the rate shown is that of the next step.
+    np.testing.assert_allclose(Rates.seen, [1e-1, 2e-2, 3e-3, 4e-4], rtol=1e-6)
+    assert int(np.array(model.optimizer.iterations)) == 16
+
+
+def test_a_given_exploit_optimizer_starts_its_own_schedule():
+    rates = optimizers.schedules.ExponentialDecay(0.5, 1, 0.9)
+    optimizer = kd.DAlign(optimizers.Adam(), optimizers.SGD(rates))
+    assert optimizer.exploit_optimizer._learning_rate is rates
+
+
+def test_continued_schedule_round_trip():
+    schedule = ContinuedSchedule(optimizers.schedules.CosineDecay(0.1, 100), start=40)
+    config = optimizers.schedules.serialize(schedule)
+    loaded = optimizers.schedules.deserialize(config)
+    for step in (0, 30, 90):
+        value = float(np.array(loaded(step)))
+        assert value == pytest.approx(float(np.array(schedule(step))))
+        assert value == pytest.approx(float(np.array(schedule.schedule(step + 40))))
+
+
+@pytest.mark.parametrize("exploit", [None, "given"])
+def test_config_round_trip(exploit):
+    given = None if exploit is None else optimizers.SGD(0.5, momentum=0.3)
+    optimizer = kd.DAlign(
+        optimizers.AdamW(3e-3, weight_decay=0.01),
+        given,
+        explore=7,
+        noise=0.01,
+        cache_features=False,
+        name="mine",
+    )
+    config = keras.saving.serialize_keras_object(optimizer)
+    loaded = keras.saving.deserialize_keras_object(config)
+    assert isinstance(loaded, kd.DAlign)
+    assert keras.saving.serialize_keras_object(loaded) == config
+    kind = optimizers.AdamW if exploit is None else optimizers.SGD
+    assert isinstance(loaded.exploit_optimizer, kind)
+
+
+def test_set_weights_round_trip():
+    model, _ = fitted(optimizers.Adam(1e-2), aligned=True)
+    values = [np.array(v) + 1 for v in model.optimizer.variables]
+    model.optimizer.set_weights(values)
+    assert_equal(values, [np.array(v) for v in model.optimizer.variables])
+    with pytest.raises(ValueError, match="one to one"):
+        model.optimizer.set_weights(values[:-1])
+
+
+def test_variables_hold_both_phases_and_no_model_weight():
+    model, _ = fitted(optimizers.Adam(1e-2), aligned=True)
+    optimizer = model.optimizer
+    parts = optimizer.inner_optimizer.variables + optimizer.exploit_optimizer.variables
+    ids = [id(v) for v in optimizer.variables]
+    assert ids[-len(parts) :] == [id(v) for v in parts]
+    assert not set(ids) & {id(v) for v in model.variables}
+
+
+@pytest.mark.parametrize("epochs", range(1, 12))
+@pytest.mark.parametrize("explore", [0.01, 0.3, 0.6, 0.99])
+def test_both_phases_get_an_epoch(explore, epochs):
+    explored = kd.DAlign("sgd", explore=explore).exploration_epochs(epochs)
+    assert 1 <= explored <= max(epochs - 1, 1)
+    assert abs(explored - explore * epochs) <= 1
+
+
+@pytest.mark.parametrize("explore", [0.0, 1.0, -0.5, 1.5, -1, "all", None, True, float("nan")])
+def test_explore_out_of_range(explore):
+    with pytest.raises(ValueError, match=r"`explore`.*Received: explore="):
+        kd.DAlign("adam", explore=explore)
+
+
+def test_explore_beyond_the_epochs():
+    with pytest.raises(ValueError, match=r"explore=9, epochs=5"):
+        kd.DAlign("adam", explore=9).exploration_epochs(5)
+
+
+@pytest.mark.parametrize("noise", [-1, float("nan"), float("inf"), "x", None])
+def test_noise_out_of_range(noise):
+    with pytest.raises(ValueError, match=r"`noise`.*Received"):
+        kd.DAlign("adam", noise=noise)
+
+
+def test_bad_cache_features():
+    with pytest.raises(ValueError, match="cache_features=maybe"):
+        kd.DAlign("adam", cache_features="maybe")
+
+
+@pytest.mark.parametrize(
+    "argument", ["clipnorm", "weight_decay", "use_ema", "gradient_accumulation_steps"]
+)
+def test_what_belongs_on_the_inner_optimizer(argument):
+    with pytest.raises(ValueError, match=f"{argument}.*inner_optimizer"):
+        kd.DAlign("adam", **{argument: 1})
+
+
+def test_bad_optimizers():
+    with pytest.raises(TypeError, match="unexpected"):
+        kd.DAlign("adam", wrong=1)
+    with pytest.raises(ValueError, match="must be a Keras optimizer"):
+        kd.DAlign(3)
+    with pytest.raises(ValueError, match="cannot wrap DAlign"):
+        kd.DAlign(kd.DAlign("adam"))
+    shared = optimizers.Adam()
+    with pytest.raises(ValueError, match="both phases"):
+        kd.DAlign(shared, shared)
+    shared.build([keras.Variable([1.0])])
+    with pytest.raises(ValueError, match="built for other variables"):
+        kd.DAlign(shared)
+
+
+def test_a_model_without_alignment_head_is_told_to_align():
+    x, y = digits(32)
+    model = mlp()
+    before = weights(model)
+    model.compile(kd.DAlign("adam"), loss=cross_entropy())
+    with pytest.raises(ValueError, match=r"keras_dalign\.align"):
+        model.fit(x, y, verbose=0)
+    assert_equal(before, weights(model))
+
+
+def test_one_dalign_serves_one_model():
+    x, _ = digits(32)
+    optimizer = kd.DAlign("adam")
+    kd.align(mlp(), n_samples=len(x)).compile(optimizer, loss=cross_entropy())
+    with pytest.raises(ValueError, match="another model"):
+        kd.align(mlp(), n_samples=len(x)).compile(optimizer, loss=cross_entropy())
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute")
+def test_mirrored_strategy(two_cpus):
+    import tensorflow as tf
+
+    x, y = digits(96)
+    results = []
+    for strategy in (None, tf.distribute.MirroredStrategy(two_cpus)):
+        scope = strategy.scope() if strategy else tf.device("/cpu:0")
+        with scope:
+            model = kd.align(mlp(), n_samples=len(x), seed=5)
+            model.compile(
+                kd.DAlign(optimizers.Adam(1e-2), explore=2), loss=cross_entropy()
+            )
+        history = model.fit(x, y, batch_size=32, epochs=4, verbose=0, shuffle=False)
+        assert history.history["phase"] == [0, 0, 1, 1]
+        results.append(weights(model))
+    for alone, mirrored in zip(*results, strict=True):
+        np.testing.assert_allclose(alone, mirrored, atol=2e-4)

@@ -1,0 +1,482 @@
+import csv
+import math
+
+import keras
+import numpy as np
+import pytest
+from small import assert_equal, convnet, cross_entropy, digit_images, digits, mlp, weights
+
+import keras_dalign as kd
+from keras_dalign import features
+
+BACKEND = keras.backend.backend()
+
+
+def compiled(base=None, n=96, gates="random", explore=2, compile_with=None, **options):
+    model = kd.align(base or mlp(), n_samples=n, gates=gates, seed=1)
+    model.compile(
+        kd.DAlign(keras.optimizers.Adam(1e-2), explore=explore, **options),
+        loss=cross_entropy(),
+        metrics=["accuracy"],
+        **(compile_with or {}),
+    )
+    return model
+
+
+class Events(keras.callbacks.Callback):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_train_begin(self, logs=None):
+        self.seen.append("begin")
+
+    def on_train_end(self, logs=None):
+        self.seen.append(("end", dict(logs or {})))
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.seen.append(epoch)
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.seen.append(("epoch", dict(logs or {})))
+
+
+def test_callbacks_see_one_run(tmp_path):
+    x, y = digits(96)
+    events = Events()
+    model = compiled()
+    history = model.fit(
+        x,
+        y,
+        epochs=5,
+        verbose=0,
+        validation_data=(x[:20], y[:20]),
+        callbacks=[events, keras.callbacks.CSVLogger(tmp_path / "log.csv")],
+    )
+    assert history is model.history
+    assert events.seen[0] == "begin"
+    assert events.seen.count("begin") == 1
+    assert [e for e in events.seen if isinstance(e, int)] == [0, 1, 2, 3, 4]
+    assert [e[0] for e in events.seen if isinstance(e, tuple)] == ["epoch"] * 5 + ["end"]
+    assert events.seen[-1][1] == events.seen[-2][1]
+    assert history.epoch == [0, 1, 2, 3, 4]
+    assert history.history["phase"] == [0, 0, 1, 1, 1]
+    names = {"loss", "accuracy", "val_loss", "val_accuracy", "phase"}
+    assert set(history.history) == names
+    assert all(len(values) == 5 for values in history.history.values())
+    with (tmp_path / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["phase"]) for row in rows] == [0, 0, 1, 1, 1]
+
+
+def test_the_reported_loss_is_the_model_s_loss():
+    x, y = digit_images(96)
+    model = compiled(convnet(), cache_features=True)
+    validation = (x[:40], y[:40])
+    history = model.fit(x, y, epochs=5, verbose=0, validation_data=validation).history
+    loss, accuracy = model.evaluate(*validation, verbose=0)
+    assert history["val_loss"][-1] == pytest.approx(loss, rel=1e-4)
+    assert history["val_accuracy"][-1] == pytest.approx(accuracy)
+
+
+def test_random_gates_start_exploitation_at_the_explored_function():
+    x, y = digits(96)
+    model = compiled()
+    model.fit(x, y, epochs=2, verbose=0)
+    before = model.predict(x, verbose=0)
+    model.optimizer.exploit_optimizer.learning_rate = 0.0
+    model.fit(x, y, initial_epoch=2, epochs=3, verbose=0)
+    assert model.phase == "exploiting"
+    np.testing.assert_array_equal(before, model.predict(x, verbose=0))
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_evaluating_raw_inputs_from_a_callback(cache):
+    x, y = digits(96)
+    seen = []
+
+    class Evaluate(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            assert self.model.predict(x[:8], verbose=0).shape == (8, 10)
+            seen.append((self.model.evaluate(x, y, verbose=0)[0], logs["val_loss"]))
+
+    compiled(cache_features=cache).fit(
+        x, y, epochs=4, verbose=0, validation_data=(x, y), callbacks=[Evaluate()]
+    )
+    assert len(seen) == 4
+    for evaluated, logged in seen:
+        assert evaluated == pytest.approx(logged, rel=1e-4)
+
+
+def test_validation_split_is_keras_s_own():
+    x, y = digits(120)
+    base = mlp()
+    base.compile("sgd", loss=cross_entropy())
+    expected = base.fit(x, y, validation_split=0.25, epochs=2, verbose=0).history
+    model = kd.align(mlp(), n_samples=90)
+    model.compile(kd.DAlign("sgd", explore=2), loss=cross_entropy())
+    history = model.fit(x, y, validation_split=0.25, epochs=3, verbose=0).history
+    assert history["val_loss"][:2] == expected["val_loss"]
+    assert len(history["val_loss"]) == 3
+    with pytest.raises(ValueError, match="needs arrays"):
+        model.fit(generator(x, y), validation_split=0.2, steps_per_epoch=2)
+
+
+def test_sample_and_class_weights_act_in_both_phases():
+    x, y = digits(96)
+    y = y % 2
+    results = []
+    for weighting in (
+        {},
+        {"class_weight": {0: 1.0, 1: 3.0}},
+        {"sample_weight": np.where(y == 1, 3.0, 1.0).astype("float32")},
+    ):
+        model = compiled(mlp(units=2))
+        model.fit(x, y, epochs=4, verbose=0, shuffle=False, **weighting)
+        results.append(weights(model))
+    plain, by_class, by_sample = results
+    for a, b in zip(by_class, by_sample, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    q = [w.shape for w in plain].index((17, 2, 12))
+    assert np.abs(plain[q] - by_class[q]).max() > 1e-3
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras has it for TensorFlow and JAX")
+@pytest.mark.parametrize("cache", [True, False])
+def test_steps_per_execution_across_the_switch(cache):
+    x, y = digits(96)
+    results = []
+    for steps in (1, 3):
+        model = compiled(
+            cache_features=cache, compile_with={"steps_per_execution": steps}
+        )
+        model.fit(x, y, batch_size=16, epochs=4, verbose=0, shuffle=False)
+        results.append(weights(model))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="needs a C++ compiler at run time")
+@pytest.mark.parametrize("cache", [True, False])
+def test_jit_compile(cache):
+    x, y = digit_images(96)
+    model = compiled(convnet(), cache_features=cache, compile_with={"jit_compile": True})
+    loss = model.fit(x, y, batch_size=32, epochs=4, verbose=0).history["loss"]
+    assert loss[-1] < loss[0]
+
+
+def test_run_eagerly():
+    x, y = digit_images(64)
+    model = compiled(convnet(), cache_features=False, compile_with={"run_eagerly": True})
+    loss = model.fit(x, y, batch_size=32, epochs=4, verbose=0).history["loss"]
+    assert loss[-1] < loss[0]
+
+
+def generator(x, y, size=16):
+    while True:
+        for start in range(0, len(x) - size + 1, size):
+            yield x[start : start + size], y[start : start + size]
+
+
+class Dataset(keras.utils.PyDataset):
+    def __init__(self, x, y, size=16):
+        super().__init__()
+        self.x, self.y, self.size = x, y, size
+
+    def __len__(self):
+        return math.ceil(len(self.x) / self.size)
+
+    def __getitem__(self, index):
+        rows = slice(index * self.size, (index + 1) * self.size)
+        return self.x[rows], self.y[rows]
+
+
+def streams(kind, x, y):
+    """A stream and the arguments of fit that it needs."""
+    if kind == "generator":
+        return generator(x, y), {"steps_per_epoch": 6}
+    if kind == "pydataset":
+        return Dataset(x, y), {}
+    if kind == "tf.data":
+        tf = pytest.importorskip("tensorflow")
+        return tf.data.Dataset.from_tensor_slices((x, y)).batch(16), {}
+    if kind == "tf.data, endless":
+        tf = pytest.importorskip("tensorflow")
+        endless = tf.data.Dataset.from_tensor_slices((x, y)).batch(16).repeat()
+        return endless, {"steps_per_epoch": 6}
+    torch = pytest.importorskip("torch")
+    pairs = torch.utils.data.TensorDataset(torch.tensor(x), torch.tensor(y))
+    return torch.utils.data.DataLoader(pairs, batch_size=16), {}
+
+
+KINDS = ["generator", "pydataset", "tf.data", "tf.data, endless", "torch"]
+
+
+@pytest.mark.parametrize("cache", ["auto", True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_streams_give_the_weights_that_arrays_give(kind, cache):
+    x, y = digit_images(96)
+    stream, arguments = streams(kind, x, y)
+    streamed = compiled(convnet(), cache_features=cache)
+    history = streamed.fit(stream, epochs=4, verbose=0, shuffle=False, **arguments)
+    assert history.history["phase"] == [0, 0, 1, 1]
+    arrays = compiled(convnet(), cache_features=cache)
+    arrays.fit(x, y, batch_size=16, epochs=4, verbose=0, shuffle=False)
+    # Keras reads ahead of a generator, so its later passes begin somewhere else.
+    tolerance = 0.1 if kind == "generator" else 1e-4
+    for a, b in zip(weights(streamed), weights(arrays), strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance)
+    assert streamed.switch_report.n_samples == 96
+
+
+def test_a_stream_may_augment_in_exploitation():
+    x, y = digits(96)
+    drawn = []
+
+    def augmented():
+        rng = np.random.default_rng(0)
+        for xb, yb in generator(x, y):
+            drawn.append(1)
+            yield xb + rng.normal(0, 0.05, xb.shape).astype("float32"), yb
+
+    model = compiled()
+    model.fit(augmented(), steps_per_epoch=6, epochs=4, verbose=0, shuffle=False)
+    # Two epochs explored, one pass of features (no batch norm), two epochs exploited.
+    assert len(drawn) >= 5 * 6
+
+
+def test_a_stream_with_more_samples_than_the_head_was_made_for():
+    x, y = digits(96)
+    model = compiled(n=60)
+    with pytest.warns(UserWarning, match="96 samples, n_samples=60"):
+        model.fit(Dataset(x, y), epochs=3, verbose=0, shuffle=False)
+
+
+def test_a_stream_that_ends_too_early_leaves_the_model_exploring():
+    x, y = digits(96)
+    batches = [(x[i : i + 16], y[i : i + 16]) for i in range(0, 96, 16)]
+    model = compiled(explore=1)
+    with pytest.raises(ValueError, match="stream ended"):
+        model.fit(
+            (batch for batch in batches),
+            steps_per_epoch=6,
+            epochs=3,
+            verbose=0,
+            shuffle=False,
+        )
+    assert model.phase == "exploring"
+
+
+def test_integer_explore_and_initial_epoch():
+    x, y = digits(96)
+    model = compiled(explore=3)
+    with pytest.raises(ValueError, match="explore=3, epochs=2"):
+        model.fit(x, y, epochs=2, verbose=0)
+    history = model.fit(x, y, epochs=5, initial_epoch=2, verbose=0)
+    assert history.epoch == [2, 3, 4]
+    assert history.history["phase"] == [0, 1, 1]
+    history = model.fit(x, y, epochs=2, verbose=0)
+    assert history.history["phase"] == [1, 1]
+
+
+def test_explore_zero_exploits_at_once():
+    x, y = digits(96)
+    model = compiled(explore=0)
+    frozen = weights(model.trunk)
+    history = model.fit(x, y, epochs=2, verbose=0)
+    assert history.history["phase"] == [1, 1]
+    assert_equal(frozen, weights(model.trunk))
+
+
+def test_one_epoch_leaves_none_to_exploit():
+    x, y = digits(96)
+    with pytest.warns(UserWarning, match="none for exploitation"):
+        history = compiled(explore=0.6).fit(x, y, epochs=1, verbose=0)
+    assert history.history["phase"] == [0]
+
+
+@pytest.mark.parametrize("stop_at", [0, 3])
+def test_stop_training_stops_the_run(stop_at):
+    x, y = digits(96)
+
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.stop_training = epoch == stop_at
+
+    events = Events()
+    model = compiled()
+    history = model.fit(x, y, epochs=5, verbose=0, callbacks=[events, Stop()])
+    assert history.epoch == list(range(stop_at + 1))
+    assert events.seen[-1][0] == "end"
+    assert model.phase == ("exploring" if stop_at < 2 else "exploiting")
+    # The next run is not stopped by the last one's flag.
+    assert model.fit(x, y, epochs=5, initial_epoch=4, verbose=0).epoch == [4]
+
+
+def test_early_stopping_may_go_back_to_the_explored_weights():
+    x, y = digits(96)
+    stopping = keras.callbacks.EarlyStopping(
+        "phase", mode="min", patience=2, restore_best_weights=True
+    )
+    model = compiled(explore=1)
+    model.fit(x, y, epochs=6, verbose=0, callbacks=[stopping])
+    assert model.phase == "exploring"
+    assert model.predict(x, verbose=0).shape == (96, 10)
+
+
+def test_same_seed_same_weights():
+    x, y = digit_images(96)
+    results = []
+    for _ in range(2):
+        keras.utils.set_random_seed(11)
+        model = kd.align(convnet(seed=11), n_samples=96)
+        model.compile(kd.DAlign("adam", explore=2), loss=cross_entropy())
+        model.fit(x, y, epochs=4, batch_size=16, verbose=0)
+        results.append(weights(model))
+    assert_equal(*results)
+
+
+def test_progress_is_shown_as_keras_shows_it(capsys):
+    x, y = digits(96)
+    compiled().fit(x, y, epochs=4, verbose=2)
+    out = capsys.readouterr().out
+    assert [f"Epoch {i}/4" in out for i in (1, 2, 3, 4)] == [True] * 4
+    assert "features are cached" in out
+    assert "switch: 0 batch normalisations re-estimated over 96 samples" in out
+    assert out.index("Epoch 2/4") < out.index("switch:") < out.index("Epoch 3/4")
+    compiled().fit(x, y, epochs=4, verbose=0)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_cache_that_does_not_fit_is_streamed(monkeypatch, capsys):
+    x, y = digits(96)
+    monkeypatch.setattr(features, "_free_gib", lambda: 1e-6)
+    model = compiled()
+    history = model.fit(x, y, epochs=4, verbose=2).history
+    assert "they would take 5.72e-06 GiB of the 1e-06 GiB" in capsys.readouterr().out
+    assert history["loss"][-1] < history["loss"][0]
+
+
+def test_a_narrow_head_is_told_what_width_would_do():
+    x, y = digits(96)
+    with pytest.warns(UserWarning, match="too narrow"):
+        model = kd.align(mlp(), n_samples=96, width=2)
+    model.compile(kd.DAlign("adam", explore=1), loss=cross_entropy())
+    with pytest.warns(UserWarning, match=r"rank check at the switch failed.*width"):
+        model.fit(x, y, epochs=2, verbose=0)
+    report = model.switch_report.rank
+    assert not report.full
+    assert report.needed_width > 2
+
+
+def test_repeated_inputs_alone_do_not_warn():
+    x, y = digits(90)
+    x, y = np.concatenate([x, x[:6]]), np.concatenate([y, y[:6]])
+    model = compiled()
+    model.fit(x, y, epochs=3, verbose=0)
+    assert not model.switch_report.rank.full
+    assert kd.certify(model, x, y).n_distinct == 90
+
+
+# Bad input: each an error before anything is trained.
+
+
+def refused(match, x=None, y=None, model=None, **arguments):
+    x0, y0 = digits(96)
+    model = model or compiled()
+    before = weights(model)
+    with pytest.raises(ValueError, match=match):
+        model.fit(
+            x0 if x is None else x, y0 if y is None else y, verbose=0, epochs=4, **arguments
+        )
+    assert model.phase == "exploring"
+    assert_equal(before, weights(model))
+
+
+def test_more_samples_than_the_head_was_made_for():
+    refused("96 samples, n_samples=95", model=compiled(n=95))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_non_finite_inputs(bad):
+    x, _ = digits(96)
+    x[3, 5] = bad
+    refused(r"must be finite.*1 of 6144", x=x)
+
+
+def test_non_finite_targets():
+    y = np.zeros((96, 1), "float32")
+    y[7] = np.nan
+    model = kd.align(mlp(units=1), n_samples=96)
+    model.compile(kd.DAlign("adam"), loss="mse")
+    refused("finite", y=y, model=model)
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+def test_labels_out_of_range(label):
+    _, y = digits(96)
+    y[4] = label
+    refused(f"{label}", y=y)
+
+
+def test_empty_data():
+    refused("(?i)empty|no samples", x=np.zeros((0, 64), "float32"), y=np.zeros(0, "int"))
+
+
+def test_missing_targets():
+    x, _ = digits(96)
+    with pytest.raises(ValueError, match="y=None"):
+        compiled().fit(x, epochs=4, verbose=0)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "sparse_categorical_crossentropy",
+        keras.losses.SparseCategoricalCrossentropy(),
+        keras.losses.MeanAbsoluteError(),
+        lambda t, p: keras.ops.mean(keras.ops.square(p), axis=-1),
+    ],
+)
+def test_losses_that_are_not_convex_in_the_logits(loss):
+    model = kd.align(mlp(), n_samples=96)
+    model.compile(kd.DAlign("adam"), loss=loss)
+    refused("from_logits=True|convex", model=model)
+
+
+def test_a_trunk_with_constant_features():
+    x, y = digits(96)
+    base = mlp()
+    dead = base.get_layer("features")
+    dead.set_weights([np.zeros((24, 16)), -np.ones(16)])
+    model = compiled(base, explore=0)
+    before = weights(model)
+    with pytest.raises(ValueError, match="features are constant"):
+        model.fit(x, y, epochs=2, verbose=0)
+    assert model.phase == "exploring"
+    assert_equal(before, weights(model))
+
+
+def test_a_trunk_with_non_finite_features():
+    x, y = digit_images(96)
+    base = convnet()
+    conv = base.get_layer("conv")
+    conv.set_weights([np.full(conv.kernel.shape, np.inf), np.zeros(6)])
+    model = compiled(base, explore=0)
+    with pytest.raises(ValueError, match="finite"):
+        model.fit(x, y, epochs=2, verbose=0)
+    assert model.phase == "exploring"
+
+
+def test_bad_labels_in_a_stream_are_found_at_the_switch():
+    x, y = digits(96)
+    y = keras.utils.to_categorical(y, 10)
+    y[3] = np.nan
+    model = kd.align(mlp(), n_samples=96)
+    model.compile(
+        kd.DAlign("sgd", explore=0),
+        loss=keras.losses.CategoricalCrossentropy(from_logits=True),
+    )
+    with pytest.raises(ValueError, match="finite"):
+        model.fit(Dataset(x, y), epochs=2, verbose=0)
+    assert model.phase == "exploring"
