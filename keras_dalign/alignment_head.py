@@ -136,7 +136,7 @@ class AlignmentHead(keras.layers.Layer):
         self.dense: keras.layers.Dense | None = None
         if gates == "random":
             self.dense = dense or keras.layers.Dense(
-                units, dtype=self.dtype_policy, name="dense"
+                self.units, dtype=self.dtype_policy, name="dense"
             )
         # Statistics move by a tenth per batch while learned gates explore; at the
         # switch they are replaced by those of the whole training set.

@@ -12,13 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from keras_dalign.gram import explicit_features, gram_matrix
-from keras_dalign.rank import (
-    check_rank,
-    default_width,
-    numerical_rank,
-    union_rank,
-    union_rank_exact,
-)
+from keras_dalign.rank import check_rank, default_width
+from keras_dalign.subspace import numerical_rank
+from keras_dalign.union import union_rank, union_rank_exact
 
 SLOPE = 4.0
 
