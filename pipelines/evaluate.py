@@ -1,0 +1,132 @@
+"""Stage 3: test error, training loss and certified gap of a run.
+
+Needs NumPy only, so that it takes no time, and recomputes the training loss in
+float64 from the logits, independently of the certificate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines import datasets, files
+from pipelines.layout import Layout
+from pipelines.params import Run, parser
+
+
+def main(dataset: str, method: str, seed: int, *, root: Path = Path()) -> Path:
+    """Evaluates a run.
+
+    Args:
+        dataset: Name of its data set.
+        method: Name of its method.
+        seed: Its seed.
+        root: The folder of all files.
+
+    Returns:
+        The path of the metrics.
+
+    Raises:
+        ValueError: If the run was made with other data, or its certificate does not
+            belong to its logits.
+    """
+    layout, run = Layout(root), Run(dataset, method, seed)
+    data, description = datasets.read(layout, dataset)
+    provenance = files.read_json(layout.provenance(run), "data_sha256", "synthetic")
+    if provenance["data_sha256"] != description["sha256"]:
+        raise ValueError(
+            f"The run {run.name} was made with other data than those in "
+            f"{layout.arrays(dataset)}. Received: sha256 "
+            f"{provenance['data_sha256']}. Train it again."
+        )
+    certificate = files.read_json(layout.certificate(run), "loss", "lower_bound", "gap")
+    on_train, on_test = files.read_arrays(layout.logits(run), "train", "test")
+    train_loss = cross_entropy(on_train, data.y_train)
+    # Logits are float32: the loss differs in the order of their rounding.
+    if not np.isclose(train_loss, certificate["loss"], rtol=1e-3, atol=1e-6):
+        raise ValueError(
+            f"The certificate of the run {run.name} does not belong to its logits. "
+            f"Received: certified loss {certificate['loss']}, loss of the logits "
+            f"{train_loss}"
+        )
+    metrics = {
+        "error_rate": error_rate(on_test, data.y_test),
+        "train_loss": train_loss,
+        "train_error_rate": error_rate(on_train, data.y_train),
+        "lower_bound": certificate["lower_bound"],
+        "gap": certificate["gap"],
+        "curves": curves(
+            files.read_json(layout.history(run), "loss", "val_accuracy", "phase")
+        ),
+        "provenance": provenance,
+    }
+    files.write_json(layout.metrics(run), metrics)
+    return layout.metrics(run)
+
+
+def error_rate(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Share of wrong classifications.
+
+    Args:
+        logits: Shape `(n, classes)`.
+        labels: Int labels, shape `(n,)`.
+
+    Returns:
+        A number in [0, 1].
+    """
+    return float(np.mean(logits.argmax(axis=1) != labels))
+
+
+def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean softmax cross-entropy in float64.
+
+    Computed from differences to the label's logit, so that a loss of 1e-12 has all
+    its digits.
+
+    Args:
+        logits: Shape `(n, classes)`.
+        labels: Int labels, shape `(n,)`.
+
+    Returns:
+        The loss.
+    """
+    logits = logits.astype("float64")
+    rows = np.arange(len(labels))
+    differences = logits - logits[rows, labels][:, None]
+    differences[rows, labels] = -np.inf
+    others = np.logaddexp.reduce(differences, axis=1)
+    return float(np.mean(np.logaddexp(0.0, others)))
+
+
+def curves(history: dict[str, Any]) -> dict[str, list[float]]:
+    """What is drawn, by epoch, to six digits.
+
+    Args:
+        history: The history of `fit`.
+
+    Returns:
+        `train_loss` (Keras's mean over the epoch's steps), `error_rate` (of the test
+        data, after the epoch) and `phase` (0 exploring, 1 exploiting).
+    """
+    series = {
+        "train_loss": history["loss"],
+        "error_rate": [1.0 - accuracy for accuracy in history["val_accuracy"]],
+        "phase": history["phase"],
+    }
+    return {
+        name: [float(f"{value:.6g}") for value in values]
+        for name, values in series.items()
+    }
+
+
+def cli(arguments: Sequence[str] | None = None) -> None:
+    """The command line of `main`."""
+    line = parser(__doc__, "dataset", "method", "seed").parse_args(arguments)
+    main(line.dataset, line.method, line.seed, root=line.root)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,125 @@
+"""Files that are either whole or not there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary path that becomes `path` when the block ends well.
+
+    Args:
+        path: The file or folder to write. An old one is replaced as a whole.
+
+    Yields:
+        A path in the same folder, at which there is nothing yet.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as new:
+        temporary = Path(new) / path.name
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        temporary.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes text as UTF-8."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a mapping as JSON, keys in their order.
+
+    Raises:
+        ValueError: If a number is NaN or infinite.
+    """
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(
+            f"Results must be finite. Received: NaN or infinity for {path}. The run "
+            "has probably diverged: try a smaller learning rate."
+        ) from error
+    write_text(path, text + "\n")
+
+
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """Reads what `write_json` wrote.
+
+    Args:
+        path: The file.
+        *keys: Keys that it must have.
+
+    Returns:
+        The mapping.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds something else than a JSON object with these keys.
+    """
+    _check_exists(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"Not a JSON file. Received: {path}: {error}") from error
+    missing = set(keys) - set(value if isinstance(value, dict) else ())
+    if missing or not isinstance(value, dict):
+        raise ValueError(
+            f"Expected a JSON object with the keys {', '.join(keys)}. Received: {path} "
+            f"without {', '.join(sorted(missing)) or 'any'}. Run its stage again."
+        )
+    return value
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes named arrays, uncompressed: the same arrays give the same bytes."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **dict(arrays))
+
+
+def read_arrays(path: Path, *names: str) -> tuple[np.ndarray, ...]:
+    """Reads arrays by name.
+
+    Args:
+        path: A file that `write_arrays` wrote.
+        *names: Names of arrays in it.
+
+    Returns:
+        The arrays, in the order of `names`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged or lacks an array.
+    """
+    _check_exists(path)
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            missing = [name for name in names if name not in arrays]
+            if not missing:
+                return tuple(arrays[name] for name in names)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"A damaged file of arrays. Received: {path}: {error}. Delete it and run "
+            "its stage again."
+        ) from error
+    raise ValueError(f"Arrays are missing. Received: {path} without {missing}")
+
+
+def _check_exists(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"A result of an earlier stage is missing: {path}. `dvc repro` runs all "
+            "stages in their order."
+        )

@@ -1,0 +1,81 @@
+"""Where the stages' files lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipelines.params import Run
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The paths of all files below one folder.
+
+    Attributes:
+        root: The folder: the repository's for DVC, any other for the quickstart.
+    """
+
+    root: Path
+
+    def arrays(self, dataset: str) -> Path:
+        """The arrays of a prepared data set."""
+        return self.root / "data" / f"{dataset}.npz"
+
+    def description(self, dataset: str) -> Path:
+        """What is known of a prepared data set: counts, shapes, hash."""
+        return self.root / "data" / f"{dataset}.json"
+
+    def logits(self, run: Run) -> Path:
+        """A run's logits on training and test data."""
+        return self.run(run) / "logits.npz"
+
+    def history(self, run: Run) -> Path:
+        """A run's history by epoch."""
+        return self.run(run) / "history.json"
+
+    def certificate(self, run: Run) -> Path:
+        """A run's certificate."""
+        return self.run(run) / "certificate.json"
+
+    def provenance(self, run: Run) -> Path:
+        """With what a run was made."""
+        return self.run(run) / "provenance.json"
+
+    def run(self, run: Run) -> Path:
+        """The folder of a run."""
+        return self.root / "runs" / run.name
+
+    def timing(self, run: Run) -> Path:
+        """A run's wall time, apart from what DVC hashes."""
+        return self.results / "timings" / f"{run.name}.json"
+
+    def metrics(self, run: Run) -> Path:
+        """A run's metrics."""
+        return self.results / "metrics" / f"{run.name}.json"
+
+    @property
+    def results(self) -> Path:
+        """The folder of what is committed."""
+        return self.root / "results"
+
+    @property
+    def table(self) -> Path:
+        """The report's table in Markdown."""
+        return self.results / "table.md"
+
+    @property
+    def csv(self) -> Path:
+        """The numbers of all runs."""
+        return self.results / "runs.csv"
+
+    @property
+    def summary(self) -> Path:
+        """The means over seeds, as DVC metrics."""
+        return self.results / "summary.json"
+
+    def figure(self, dataset: str) -> Path:
+        """The learning curves on a data set."""
+        return self.results / "figures" / f"{dataset}.png"

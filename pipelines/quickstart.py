@@ -1,0 +1,87 @@
+"""The whole grid in one process: prepare, train, evaluate, report.
+
+What `dvc repro` does, without DVC and with one import of the framework. Prints the
+table and the paths of the table and the figures.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipelines import evaluate, prepare, report
+from pipelines.layout import Layout
+from pipelines.params import FILE, Params, load, parser
+
+OUT = Path("build", "quickstart")
+
+
+def main(*, params: Params | None = None, root: Path = OUT) -> Path:
+    """Runs the grid and prints its table.
+
+    Args:
+        params: The parameters; those of params.yaml by default.
+        root: The folder of all files.
+
+    Returns:
+        The path of the table.
+    """
+    with _silent_stderr():
+        import keras  # noqa: PLC0415
+
+        from pipelines import train  # noqa: PLC0415
+    params = params or load()
+    begin = time.perf_counter()
+    for dataset in params.grid.datasets:
+        prepare.main(dataset, params=params, root=root)
+    runs = params.grid.runs()
+    for number, run in enumerate(runs, start=1):
+        _say(f"run {number} of {len(runs)}: {run.name}")
+        # Else what Keras keeps of one model would stay to the end.
+        keras.utils.clear_session(free_memory=False)
+        train.main(run.dataset, run.method, run.seed, params=params, root=root)
+        evaluate.main(run.dataset, run.method, run.seed, root=root)
+    table = report.main(params=params, root=root)
+    _say(f"{len(runs)} runs in {time.perf_counter() - begin:.0f} s")
+    print()
+    print(table.read_text(encoding="utf-8"))
+    print(f"table:  {table}")
+    for dataset in params.grid.datasets:
+        print(f"figure: {Layout(root).figure(dataset)}")
+    return table
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Keeps what TensorFlow says before its log level counts off the screen."""
+    sys.stderr.flush()
+    screen = os.dup(2)
+    try:
+        with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        os.dup2(screen, 2)
+        os.close(screen)
+
+
+def _say(text: str) -> None:
+    """Says how far it is, beside the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def cli(arguments: Sequence[str] | None = None) -> None:
+    """The command line of `main`."""
+    line = parser(__doc__)
+    line.set_defaults(root=OUT, params=FILE)
+    line.add_argument("--out", dest="root", type=Path, help=f"same as --root: {OUT}")
+    given = line.parse_args(arguments)
+    main(params=load(given.params), root=given.root)
+
+
+if __name__ == "__main__":
+    cli()
