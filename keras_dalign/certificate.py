@@ -159,6 +159,7 @@ def certify(
     convex = _loss_of(model, loss)
     _check_outputs(model, convex)
     tally = _Tally(convex)
+    rows = 0
     for x_batch, y_batch, w_batch in data.batches(
         x, y, sample_weight, batch_size=batch_size, steps=steps
     ):
@@ -170,7 +171,9 @@ def certify(
         n = data.n_samples(x_batch)
         # First the inputs: what a model makes of NaN is no clear error.
         digests = _digests(x_batch)
-        tally.add(digests, _predict(model, x_batch, n), y_batch, w_batch)
+        rows = max(rows, n)
+        outputs = _predict(model, _padded(x_batch, n, rows), rows)[:n]
+        tally.add(digests, outputs, y_batch, w_batch)
     return tally.certificate()
 
 
@@ -366,6 +369,17 @@ def _check_single(n_outputs: int) -> None:
             "A model with one output is needed; make a model of the one that you want "
             f"to certify. Received: {n_outputs} outputs"
         )
+
+
+def _padded(x: Any, n: int, rows: int) -> Any:
+    """Repeats the last sample: for a shorter batch Keras would compile once more."""
+    if n == rows:
+        return x
+
+    def pad(leaf: np.ndarray) -> np.ndarray:
+        return np.concatenate([leaf, np.repeat(leaf[-1:], rows - n, axis=0)])
+
+    return keras.tree.map_structure(pad, x)
 
 
 def _predict(model: keras.Model, x: Any, n: int) -> np.ndarray:
