@@ -263,9 +263,14 @@ class AlignedModel(keras.Model):
 
     @property
     def non_trainable_variables(self) -> list[keras.Variable]:
-        """All other variables."""
-        trained = {id(v) for v in self.trainable_variables}
-        return [v for v in self.variables if id(v) not in trained]
+        """All other variables that the current phase computes with.
+
+        What sleeps is among the `weights`, but no state of a step: JAX would hand it
+        around for nothing.
+        """
+        others = self.trainable_variables + self.head.sleeping_variables
+        left_out = {id(v) for v in others}
+        return [v for v in self.variables if id(v) not in left_out]
 
     @property
     def trainable_weights(self) -> list[keras.Variable]:
@@ -292,7 +297,11 @@ class AlignedModel(keras.Model):
                 it was.
         """
         optimizer = getattr(self, "optimizer", None)
-        state = self.variables + (optimizer.variables if optimizer else [])
+        state = list(self.variables)
+        if isinstance(optimizer, DAlign):
+            state += optimizer.all_variables
+        elif optimizer:
+            state += optimizer.variables
         before = [keras.ops.convert_to_numpy(variable) for variable in state]
         try:
             super().load_weights(filepath, *args, **kwargs)

@@ -297,6 +297,16 @@ class AlignmentHead(keras.layers.Layer):
         return [self.q, self.bias]
 
     @property
+    def sleeping_variables(self) -> list[keras.Variable]:
+        """The variables that the current phase does not compute with."""
+        if self._phase == EXPLOITING:
+            return [self._phase_index]
+        if self.gates == "learned":
+            return [self._phase_index, self.r]
+        own = [self._phase_index, self.bias, self.q, self.r, self.w]
+        return own + self.standardize.variables
+
+    @property
     def explored_variables(self) -> list[keras.Variable]:
         """The variables trained in exploration, in Keras's order."""
         if self.dense is not None:

@@ -90,7 +90,8 @@ class DAlign(keras.optimizers.Optimizer):
                     f"on `exploit_optimizer`). Received: {key}={value}"
                 )
             raise TypeError(f"DAlign got an unexpected argument. Received: {key}=...")
-        super().__init__(learning_rate=0.0, name=name)
+        # A callable, as a number would become one more variable to carry around.
+        super().__init__(learning_rate=_no_rate_of_its_own, name=name)
         self.explore = _checked_explore(explore)
         if not isinstance(noise, (int, float)) or not 0 <= noise < math.inf:
             raise ValueError(
@@ -207,12 +208,18 @@ class DAlign(keras.optimizers.Optimizer):
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """Own, exploration's and exploitation's variables, in this order."""
-        return (
-            self._variables[:]
-            + self.inner_optimizer.variables
-            + self.exploit_optimizer.variables
-        )
+        """Own variables and those of the optimizer of the current phase.
+
+        They are the state of a training step. The other phase's optimizer rests, and
+        is saved all the same.
+        """
+        return self._variables + self.active_optimizer().variables
+
+    @property
+    def all_variables(self) -> list[keras.Variable]:
+        """Own variables and those of both optimizers."""
+        optimizers = (self.inner_optimizer, self.exploit_optimizer)
+        return self._variables + [v for o in optimizers for v in o.variables]
 
     def apply(
         self, grads: list[Any], trainable_variables: list[Any] | None = None
@@ -235,20 +242,14 @@ class DAlign(keras.optimizers.Optimizer):
         # The active optimizer's own stateless_apply is called, as loss scaling
         # updates its state inside a `cond`, where assignments would leak.
         own = len(self._variables)
-        begin = own + (
-            len(self.inner_optimizer.variables) if self._phase == EXPLOITING else 0
-        )
-        end = begin + len(self.active_optimizer().variables)
         trained, active = self.active_optimizer().stateless_apply(
-            optimizer_variables[begin:end], grads, trainable_variables
+            optimizer_variables[own:], grads, trainable_variables
         )
-        values = list(optimizer_variables)
-        values[begin:end] = active
-        mapping = list(zip(self._variables, values[:own], strict=True))
+        mapping = list(zip(self._variables, optimizer_variables[:own], strict=True))
         with keras.StatelessScope(state_mapping=mapping) as scope:
             self._iterations.assign_add(1)
-        values[:own] = [scope.get_current_value(v) for v in self._variables]
-        return trained, values
+        values = [scope.get_current_value(v) for v in self._variables]
+        return trained, values + active
 
     def scale_loss(self, loss: Any) -> Any:
         """Scales the loss as the optimizer of the current phase asks."""
@@ -303,6 +304,16 @@ class DAlign(keras.optimizers.Optimizer):
             )
         for variable, value in zip(variables, weights, strict=True):
             variable.assign(value)
+
+    def save_own_variables(self, store: Any) -> None:
+        """Saves own variables; Keras saves those of both optimizers by itself."""
+        for index, variable in enumerate(self._variables):
+            store[str(index)] = variable.numpy()
+
+    def load_own_variables(self, store: Any) -> None:
+        """Loads own variables; Keras loads those of both optimizers by itself."""
+        for index, variable in enumerate(self._variables):
+            variable.assign(store[str(index)])
 
     def get_config(self) -> dict[str, Any]:
         """The arguments that rebuild this optimizer (without its state)."""
@@ -365,6 +376,10 @@ class ContinuedSchedule(keras.optimizers.schedules.LearningRateSchedule):
         """Rebuilds a schedule from `get_config`."""
         schedule = keras.optimizers.schedules.deserialize(config["schedule"])
         return cls(schedule, config["start"])
+
+
+def _no_rate_of_its_own() -> float:
+    return 0.0
 
 
 def _checked_explore(explore: Any) -> float:

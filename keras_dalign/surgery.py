@@ -98,7 +98,13 @@ def align(
             f"'{dense.name}' on features of shape {tuple(output.features.shape)}. Pool "
             "or flatten them in front of it."
         )
-    outputs = output.features if gated is None else [output.features, gated]
+    if gated is None:
+        outputs = output.features
+    elif gates == "learned":
+        # There is no linear part: what leads to its features alone would be dead.
+        outputs = keras.layers.Flatten()(gated)
+    else:
+        outputs = [output.features, gated]
     trunk = keras.Model(graph.input, outputs, name=f"{model.name}_trunk")
     head = AlignmentHead(
         dense.units,
@@ -257,7 +263,8 @@ def _copied(graph: keras.Model) -> keras.Model:
     clone = keras.models.clone_model(graph)
     random.setstate(state)
     for copied, original in zip(clone.variables, graph.variables, strict=True):
-        copied.assign(original)
+        # By value: on JAX an assigned array is shared, and training donates it.
+        copied.assign(ops.convert_to_numpy(original))
     return clone
 
 

@@ -67,9 +67,9 @@ def test_trained_variables_by_phase():
     model.start_exploiting()
     ids = [id(v) for v in model.trainable_variables]
     assert ids == [id(model.head.q), id(model.head.bias)]
-    everything = model.trainable_variables + model.non_trainable_variables
-    assert {id(v) for v in everything} == {id(v) for v in model.variables}
-    assert len(everything) == len(model.variables)
+    everything = model.trainable_weights + model.non_trainable_weights
+    assert {id(v) for v in everything} == {id(v) for v in model.weights}
+    assert len(everything) == len(model.weights)
     model.trainable = False
     assert model.trainable_variables == []
 
@@ -109,7 +109,7 @@ def test_saved_and_loaded_in_every_phase(gates, epochs, tmp_path):
     assert loaded.phase == model.phase
     assert_equal(weights(model), weights(loaded))
     for saved, new in zip(
-        model.optimizer.variables, loaded.optimizer.variables, strict=True
+        model.optimizer.all_variables, loaded.optimizer.all_variables, strict=True
     ):
         np.testing.assert_array_equal(np.array(saved), np.array(new))
     np.testing.assert_array_equal(

@@ -13,11 +13,12 @@ from keras_dalign.gram import explicit_features, gram_matrix
 
 BACKEND = keras.backend.backend()
 GATES = ["random", "learned"]
+PHASES = ["exploring", "exploiting"]
 POLICIES = ["float32", "mixed_bfloat16", "mixed_float16"]
 # Keras computes in float64 on TensorFlow alone: its `result_type` maps float64 to
 # float32 on the other two, whatever a layer's policy.
 EXACT, TOLERANCE = ("float64", 1e-11) if BACKEND == "tensorflow" else ("float32", 2e-5)
-if BACKEND != "jax":  # which has no float64 variables, either
+if BACKEND == "tensorflow":
     POLICIES.append("float64")
 
 
@@ -73,7 +74,9 @@ def reference(head, z, u=None):
     out = np.zeros((len(z), head.units))
     for c in range(head.units):
         r, w = array(head.r)[:, c], array(head.w)[c]
-        out[:, c] = explicit_features(zh, r, w, head.slope) @ array(head.q)[:, c].T.ravel()
+        out[:, c] = (
+            explicit_features(zh, r, w, head.slope) @ array(head.q)[:, c].T.ravel()
+        )
     out += array(head.bias)
     if head.dense is not None:
         out += z @ array(head.dense.kernel)
@@ -150,7 +153,7 @@ class TestNormalize:
         u *= 2.0 / np.linalg.norm(u, axis=1, keepdims=True)
         assert_close(zh[:, :4], u)
         np.testing.assert_array_equal(zh[:, 4], 1.0)
-        np.testing.assert_allclose(head.normalize_exactly(z)[:, :4], u, rtol=1e-5)
+        np.testing.assert_allclose(head.normalize_exactly(z)[:, :4], u, rtol=1e-4)
         assert_close(head.normalize_exactly(z), zh)
 
     def test_features_at_their_mean_leave_the_constant(self):
@@ -371,7 +374,7 @@ class TestShapes:
             AlignmentHead(3, width=5).build(shape)
 
     def test_a_known_length_is_needed(self):
-        with pytest.raises(ValueError, match="known length.*None"):
+        with pytest.raises(ValueError, match=r"known length.*None"):
             AlignmentHead(3, width=5).build([(None, 4), (None, None, 2)])
 
 
@@ -385,22 +388,20 @@ def test_no_intermediate_is_larger_than_batch_x_units_x_width(gates):
     n, p, units, width = 64, 31, 2, 16
     z = features(n, p)
     head = exploiting(gates, units, z=z, width=width)
-    variables = [v.value for v in head.variables]
 
     def loss(q, z):
-        values = [q if v is head.q else value for v, value in zip(head.variables, variables)]  # noqa: B905
-        mapping = list(zip(head.variables, values, strict=True))
+        values = {id(v): v.value for v in head.variables} | {id(head.q): q}
+        mapping = [(v, values[id(v)]) for v in head.variables]
         with keras.StatelessScope(state_mapping=mapping):
             return ops.sum(ops.square(head(z)))
 
     def sizes(jaxpr):
         for equation in jaxpr.eqns:
             yield from (var.aval.size for var in equation.outvars)
-            for value in equation.params.values():
-                for inner in value if isinstance(value, (list, tuple)) else [value]:
-                    inner = getattr(inner, "jaxpr", inner)
-                    if hasattr(inner, "eqns"):
-                        yield from sizes(inner)
+            for value in jax.tree.leaves(list(equation.params.values())):
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    yield from sizes(inner)
 
     found = list(sizes(jax.make_jaxpr(jax.value_and_grad(loss))(head.q.value, z).jaxpr))
     # Forward, and backward to q: nothing beyond what goes in or comes out.
@@ -524,7 +525,9 @@ class TestSeeds:
     def test_pythons_generator_does_not_move(self):
         random.seed(3)
         state = random.getstate()
-        head = AlignmentHead(2, width=3, dense=keras.layers.Dense(2, kernel_initializer="ones"))
+        head = AlignmentHead(
+            2, width=3, dense=keras.layers.Dense(2, kernel_initializer="ones")
+        )
         head.build((None, 4))
         head.start_exploiting()
         assert random.getstate() == state
@@ -546,7 +549,15 @@ class TestConfig:
         )
         twin = AlignmentHead.from_config(head.get_config())
         assert twin.get_config() == head.get_config()
-        for name in ("units", "n_samples", "gates", "slope", "seed", "name", "trainable"):
+        for name in (
+            "units",
+            "n_samples",
+            "gates",
+            "slope",
+            "seed",
+            "name",
+            "trainable",
+        ):
             assert getattr(twin, name) == getattr(head, name)
         assert twin.dtype_policy == head.dtype_policy
         assert twin.activity_regularizer.l2 == 0.25
@@ -563,7 +574,9 @@ class TestConfig:
         assert AlignmentHead(3, width=6).get_config()["width"] == 6
 
     def test_the_dense_layer_survives(self):
-        dense = keras.layers.Dense(3, use_bias=False, kernel_regularizer="l2", name="out")
+        dense = keras.layers.Dense(
+            3, use_bias=False, kernel_regularizer="l2", name="out"
+        )
         head = AlignmentHead(3, width=4, dense=dense)
         twin = AlignmentHead.from_config(head.get_config())
         assert twin.dense is not dense
@@ -585,20 +598,20 @@ class TestConfig:
         assert AlignmentHead.from_config(head.get_config()).phase == "exploring"
 
 
-def functional(gates, pair=False, optimizer="adam"):
+def functional(gates, pair=False):
     keras.utils.set_random_seed(0)
     inputs = keras.Input((4,))
     hidden = keras.layers.Dense(6, "relu")(inputs)
-    z = [keras.layers.Dense(5)(hidden), hidden] if pair else hidden
+    # Without weights of its own, as learned gates have no use for the first one.
+    z = [keras.layers.ReLU()(hidden), hidden] if pair else hidden
     head = AlignmentHead(2, n_samples=20, gates=gates, seed=3, name="head")
-    model = keras.Model(inputs, head(z))
-    model.compile(optimizer, "mse")
-    return model, head
+    return keras.Model(inputs, head(z)), head
 
 
 def trained(gates, phase, pair=False):
     x, y = features(20), features(20, 2, seed=1)
     model, head = functional(gates, pair)
+    model.compile("adam", "mse")
     model.fit(x, y, epochs=2, verbose=0)
     if phase == "exploiting":
         set_statistics(head, x[:, :1] * np.ones((1, head.q.shape[0] - 1), "float32"))
@@ -612,9 +625,9 @@ def trained(gates, phase, pair=False):
 class TestInAFunctionalModel:
     @pytest.mark.parametrize("pair", [False, True])
     @pytest.mark.parametrize("gates", GATES)
-    @pytest.mark.parametrize("phase", ["exploring", "exploiting"])
+    @pytest.mark.parametrize("phase", PHASES)
     def test_saves_and_loads(self, phase, gates, pair, tmp_path):
-        model, head, x, y = trained(gates, phase, pair)
+        model, _, x, y = trained(gates, phase, pair)
         model.save(tmp_path / "model.keras")
         loaded = keras.saving.load_model(tmp_path / "model.keras")
         assert loaded.get_layer("head").phase == phase
@@ -622,8 +635,8 @@ class TestInAFunctionalModel:
             loaded.predict(x, verbose=0), model.predict(x, verbose=0)
         )
         # The optimizer goes on where it was: the next epoch is the same, too.
-        assert [v.path for v in loaded.trainable_variables] == [
-            v.path for v in model.trainable_variables
+        assert [v.name for v in loaded.trainable_variables] == [
+            v.name for v in model.trainable_variables
         ]
         for m in (model, loaded):
             m.fit(x, y, shuffle=False, verbose=0)
@@ -631,35 +644,32 @@ class TestInAFunctionalModel:
             np.testing.assert_array_equal(a, b)
 
     @pytest.mark.parametrize("gates", GATES)
-    @pytest.mark.parametrize("by_file", [True, False])
-    def test_weights_bring_the_phase_along(self, by_file, gates, tmp_path):
-        models = {}
-        for phase in ("exploring", "exploiting"):
-            model, _, x, _ = trained(gates, phase)
+    def test_weights_bring_the_phase_along(self, gates, tmp_path):
+        x = features(20)
+        models = {phase: trained(gates, phase)[0] for phase in PHASES}
+        for phase, model in models.items():
             model.save_weights(tmp_path / f"{phase}.weights.h5")
-            models[phase] = model
+        by_file, by_head = functional(gates), functional(gates)
+        # There and back.
         for phase in ("exploiting", "exploring"):
-            other, _ = functional(gates)
-            # From the other phase each time, the one that it is in being the first.
-            other.set_weights(models["exploiting"].get_weights())
-            if by_file:
-                other.load_weights(tmp_path / f"{phase}.weights.h5")
-            else:
-                other.layers[-1].set_weights(models[phase].layers[-1].get_weights())
-                other.layers[1].set_weights(models[phase].layers[1].get_weights())
-            head = other.get_layer("head")
-            if not by_file:
-                assert head.phase == phase
-            assert head.phase == phase
             asleep = phase == "exploring" and gates == "random"
-            assert head.q.trainable is not asleep
-            np.testing.assert_array_equal(array(other(x)), array(models[phase](x)))
+            by_file[0].load_weights(tmp_path / f"{phase}.weights.h5")
+            for ours, theirs in zip(
+                by_head[0].layers, models[phase].layers, strict=True
+            ):
+                ours.set_weights(theirs.get_weights())
+            for model, head in (by_file, by_head):
+                assert head.phase == phase
+                assert head.q.trainable is not asleep
+                assert head.bias.trainable is not asleep
+                np.testing.assert_array_equal(array(model(x)), array(models[phase](x)))
 
-    def test_a_models_set_weights_needs_sync_phase(self):
-        """Keras assigns a model's variables one by one: no layer is told."""
+    def test_sync_phase_after_a_models_set_weights(self):
+        """Which assigns variable by variable, so that no layer is told."""
         model, _, x, _ = trained("random", "exploiting")
         other, head = functional("random")
         other.set_weights(model.get_weights())
+        assert head.phase == "exploring"
         head.sync_phase()
         assert head.phase == "exploiting"
         np.testing.assert_array_equal(array(other(x)), array(model(x)))
@@ -721,7 +731,9 @@ def test_numpy_numbers_are_numbers():
     head.build((None, 4))
     assert head(features()).shape == (9, 2)
     config = head.get_config()
-    assert [type(config[k]) for k in ("units", "width", "n_samples", "seed")] == [int] * 4
+    assert [type(config[k]) for k in ("units", "width", "n_samples", "seed")] == [
+        int
+    ] * 4
 
 
 def test_a_quantized_linear_part_is_refused():
@@ -730,5 +742,7 @@ def test_a_quantized_linear_part_is_refused():
     head = AlignmentHead(2, width=3, dense=dense)
     head.build((None, 4))
     dense.quantize("int8")
-    with pytest.raises(ValueError, match="cannot be quantized.*quantization_mode=int8"):
+    with pytest.raises(
+        ValueError, match=r"cannot be quantized.*quantization_mode=int8"
+    ):
         head(features())

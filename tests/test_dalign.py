@@ -51,6 +51,13 @@ def test_exploration_is_the_inner_optimizer_bit_for_bit(setting):
     inner = model.optimizer.inner_optimizer
     for mine, bare in zip(inner.variables, base.optimizer.variables, strict=True):
         np.testing.assert_array_equal(np.array(mine), np.array(bare))
+    # A step of exploration carries one number more than a step of the base model.
+    state = (model.trainable_variables, model.non_trainable_variables)
+    assert [len(v) for v in state] == [
+        len(base.trainable_variables),
+        len(base.non_trainable_variables),
+    ]
+    assert len(model.optimizer.variables) == len(base.optimizer.variables) + 1
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -184,13 +191,17 @@ def test_set_weights_round_trip():
         model.optimizer.set_weights(values[:-1])
 
 
-def test_variables_hold_both_phases_and_no_model_weight():
+def test_variables_are_those_of_the_phase_and_no_model_weight():
     model, _ = fitted(optimizers.Adam(1e-2), aligned=True)
     optimizer = model.optimizer
-    parts = optimizer.inner_optimizer.variables + optimizer.exploit_optimizer.variables
-    ids = [id(v) for v in optimizer.variables]
-    assert ids[-len(parts) :] == [id(v) for v in parts]
-    assert not set(ids) & {id(v) for v in model.variables}
+    inner, exploit = optimizer.inner_optimizer, optimizer.exploit_optimizer
+    for phase, active in (("exploring", inner), ("exploiting", exploit)):
+        optimizer.enter(phase)
+        ids = [id(v) for v in optimizer.variables]
+        assert ids == [id(optimizer.iterations), *map(id, active.variables)]
+    everything = {id(v) for v in optimizer.all_variables}
+    assert everything >= {id(v) for v in inner.variables + exploit.variables}
+    assert not everything & {id(v) for v in model.variables}
 
 
 @pytest.mark.parametrize("epochs", range(1, 12))
