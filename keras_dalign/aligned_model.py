@@ -310,10 +310,10 @@ class AlignedModel(keras.Model):
                 variable.assign(value)
             self.head.sync_phase()
             raise ValueError(
-                "The weights do not fit this model, which was left as it was. Received: "
-                f"'{filepath}' for a head of {self.head.units} outputs and width "
-                f"{self.head.width} with {self.head.gates} gates. Align the model as it "
-                f"was aligned when the weights were saved. Keras said: {error}"
+                "The weights do not fit this model, which was left as it was. "
+                f"Received: '{filepath}' for a head of {self.head.units} outputs and "
+                f"width {self.head.width} with {self.head.gates} gates. Align the model "
+                f"as it was when the weights were saved. Keras said: {error}"
             ) from error
         finally:
             self._follow_phase()

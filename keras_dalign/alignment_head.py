@@ -133,7 +133,7 @@ class AlignmentHead(keras.layers.Layer):
                 f"units={units}, dense.units={dense.units}"
             )
         self.seed = _peek_seed() if seed is None else _seed(seed)
-        self.dense: keras.layers.Dense | None = None
+        self.dense: Any = None
         if gates == "random":
             self.dense = dense or keras.layers.Dense(
                 self.units, dtype=self.dtype_policy, name="dense"
@@ -169,7 +169,7 @@ class AlignmentHead(keras.layers.Layer):
         p = math.prod(gated_shape[1:])
         pair = isinstance(input_shape[0], (list, tuple))
         self.feature_size = p + (linear_shape[-1] if pair else 0)
-        if self.width is None:
+        if self.width is None and self.n_samples is not None:
             self.width = default_width(self.n_samples, p + 1)
         if self.dense is not None and not self.dense.built:
             self.dense.build(linear_shape)

@@ -9,11 +9,11 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
+from keras.layers import BatchNormalization
 
 from keras_dalign import data
 from keras_dalign.alignment_head import EXPLOITING, AlignmentHead
 
-BatchNormalization = keras.layers.BatchNormalization
 # Count, mean and variance.
 _Moments = tuple[np.ndarray, ...]
 
@@ -145,7 +145,8 @@ class _MomentsProbe(keras.Model):
         self, model: keras.Model, layers: list[BatchNormalization], by_batch: bool
     ) -> None:
         # TensorFlow accepts no name that begins with an underscore, as the class's.
-        super().__init__(name="moments_probe", dtype=model.dtype_policy)
+        # Without autocast: the model casts its inputs itself, or does not.
+        super().__init__(name="moments_probe", dtype=model.dtype_policy, autocast=False)
         self.model = model
         self.normalizations = layers
         self.by_batch = by_batch
@@ -274,13 +275,15 @@ def _pool(
                 if count == 0:
                     continue
                 n = total[0] + count
-                delta = mean - total[1]
-                total[2] = (
-                    total[0] * total[2]
-                    + count * variance
-                    + delta**2 * (total[0] * count / n)
-                ) / n
-                total[1] = total[1] + delta * (count / n)
+                # What is not finite is found below.
+                with np.errstate(invalid="ignore", over="ignore"):
+                    delta = mean - total[1]
+                    total[2] = (
+                        total[0] * total[2]
+                        + count * variance
+                        + delta**2 * (total[0] * count / n)
+                    ) / n
+                    total[1] = total[1] + delta * (count / n)
                 total[0] = n
     for count, mean, variance in pooled.values():
         if count == 0:

@@ -119,7 +119,7 @@ def align(
         name="alignment_head",
     )
     aligned = AlignedModel(trunk, head, name=model.name, dtype=model.dtype_policy)
-    for message in [*output.warnings, *_width_warnings(head)]:
+    for message in [*output.warnings, *_width_warnings(head, n_samples)]:
         warnings.warn(message, stacklevel=2)
     return aligned
 
@@ -144,14 +144,14 @@ def _check_n_samples(n_samples: Any) -> None:
         )
 
 
-def _width_warnings(head: AlignmentHead) -> list[str]:
+def _width_warnings(head: AlignmentHead, n_samples: int) -> list[str]:
     d = head.q.shape[0]
-    if head.width * d >= head.n_samples:
+    if head.width * d >= n_samples:
         return []
     message = (
-        f"The head is too narrow to fit {head.n_samples} samples: width * d = "
+        f"The head is too narrow to fit {n_samples} samples: width * d = "
         f"{head.width} * {d} = {head.width * d}. Received: width={head.width}. A "
-        f"width of {default_width(head.n_samples, d)} would do."
+        f"width of {default_width(n_samples, d)} would do."
     )
     return [message]
 
@@ -293,7 +293,7 @@ def _find_output(graph: keras.Model, layer: Any) -> _Output:
         elif isinstance(operation, keras.layers.Dense):
             break
         elif _may_be_dropped(operation):
-            dropped.append(_nonlinearity(operation))
+            dropped.append(str(_nonlinearity(operation)))
             tensor = node.input_tensors[0]
         else:
             raise ValueError(

@@ -1,11 +1,13 @@
 import keras
 import pytest
 
+BACKEND = keras.backend.backend()
+
 
 @pytest.fixture(scope="session", autouse=True)
 def two_cpus():
     """Two logical devices, which TensorFlow must be given before it starts."""
-    if keras.backend.backend() != "tensorflow":
+    if BACKEND != "tensorflow":
         return None
     import tensorflow as tf
 
@@ -14,3 +16,16 @@ def two_cpus():
         cpu, [tf.config.LogicalDeviceConfiguration()] * 2
     )
     return ["cpu:0", "cpu:1"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Many tests compile the same steps, which takes JAX longer than to run them."""
+    if BACKEND == "jax":
+        import jax
+
+        jax.config.update(
+            "jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jit"))
+        )
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -4,7 +4,15 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from small import assert_equal, convnet, cross_entropy, digit_images, digits, mlp, weights
+from small import (
+    assert_equal,
+    convnet,
+    cross_entropy,
+    digit_images,
+    digits,
+    mlp,
+    weights,
+)
 
 import keras_dalign as kd
 
@@ -38,10 +46,14 @@ def test_exploitation_trains_q_and_b_alone(gates, cache):
     inner = [np.array(v) for v in model.optimizer.inner_optimizer.variables]
     model.fit(x, y, epochs=2, batch_size=20, verbose=0)
     changed = {
-        v.path for v in model.variables if not np.array_equal(before[v.path], np.array(v))
+        v.path
+        for v in model.variables
+        if not np.array_equal(before[v.path], np.array(v))
     }
     assert changed == {model.head.q.path, model.head.bias.path}
-    assert_equal(inner, [np.array(v) for v in model.optimizer.inner_optimizer.variables])
+    assert_equal(
+        inner, [np.array(v) for v in model.optimizer.inner_optimizer.variables]
+    )
 
 
 @pytest.mark.parametrize("gates", ["random", "learned"])
@@ -82,7 +94,11 @@ def test_base_layers_are_left_trainable(gates):
     model.fit(x, y, epochs=3, verbose=0)
     assert all(layer.trainable for layer in base.layers)
     expected = 5 if gates == "random" else 6
-    assert len(base.trainable_variables) == len(convnet().trainable_variables) >= expected - 1
+    assert (
+        len(base.trainable_variables)
+        == len(convnet().trainable_variables)
+        >= expected - 1
+    )
 
 
 def test_exploitation_leaves_the_base_model_as_it_was_at_the_switch():
@@ -196,7 +212,7 @@ def test_load_weights_brings_the_phase_along(tmp_path):
     other = aligned(convnet(seed=8))
     assert other.predict(x, verbose=0).shape == (96, 10)
     other.load_weights(tmp_path / "model.weights.h5")
-    assert other.phase == other.optimizer.phase or other.phase == "exploiting"
+    assert other.phase == "exploiting"
     np.testing.assert_array_equal(
         model.predict(x, verbose=0), other.predict(x, verbose=0)
     )
@@ -221,7 +237,7 @@ def test_resuming_with_a_different_head_is_an_error(tmp_path):
     model.save_weights(tmp_path / "model.weights.h5")
     other = kd.align(convnet(), n_samples=500)
     before = weights(other)
-    with pytest.raises(ValueError, match="shape|head"):
+    with pytest.raises(ValueError, match=r"do not fit this model.*width"):
         other.load_weights(tmp_path / "model.weights.h5")
     assert other.phase == "exploring"
     assert_equal(before, weights(other))
@@ -248,7 +264,9 @@ def test_train_on_batch_follows_the_phase():
     model.train_on_batch(x, y)
     frozen = weights(model.trunk)
     model.train_on_batch(x, y)
-    assert any((a != b).any() for a, b in zip(frozen, weights(model.trunk), strict=True))
+    assert any(
+        (a != b).any() for a, b in zip(frozen, weights(model.trunk), strict=True)
+    )
     model.start_exploiting()
     frozen = weights(model.trunk)
     first = model.train_on_batch(x, y)

@@ -64,7 +64,9 @@ def test_exploration_is_the_inner_optimizer_bit_for_bit(setting):
 def test_every_setting_survives_the_switch(setting):
     x, y = digits(96)
     model = kd.align(mlp(), n_samples=len(x))
-    model.compile(optimizer=kd.DAlign(SETTINGS[setting](), explore=0.5), loss=cross_entropy())
+    model.compile(
+        optimizer=kd.DAlign(SETTINGS[setting](), explore=0.5), loss=cross_entropy()
+    )
     # The first exploitation after a switch, and a second fit of the same model.
     history = model.fit(x, y, batch_size=20, epochs=4, verbose=0).history
     frozen = weights(model.trunk)
@@ -84,7 +86,9 @@ def test_mixed_float16_scales_the_losses_of_both_phases():
     try:
         base = mlp(dtype="float32")
         model = kd.align(base, n_samples=len(x))
-        model.compile(kd.DAlign(optimizers.Adam(1e-2), explore=0.5), loss=cross_entropy())
+        model.compile(
+            kd.DAlign(optimizers.Adam(1e-2), explore=0.5), loss=cross_entropy()
+        )
     finally:
         keras.config.set_dtype_policy(before)
     optimizer = model.optimizer
@@ -131,19 +135,21 @@ def test_callbacks_change_the_rate_of_the_current_phase():
 
 def test_a_copied_schedule_goes_on_where_exploration_left_it():
     x, y = digits(64)
-    rates = optimizers.schedules.PiecewiseConstantDecay([4, 8, 12], [1e-1, 2e-2, 3e-3, 4e-4])
+    rates = optimizers.schedules.PiecewiseConstantDecay(
+        [4, 8, 12], [1e-1, 2e-2, 3e-3, 4e-4]
+    )
     model = kd.align(mlp(), n_samples=len(x))
     model.compile(kd.DAlign(optimizers.SGD(rates), explore=2), loss=cross_entropy())
 
-    class Rates(keras.callbacks.Callback):
-        seen = []
+    seen = []
 
+    class Rates(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
-            self.seen.append(float(np.array(self.model.optimizer.learning_rate)))
+            seen.append(float(np.array(self.model.optimizer.learning_rate)))
 
     model.fit(x, y, batch_size=16, epochs=4, verbose=0, callbacks=[Rates()])
     # Four steps an epoch; the rate shown is that of the next step.
-    np.testing.assert_allclose(Rates.seen, [1e-1, 2e-2, 3e-3, 4e-4], rtol=1e-6)
+    np.testing.assert_allclose(seen, [1e-1, 2e-2, 3e-3, 4e-4], rtol=1e-6)
     assert int(np.array(model.optimizer.iterations)) == 16
 
 
@@ -212,7 +218,9 @@ def test_both_phases_get_an_epoch(explore, epochs):
     assert abs(explored - explore * epochs) <= 1
 
 
-@pytest.mark.parametrize("explore", [0.0, 1.0, -0.5, 1.5, -1, "all", None, True, float("nan")])
+@pytest.mark.parametrize(
+    "explore", [0.0, 1.0, -0.5, 1.5, -1, "all", None, True, float("nan")]
+)
 def test_explore_out_of_range(explore):
     with pytest.raises(ValueError, match=r"`explore`.*Received: explore="):
         kd.DAlign("adam", explore=explore)

@@ -4,7 +4,15 @@ import math
 import keras
 import numpy as np
 import pytest
-from small import assert_equal, convnet, cross_entropy, digit_images, digits, mlp, weights
+from small import (
+    assert_equal,
+    convnet,
+    cross_entropy,
+    digit_images,
+    digits,
+    mlp,
+    weights,
+)
 
 import keras_dalign as kd
 from keras_dalign import features
@@ -57,7 +65,9 @@ def test_callbacks_see_one_run(tmp_path):
     assert events.seen[0] == "begin"
     assert events.seen.count("begin") == 1
     assert [e for e in events.seen if isinstance(e, int)] == [0, 1, 2, 3, 4]
-    assert [e[0] for e in events.seen if isinstance(e, tuple)] == ["epoch"] * 5 + ["end"]
+    assert [e[0] for e in events.seen if isinstance(e, tuple)] == ["epoch"] * 5 + [
+        "end"
+    ]
     assert events.seen[-1][1] == events.seen[-2][1]
     assert history.epoch == [0, 1, 2, 3, 4]
     assert history.history["phase"] == [0, 0, 1, 1, 1]
@@ -160,14 +170,18 @@ def test_steps_per_execution_across_the_switch(cache):
 @pytest.mark.parametrize("cache", [True, False])
 def test_jit_compile(cache):
     x, y = digit_images(96)
-    model = compiled(convnet(), cache_features=cache, compile_with={"jit_compile": True})
+    model = compiled(
+        convnet(), cache_features=cache, compile_with={"jit_compile": True}
+    )
     loss = model.fit(x, y, batch_size=32, epochs=4, verbose=0).history["loss"]
     assert loss[-1] < loss[0]
 
 
 def test_run_eagerly():
     x, y = digit_images(64)
-    model = compiled(convnet(), cache_features=False, compile_with={"run_eagerly": True})
+    model = compiled(
+        convnet(), cache_features=False, compile_with={"run_eagerly": True}
+    )
     loss = model.fit(x, y, batch_size=32, epochs=4, verbose=0).history["loss"]
     assert loss[-1] < loss[0]
 
@@ -387,7 +401,11 @@ def refused(match, x=None, y=None, model=None, **arguments):
     before = weights(model)
     with pytest.raises(ValueError, match=match):
         model.fit(
-            x0 if x is None else x, y0 if y is None else y, verbose=0, epochs=4, **arguments
+            x0 if x is None else x,
+            y0 if y is None else y,
+            verbose=0,
+            epochs=4,
+            **arguments,
         )
     assert model.phase == "exploring"
     assert_equal(before, weights(model))
@@ -420,7 +438,9 @@ def test_labels_out_of_range(label):
 
 
 def test_empty_data():
-    refused("(?i)empty|no samples", x=np.zeros((0, 64), "float32"), y=np.zeros(0, "int"))
+    refused(
+        "(?i)empty|no samples", x=np.zeros((0, 64), "float32"), y=np.zeros(0, "int")
+    )
 
 
 def test_missing_targets():

@@ -1,0 +1,10 @@
+"""The figures that the package must show, each a program that measures them.
+
+`python -m benchmarks.NAME` from the repository's root; README.md says what each shows.
+Nothing here is a test: the programs take minutes, and they measure time.
+"""
+
+import os
+
+# TensorFlow reads it when it is imported: warnings and errors only.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -1,0 +1,269 @@
+"""MNIST: time, training loss and test error of the two-phase run and of the base run.
+
+ResNet-8 on the first 5,000 training images, tested on the 10,000 test images, 10
+epochs, batch size 64, Adam 1e-3, with a constant learning rate and with a cosine
+schedule over all steps. The base run is shown as Keras trains it and with its
+batch-norm statistics re-estimated as at the switch. For each seed, the base run and
+the two-phase runs follow one another in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+import keras_dalign as kd
+from benchmarks import common
+from benchmarks.common import BASE, LEARNED, RANDOM, REESTIMATED, Data, Target
+
+DATA = common.ROOT.parent / "shared" / "data" / "mnist.npz"
+N_TRAIN = 5000
+EPOCHS = 10
+SCHEDULES = ("constant", "cosine")
+METHODS = (BASE, RANDOM, LEARNED)
+ROWS = (BASE, REESTIMATED, RANDOM, LEARNED)
+
+Run = dict[str, Any]
+
+
+def read(path: Path) -> Data:
+    """Reads MNIST: the first training images, and all test images.
+
+    Args:
+        path: A file with `x_train`, `y_train`, `x_test`, `y_test`; pixels 0..255.
+
+    Returns:
+        Images of shape `(28, 28, 1)` in [0, 1].
+
+    Raises:
+        SystemExit: If there is no such file.
+    """
+    if not path.is_file():
+        raise SystemExit(
+            f"There is no file {path}. Pass --data FILE, an .npz file with the arrays "
+            "x_train and x_test (uint8, of shape (n, 28, 28) or (n, 28, 28, 1)), "
+            "y_train and y_test."
+        )
+    with np.load(path) as arrays:
+        x, y, x_test, y_test = (
+            arrays[name] for name in ("x_train", "y_train", "x_test", "y_test")
+        )
+
+    def images(pixels: np.ndarray) -> np.ndarray:
+        return (pixels.reshape(-1, 28, 28, 1) / 255).astype("float32")
+
+    return Data(
+        images(x[:N_TRAIN]),
+        y[:N_TRAIN].astype("int64"),
+        images(x_test),
+        y_test.astype("int64"),
+    )
+
+
+def learning_rate(schedule: str, n_samples: int, epochs: int) -> Any:
+    """The learning rate of a run.
+
+    Args:
+        schedule: One of `SCHEDULES`.
+        n_samples: Number of training samples.
+        epochs: Number of epochs.
+
+    Returns:
+        A float, or a cosine decay to zero over all steps of the run.
+    """
+    if schedule == "constant":
+        return common.LEARNING_RATE
+    steps = epochs * math.ceil(n_samples / common.BATCH_SIZE)
+    return keras.optimizers.schedules.CosineDecay(common.LEARNING_RATE, steps)
+
+
+def measure(
+    data: Data, method: str, schedule: str, seed: int, epochs: int
+) -> list[Run]:
+    """Trains and evaluates one model.
+
+    Args:
+        data: The data.
+        method: One of `METHODS`.
+        schedule: One of `SCHEDULES`.
+        seed: Seed of initial weights, shuffles and gates.
+        epochs: Number of epochs.
+
+    Returns:
+        One run; for the base, a second one that is the same model with batch-norm
+        statistics re-estimated.
+    """
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(seed)
+    base = kd.models.resnet(8, input_shape=(28, 28, 1), classes=10)
+    rate = learning_rate(schedule, len(data.x), epochs)
+    model = common.compiled(method, base, len(data.x), seed, rate)
+    seconds = common.timed_fit(model, data, seed=seed, epochs=epochs)
+    run = {"schedule": schedule, "seed": seed, "seconds": seconds}
+    runs = [{"method": method, **run, **common.evaluation(model, data)}]
+    if method == BASE:
+        kd.reestimate_batch_norm(model, data.x)
+        runs.append({"method": REESTIMATED, **run, **common.evaluation(model, data)})
+    else:
+        runs[0]["switch_seconds"] = model.switch_report.seconds
+    return runs
+
+
+def select(runs: list[Run], method: str, schedule: str) -> list[Run]:
+    """The runs of a method with a schedule, seed by seed."""
+    return [
+        run for run in runs if run["method"] == method and run["schedule"] == schedule
+    ]
+
+
+def rows(runs: list[Run]) -> list[list[str]]:
+    """The table's rows: schedules and methods, over all seeds."""
+    found = []
+    for schedule in SCHEDULES:
+        base = select(runs, BASE, schedule)
+        for method in ROWS:
+            chosen = select(runs, method, schedule)
+            ratio = common.mean(chosen, "seconds") / common.mean(base, "seconds")
+            found.append(
+                [
+                    method,
+                    schedule,
+                    f"{common.mean(chosen, 'loss'):.3g}",
+                    f"{max(run['gap'] for run in chosen):.3g}",
+                    common.plus_minus(chosen, "test_error"),
+                    common.plus_minus(chosen, "seconds"),
+                    f"{ratio:.3f}",
+                ]
+            )
+    return found
+
+
+def targets(runs: list[Run], schedule: str, method: str = RANDOM) -> list[Target]:
+    """What must be shown with a schedule.
+
+    Args:
+        runs: All runs.
+        schedule: One of `SCHEDULES`.
+        method: The two-phase run in question.
+
+    Returns:
+        The targets, against the base run and the re-estimated one.
+    """
+    own = select(runs, method, schedule)
+    base = select(runs, BASE, schedule)
+    seconds = common.mean(own, "seconds") / common.mean(base, "seconds")
+    what = f"{method}, {schedule}"
+    found = [Target(f"{what}: time over the base's", seconds, 0.75)]
+    for name in (BASE, REESTIMATED):
+        other = select(runs, name, schedule)
+        loss = common.mean(own, "loss") / common.mean(other, "loss")
+        excess = common.mean(own, "test_error") - common.mean(other, "test_error")
+        found += [
+            Target(
+                f"{what}: training loss over that of '{name}'",
+                loss,
+                0.5 if schedule == "constant" else 1.0,
+            ),
+            Target(
+                f"{what}: mean test error above that of '{name}', points", excess, 0.5
+            ),
+        ]
+    return found
+
+
+def better_bases(runs: list[Run]) -> list[str]:
+    """Where a base run has the lower test error, or loss: it is to be said as well.
+
+    Args:
+        runs: All runs.
+
+    Returns:
+        A sentence for each such comparison.
+    """
+    found = []
+    for schedule in SCHEDULES:
+        for method in (RANDOM, LEARNED):
+            own = select(runs, method, schedule)
+            for name in (BASE, REESTIMATED):
+                other = select(runs, name, schedule)
+                for key, noun, digits in (
+                    ("test_error", "test error", ".2f"),
+                    ("loss", "training loss", ".3g"),
+                ):
+                    theirs, ours = common.mean(other, key), common.mean(own, key)
+                    if theirs < ours:
+                        found.append(
+                            f"{schedule}: '{name}' has the lower {noun}, "
+                            f"{theirs:{digits}} against {ours:{digits}} of {method}."
+                        )
+    return found
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, default=DATA, help="MNIST as .npz")
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+
+
+def main() -> None:
+    """Measures, prints and writes the results."""
+    options = common.arguments(__doc__, seeds=3, more=_options)
+    data = read(options.data)
+    common.warm_up()
+    runs: list[Run] = []
+    for seed in range(options.seeds):
+        for schedule in SCHEDULES:
+            for method in METHODS:
+                found = measure(data, method, schedule, seed, options.epochs)
+                runs += found
+                for run in found:
+                    print(" ".join(f"{k}={v}" for k, v in run.items()), flush=True)
+    header = [
+        "method",
+        "schedule",
+        "training loss",
+        "largest gap",
+        "test error, %",
+        "seconds",
+        "time / base's",
+    ]
+    lower = better_bases(runs)
+    about = (
+        f"ResNet-8, {len(data.x):,} training and {len(data.x_test):,} test images, "
+        f"{options.epochs} epochs, batch size {common.BATCH_SIZE}, Adam "
+        f"{common.LEARNING_RATE:g} (constant, or cosine decay over all steps), "
+        f"seeds: {options.seeds}. Mean training loss in inference mode, sums in "
+        "float64; mean ± standard deviation of test error and of the wall time of "
+        "`fit`; ratio of total times. The re-estimated base is the base run with "
+        "its batch-norm statistics set as at the switch."
+    )
+    common.write(
+        options.out,
+        "mnist",
+        title="MNIST",
+        body=[
+            about,
+            common.table(header, rows(runs)),
+            "Where a base run is the better one:",
+            common.bullets(lower) if lower else "Nowhere.",
+        ],
+        targets=[
+            target for schedule in SCHEDULES for target in targets(runs, schedule)
+        ],
+        settings={
+            "n_train": len(data.x),
+            "epochs": options.epochs,
+            "batch_size": common.BATCH_SIZE,
+            "learning_rate": common.LEARNING_RATE,
+            "explore": common.EXPLORE,
+        },
+        measurements=runs,
+    )
+
+
+if __name__ == "__main__":
+    main()
