@@ -312,7 +312,7 @@ class AlignedModel(keras.Model):
             raise ValueError(
                 "The weights do not fit this model, which was left as it was. "
                 f"Received: '{filepath}' for a head of {self.head.units} outputs and "
-                f"width {self.head.width} with {self.head.gates} gates. Align the model "
+                f"width {self.head.width} with {self.head.gates} gates. Align it "
                 f"as it was when the weights were saved. Keras said: {error}"
             ) from error
         finally:

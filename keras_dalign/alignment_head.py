@@ -148,7 +148,7 @@ class AlignmentHead(keras.layers.Layer):
             dtype=self.dtype_policy,
             name="standardize",
         )
-        self.width: int | None = self._requested_width
+        self.width: Any = self._requested_width
         self._phase = EXPLORING
         # As Dense: a mask of the features is one of the logits, and of the loss.
         self.supports_masking = True
