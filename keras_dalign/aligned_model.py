@@ -252,7 +252,9 @@ class AlignedModel(keras.Model):
 
     def _explored_variables(self) -> list[keras.Variable]:
         """What exploration trains, also when the model exploits already."""
-        return self.trunk.trainable_variables + self.head.explored_variables
+        variables = self.trunk.trainable_variables + self.head.explored_variables
+        # The output layer may be one of the trunk's, called a second time.
+        return list({id(variable): variable for variable in variables}.values())
 
     @property
     def trainable_variables(self) -> list[keras.Variable]:

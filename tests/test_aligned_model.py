@@ -315,6 +315,21 @@ def test_several_inputs_and_another_feature_tensor():
     assert certificate.gap < history.history["loss"][0]
 
 
+def test_an_output_layer_that_the_trunk_uses_too():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((64,))
+    shared = keras.layers.Dense(64)
+    hidden = keras.layers.ReLU()(shared(inputs))
+    base = keras.Model(inputs, shared(hidden))
+    x, y = digits(96)
+    model = aligned(base, n=400)
+    model.fit(x, y, epochs=2, verbose=0)
+    frozen = weights(model.trunk)
+    history = model.fit(x, y, initial_epoch=2, epochs=4, verbose=0).history
+    assert history["phase"] == [1, 1]
+    assert_equal(frozen, weights(model.trunk))
+
+
 def test_regression_with_one_unit_reaches_the_minimum():
     rng = np.random.default_rng(0)
     x, _ = digits(64)

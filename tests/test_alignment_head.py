@@ -338,18 +338,18 @@ class TestDtypes:
         assert error < tolerance * np.abs(reference(head, z)).max()
 
     def test_half_precision_sums_over_many_units_in_float32(self):
-        """Each term is below half a unit in the last place of the float16 sum."""
-        width = 4096
-        head = AlignmentHead(1, width=width, dtype="mixed_float16")
+        """The sum is 2049, which float16 does not have; with the bias it is 1."""
+        head = AlignmentHead(1, width=4098, dtype="mixed_float16")
         head.build((None, 1))
         head.start_exploiting()
-        head.w.assign(np.full(head.w.shape, 1 / 64))
-        head.r.assign(np.zeros(head.r.shape))
-        q = np.zeros(head.q.shape)
-        q[1] = 1.0
-        head.q.assign(q)
+        head.w.assign(np.ones(head.w.shape, "float32"))
+        head.r.assign(np.zeros(head.r.shape, "float32"))
+        head.q.assign(
+            np.eye(2, dtype="float32")[1][:, None, None] * np.ones((1, 1, 4098))
+        )
+        head.bias.assign([-2048.0])
         head.dense.kernel.assign([[0.0]])
-        assert array(head(np.ones((1, 1), "float32"))).item() == width / 64 / 2
+        assert array(head(np.ones((1, 1), "float32"))).item() == 1.0
 
 
 class TestShapes:
