@@ -38,9 +38,10 @@ class AlignmentHead(keras.layers.Layer):
       units (`r = q`), which makes every unit `t * s(slope * t)`; `q` and `b` are
       trained like any other weight.
     - *exploiting*. The gates `r` are frozen and only `q` and `b` are trained.
-      The output is then linear in what is trained, the training problem is
-      convex, and with `width * d >= n` and distinct features the Jacobian has
-      full rank for almost every `r`: every label vector can be reached.
+      The output is then linear in what is trained and the training problem is
+      convex. For almost every `r` every label vector can be reached, provided
+      that features are distinct and no more than `width * k` samples lie in any
+      subspace of `k` dimensions (for all of them: `width * d >= n`).
 
     The step from the first to the second is `start_exploiting`, which
     `AlignedModel` calls at the switch. In a model of another kind, freeze everything

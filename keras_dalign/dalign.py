@@ -397,7 +397,13 @@ def _checked_explore(explore: Any) -> float:
 
 def _checked_optimizer(name: str, optimizer: Any) -> keras.optimizers.Optimizer:
     if isinstance(optimizer, str):
-        optimizer = keras.optimizers.get(optimizer)
+        try:
+            optimizer = keras.optimizers.get(optimizer)
+        except ValueError as error:
+            raise ValueError(
+                f"`{name}` must be a Keras optimizer or the name of one. Received: "
+                f"{name}='{optimizer}'"
+            ) from error
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise ValueError(
             f"`{name}` must be a Keras optimizer or the name of one. Received: "

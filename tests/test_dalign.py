@@ -255,6 +255,8 @@ def test_bad_optimizers():
         kd.DAlign("adam", wrong=1)
     with pytest.raises(ValueError, match="must be a Keras optimizer"):
         kd.DAlign(3)
+    with pytest.raises(ValueError, match="exploit_optimizer='fastest'"):
+        kd.DAlign("adam", "fastest")
     with pytest.raises(ValueError, match="cannot wrap DAlign"):
         kd.DAlign(kd.DAlign("adam"))
     shared = optimizers.Adam()
