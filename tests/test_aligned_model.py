@@ -41,7 +41,6 @@ def exploiting(gates="random", **options):
 @pytest.mark.parametrize("cache", [True, False])
 def test_exploitation_trains_q_and_b_alone(gates, cache):
     model, x, y = exploiting(gates, cache_features=cache)
-    model.head.w.assign(np.array(model.head.w))
     before = {v.path: np.array(v) for v in model.variables}
     inner = [np.array(v) for v in model.optimizer.inner_optimizer.variables]
     model.fit(x, y, epochs=2, batch_size=20, verbose=0)
@@ -93,12 +92,7 @@ def test_base_layers_are_left_trainable(gates):
     model = aligned(base, gates=gates)
     model.fit(x, y, epochs=3, verbose=0)
     assert all(layer.trainable for layer in base.layers)
-    expected = 5 if gates == "random" else 6
-    assert (
-        len(base.trainable_variables)
-        == len(convnet().trainable_variables)
-        >= expected - 1
-    )
+    assert len(base.trainable_variables) == len(convnet().trainable_variables)
 
 
 def test_exploitation_leaves_the_base_model_as_it_was_at_the_switch():
@@ -113,16 +107,16 @@ def test_exploitation_leaves_the_base_model_as_it_was_at_the_switch():
 
 
 @pytest.mark.parametrize("gates", ["random", "learned"])
-@pytest.mark.parametrize("epochs", [1, 2, 4])
+@pytest.mark.parametrize("epochs", [2, 4])
 def test_saved_and_loaded_in_every_phase(gates, epochs, tmp_path):
     x, y = digit_images(96)
     model = aligned(convnet(), gates=gates)
-    model.fit(x, y, epochs=max(epochs, 2), batch_size=20, verbose=0)
+    model.fit(x, y, epochs=epochs, batch_size=20, verbose=0)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert isinstance(loaded, kd.AlignedModel)
     assert isinstance(loaded.optimizer, kd.DAlign)
-    assert loaded.phase == model.phase
+    assert loaded.phase == model.phase == ("exploring", "exploiting")[epochs > 2]
     assert_equal(weights(model), weights(loaded))
     for saved, new in zip(
         model.optimizer.all_variables, loaded.optimizer.all_variables, strict=True
@@ -134,26 +128,20 @@ def test_saved_and_loaded_in_every_phase(gates, epochs, tmp_path):
 
 
 @pytest.mark.parametrize("gates", ["random", "learned"])
-@pytest.mark.parametrize("saved_at", [2, 4])
+@pytest.mark.parametrize("saved_at", [3, 5])
 def test_resumed_from_a_file_is_the_run_that_would_have_been(gates, saved_at, tmp_path):
     x, y = digits(96)
-
-    def run():
-        return aligned(gates=gates, explore=3)
-
     arguments = {"batch_size": 20, "shuffle": False, "verbose": 0}
-    whole = run()
+    whole = aligned(gates=gates, explore=3)
     whole.fit(x, y, epochs=6, **arguments)
-    part = run()
-    part.optimizer.explore = 3
-    part.fit(x, y, epochs=max(saved_at, 3), **arguments)
-    if saved_at == 2:
-        # Saved while exploring, just before the switch.
-        assert part.phase == "exploring"
+    part = aligned(gates=gates, explore=3)
+    part.fit(x, y, epochs=saved_at, **arguments)
+    # Just before the switch, or in the middle of exploitation.
+    assert part.phase == ("exploring" if saved_at == 3 else "exploiting")
     part.save(tmp_path / "model.keras")
     del part
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    loaded.fit(x, y, initial_epoch=max(saved_at, 3), epochs=6, **arguments)
+    loaded.fit(x, y, initial_epoch=saved_at, epochs=6, **arguments)
     assert_equal(weights(whole), weights(loaded))
 
 
