@@ -94,7 +94,7 @@ def batches(
             `(x, y, sample_weight)`, as in `keras.Model.fit`.
         y: Targets, for arrays. A stream brings its own.
         sample_weight: Sample weights, for arrays. A stream brings its own.
-        batch_size: Samples in a batch, for arrays; the last batch may be smaller. A
+        batch_size: Most samples in a batch, for arrays; see `even_batch_size`. A
             stream comes batched.
         steps: Number of batches to read. `None` reads everything, which a generator, an
             infinite `tf.data.Dataset` and an infinite `PyDataset` do not allow.
@@ -125,6 +125,22 @@ def batches(
     return _take(stream, steps)
 
 
+def even_batch_size(n: int, batch_size: int) -> int:
+    """The batch size that cuts `n` samples into as many batches, as equal as can be.
+
+    A last batch of another size would be compiled once more, and if it is small, its
+    own statistics would be poor.
+
+    Args:
+        n: Number of samples.
+        batch_size: Most samples in a batch.
+
+    Returns:
+        `ceil(n / ceil(n / batch_size))`.
+    """
+    return -(-n // -(-n // batch_size))
+
+
 def _is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "__array__")
 
@@ -138,6 +154,7 @@ def _array_batches(x: Any, y: Any, sample_weight: Any, size: int) -> Iterator[Ba
         for part in (x, y, sample_weight)
     ]
     n = n_samples([part for part in data if part is not None])
+    size = even_batch_size(n, size)
 
     def cut(start: int) -> Batch:
         x, y, sample_weight = (

@@ -99,11 +99,12 @@ class FeaturePass:
         for inputs, targets, weights in data.batches(
             x, y, sample_weight, batch_size=size, steps=steps
         ):
+            n = data.n_samples(inputs)
             if is_array:
-                z = trunk.predict(inputs, batch_size=batch_size, verbose=0)
+                even = data.even_batch_size(n, batch_size)
+                z = trunk.predict(inputs, batch_size=even, verbose=0)
             else:
                 # Replicas of a distribution strategy each predict the whole batch.
-                n = data.n_samples(inputs)
                 z = keras.tree.map_structure(
                     lambda leaf, n=n: leaf[:n], trunk.predict_on_batch(inputs)
                 )

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("keras_dalign")
 
+# The rank check is complete up to so many samples (half a second on two cores), and
+# looks at a sample beyond.
+_COMPLETE_ROWS = 2048
+_SAMPLED_ROWS = 1024
+
 
 @dataclass(frozen=True)
 class SwitchReport:
@@ -97,6 +102,7 @@ def switch(
         *head.gates_of(0),
         head.slope,
         n_samples=features.n,
+        max_rows=_COMPLETE_ROWS if features.n <= _COMPLETE_ROWS else _SAMPLED_ROWS,
         seed=head.seed,
     )
     seconds = time.perf_counter() - begin

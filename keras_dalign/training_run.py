@@ -274,13 +274,12 @@ class _OneRun(keras.callbacks.CallbackList):
     def __init__(self, model: AlignedModel, callbacks: Any, **params: Any) -> None:
         if isinstance(callbacks, keras.callbacks.CallbackList):
             callbacks = callbacks.callbacks
-        super().__init__(
-            callbacks,
-            add_history=True,
-            add_progbar=params["verbose"] != 0,
-            model=model,
-            **params,
-        )
+        callbacks = list(keras.tree.flatten(callbacks)) if callbacks else []
+        if params["verbose"] and not any(
+            isinstance(known, keras.callbacks.ProgbarLogger) for known in callbacks
+        ):
+            callbacks.append(_ProgressBar())
+        super().__init__(callbacks, add_history=True, model=model, **params)
         self._aligned_model = model
         self._last_logs: dict[str, Any] | None = None
 
@@ -303,3 +302,15 @@ class _OneRun(keras.callbacks.CallbackList):
         phase = PHASES.index(self._aligned_model.phase)
         self._last_logs = {**(logs or {}), "phase": phase}
         super().on_epoch_end(epoch, self._last_logs)
+
+
+class _ProgressBar(keras.callbacks.ProgbarLogger):
+    """Keras's own, without the phase, which the lines between the phases tell."""
+
+    # As Keras's own, which it adds itself: steps need not wait for it.
+    async_safe = True
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """An epoch ends."""
+        shown = {key: value for key, value in (logs or {}).items() if key != "phase"}
+        super().on_epoch_end(epoch, shown)

@@ -63,6 +63,23 @@ def joined(batches):
     ]
 
 
+@pytest.mark.parametrize(
+    ("n", "most", "sizes"),
+    [
+        (10, 4, [4, 4, 2]),
+        (10, 5, [5, 5]),
+        (10, 9, [5, 5]),
+        (10, 10, [10]),
+        (10, 99, [10]),
+        (7, 6, [4, 3]),
+        (1, 1, [1]),
+    ],
+)
+def test_arrays_are_cut_evenly(n, most, sizes):
+    batches = list(data.batches(X[:n], batch_size=most))
+    assert [len(x) for x, _, _ in batches] == sizes
+
+
 def test_arrays_come_in_order_with_a_ragged_last_batch():
     batches = list(data.batches(X, Y, W, batch_size=4))
     assert [len(x) for x, _, _ in batches] == [4, 4, 2]

@@ -49,6 +49,21 @@ class Events(keras.callbacks.Callback):
         self.seen.append(("epoch", dict(logs or {})))
 
 
+def test_the_progress_bar_is_that_of_keras(capsys):
+    x, y = digits(96)
+    model = compiled()
+    model.fit(x, y, epochs=3, verbose=1)
+    shown = capsys.readouterr().out
+    assert [f"Epoch {epoch}/3" in shown for epoch in (1, 2, 3)] == [True] * 3
+    assert shown.count("accuracy: ") >= 3
+    assert "switch: " in shown
+    assert "phase: " not in shown
+    # One that the user brings is not doubled.
+    bar = keras.callbacks.ProgbarLogger()
+    model.fit(x, y, epochs=3, initial_epoch=2, verbose=2, callbacks=[bar])
+    assert capsys.readouterr().out.count("accuracy: ") == 1
+
+
 def test_callbacks_see_one_run(tmp_path):
     x, y = digits(96)
     events = Events()
