@@ -95,8 +95,6 @@ class ConvexLoss(abc.ABC):
             Losses, shape `(n,)`, at least 0.
         """
 
-    # First derivatives, and products with second ones, belong here: solvers need them.
-
     @abc.abstractmethod
     def gradient(self, logits: Array, targets: Array) -> Array:
         """Gradient of each sample's loss in its own logits.
@@ -108,6 +106,42 @@ class ConvexLoss(abc.ABC):
         Returns:
             Gradients, shape `(n, C)`.
         """
+
+    @abc.abstractmethod
+    def curvature(self, logits: Array, targets: Array, directions: Array) -> Array:
+        """Product of each sample's Hessian, in its own logits, with a direction.
+
+        Args:
+            logits: Model outputs, shape `(n, C)`.
+            targets: From `targets`, shape `(n, C)`.
+            directions: One direction per sample, shape `(n, C)`.
+
+        Returns:
+            Products, shape `(n, C)`.
+        """
+
+    @abc.abstractmethod
+    def max_curvature(self, n_outputs: int) -> float:
+        """The largest eigenvalue that a sample's Hessian can have, for any logits.
+
+        Args:
+            n_outputs: Number of the model's outputs, `C`.
+
+        Returns:
+            1/2 for the softmax, `1 / (4 C)` for binary cross-entropy and `2 / C` for
+            squared error.
+        """
+
+    def aligned_targets(self, targets: Array) -> Array:
+        """The modified targets `Y_l` of the alignment condition (theory, section 2).
+
+        Args:
+            targets: From `targets`, shape `(n, C)`.
+
+        Returns:
+            `2 Y - 1` for the cross-entropies, `Y` for squared error; `(n, C)`.
+        """
+        return 2.0 * targets - 1.0
 
     def lower_bound(
         self,
@@ -257,6 +291,19 @@ class SoftmaxCrossEntropy(ConvexLoss):
         softmax = exp / exp.sum(axis=1, keepdims=True)
         return softmax * targets.sum(axis=1, keepdims=True) - targets
 
+    def curvature(self, logits: Array, targets: Array, directions: Array) -> Array:
+        """Product of each sample's Hessian with a direction; see `ConvexLoss`."""
+        exp = np.exp(logits - logits.max(axis=1, keepdims=True))
+        softmax = exp / exp.sum(axis=1, keepdims=True)
+        mean = (softmax * directions).sum(axis=1, keepdims=True)
+        mass = targets.sum(axis=1, keepdims=True)
+        product: Array = mass * softmax * (directions - mean)
+        return product
+
+    def max_curvature(self, n_outputs: int) -> float:  # noqa: ARG002
+        """1/2, up to the rounding of soft labels; see `ConvexLoss`."""
+        return 0.5 * (1.0 if self.sparse else 1.0 + _ROW_SUM_TOLERANCE)
+
     def _group_infimum(
         self, targets: Array, weights: Array, groups: Indices, total: Array
     ) -> Array:
@@ -306,6 +353,16 @@ class BinaryCrossEntropy(ConvexLoss):
         sigmoid = np.exp(-np.logaddexp(0.0, -logits))
         return (sigmoid - targets) / logits.shape[1]
 
+    def curvature(self, logits: Array, targets: Array, directions: Array) -> Array:  # noqa: ARG002
+        """Product of each sample's Hessian with a direction; see `ConvexLoss`."""
+        # s (1 - s) without the cancellation of 1 - s.
+        slopes = np.exp(-np.logaddexp(0.0, -logits) - np.logaddexp(0.0, logits))
+        return slopes * directions / logits.shape[1]
+
+    def max_curvature(self, n_outputs: int) -> float:
+        """`1 / (4 C)`; see `ConvexLoss`."""
+        return 0.25 / n_outputs
+
     def _group_infimum(
         self, targets: Array, weights: Array, groups: Indices, total: Array
     ) -> Array:
@@ -341,6 +398,18 @@ class SquaredError(ConvexLoss):
     def gradient(self, logits: Array, targets: Array) -> Array:
         """Gradient of each sample's loss in its logits; see `ConvexLoss`."""
         return (logits - targets) * (2.0 / logits.shape[1])
+
+    def curvature(self, logits: Array, targets: Array, directions: Array) -> Array:  # noqa: ARG002
+        """Product of each sample's Hessian with a direction; see `ConvexLoss`."""
+        return directions * (2.0 / logits.shape[1])
+
+    def max_curvature(self, n_outputs: int) -> float:
+        """`2 / C`; see `ConvexLoss`."""
+        return 2.0 / n_outputs
+
+    def aligned_targets(self, targets: Array) -> Array:
+        """The targets themselves; see `ConvexLoss`."""
+        return targets
 
     def _group_infimum(
         self, targets: Array, weights: Array, groups: Indices, total: Array

@@ -117,6 +117,60 @@ def test_reductions_are_those_of_keras(name, reduction, weighted):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_curvature_is_the_derivative_of_the_gradient(name):
+    keras_loss, y, logits = case(name)
+    loss = convex_loss(keras_loss)
+    n, units = logits.shape
+    targets = loss.targets(y, units)
+    hessians = np.zeros((n, units, units))
+    for c in range(units):
+        step = np.zeros_like(logits)
+        step[:, c] = 1e-5
+        above = loss.gradient(logits + step, targets)
+        below = loss.gradient(logits - step, targets)
+        hessians[:, :, c] = (above - below) / 2e-5
+    directions = np.random.default_rng(0).standard_normal(logits.shape)
+    expected = np.einsum("ick,ik->ic", hessians, directions)
+    found = loss.curvature(logits, targets, directions)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
+    assert np.linalg.norm(found) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("loss", "worst"),
+    [
+        (SoftmaxCrossEntropy(), [[0.0, 0.0, -99.0]]),
+        (BinaryCrossEntropy(), [[0.0, 0.0, 0.0]]),
+        (SquaredError(), [[0.3, 0.1, -2.0]]),
+    ],
+)
+def test_no_curvature_passes_the_bound_and_one_reaches_it(loss, worst):
+    rng = np.random.default_rng(0)
+    logits = np.concatenate([rng.standard_normal((50, 3)) * 3, np.array(worst)])
+    targets = np.eye(3)[rng.integers(3, size=len(logits))]
+    columns = [
+        loss.curvature(logits, targets, np.tile(direction, (len(logits), 1)))
+        for direction in np.eye(3)
+    ]
+    largest = np.linalg.eigvalsh(np.stack(columns, axis=2))[:, -1]
+    bound = loss.max_curvature(3)
+    assert (largest <= bound * (1 + 1e-12)).all()
+    assert largest[-1] == pytest.approx(bound)
+
+
+def test_targets_of_the_alignment_condition():
+    targets = np.array([[1.0, 0.0], [0.25, 0.75]])
+    modified = [[1.0, -1.0], [-0.5, 0.5]]
+    np.testing.assert_array_equal(
+        SoftmaxCrossEntropy().aligned_targets(targets), modified
+    )
+    np.testing.assert_array_equal(
+        BinaryCrossEntropy().aligned_targets(targets), modified
+    )
+    np.testing.assert_array_equal(SquaredError().aligned_targets(targets), targets)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_gradient_is_the_derivative_of_the_value(name):
     keras_loss, y, logits = case(name)
     loss = convex_loss(keras_loss)
