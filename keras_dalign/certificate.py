@@ -5,25 +5,43 @@ output from any function, so where their targets differ, no function of the inpu
 go below the loss of their best common output. The gap between the two bounds the
 distance to the global minimum from above. It takes no assumption on the model and no
 theorem.
+
+Two more certificates on request. The loss with an L2 term is strongly convex in what
+exploitation trains, so that `||gradient||^2 / (2 l2)` bounds its distance to its own
+minimum. And the gradient of the plain loss bounds its distance to the infimum, in any
+model with the common model structure (`gradient_bound.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import decimal
-import hashlib
 import html
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
-import numpy.typing as npt
 
 from keras_dalign import data
-from keras_dalign.losses import Array, ConvexLoss, Indices, convex_loss
+from keras_dalign.alignment_head import EXPLOITING, AlignmentHead
+from keras_dalign.features import FeatureSet
+from keras_dalign.gradient_bound import GradientBound
+from keras_dalign.gradient_bound import gradient_bound as bound_by_gradient
+from keras_dalign.jacobian import jacobian
+from keras_dalign.objective import (
+    check_outputs,
+    check_some_weight,
+    loss_of,
+    sample_weights,
+    single_array,
+)
+from keras_dalign.predict import BatchPredictor, exploiting_head
+from keras_dalign.problem import ConvexProblem
+from keras_dalign.repeats import PassRecord, Repeats, digests
+from keras_dalign.rounding import rounded
 
-# Conflicts listed in a certificate, and samples listed in a conflict.
-_MAX_LISTED = 20
+if TYPE_CHECKING:
+    from keras_dalign.losses import Array, ConvexLoss, Indices
 
 # A gap may come out negative by the rounding of the logits: within this many units in
 # the last place of each logit (float accumulation in the layers below), to first order.
@@ -55,6 +73,12 @@ class Certificate:
             of each target, 20 at most).
         objective: The loss that the certificate speaks of, in words.
         dtype: The dtype of the model's outputs. Sums are in float64 always.
+        l2: Weight of the L2 term that was asked for, or None.
+        l2_loss: The loss plus `l2 / 2` times the squared change of the head's `q` and
+            `b`, in float64 from the features on.
+        l2_gap: Upper bound on `l2_loss` minus its minimum over all `q` and `b`.
+        gradient_bound: The bound by the gradient, if it was asked for. It knows the
+            gradient alone, so it is never below `gap`, but for rounding.
     """
 
     loss: float
@@ -66,6 +90,17 @@ class Certificate:
     conflicts: tuple[tuple[int, ...], ...]
     objective: str
     dtype: str
+    l2: float | None = None
+    l2_loss: float | None = None
+    l2_gap: float | None = None
+    gradient_bound: GradientBound | None = None
+
+    @property
+    def l2_lower_bound(self) -> float | None:
+        """What `l2_loss` cannot go below for any `q` and `b`, None without L2 term."""
+        if self.l2_loss is None or self.l2_gap is None:
+            return None
+        return max(self.l2_loss - self.l2_gap, self.lower_bound)
 
     def to_dict(self) -> dict[str, Any]:
         """The certificate as a dict that `json.dumps` accepts."""
@@ -74,27 +109,46 @@ class Certificate:
         return fields
 
     def __str__(self) -> str:
-        gap = _round(self.gap, up=True) if self.gap else "0 (to rounding)"
-        return (
+        gap = rounded(self.gap, up=True) if self.gap else "0 (to rounding)"
+        plain = (
             f"The loss is {self.loss:.6g}, at most {gap} above its global "
             "minimum: no function of the inputs can go below "
-            f"{_round(self.lower_bound, up=False)} on these {self.n_samples} samples "
+            f"{rounded(self.lower_bound, up=False)} on these {self.n_samples} samples "
             f"({self.n_distinct} distinct inputs, {self.n_conflicts} of them with "
             f"conflicting targets); objective: {self.objective}; outputs in "
             f"{self.dtype}, sums in float64."
         )
+        return " ".join([plain, *self._more()])
+
+    def _more(self) -> Iterator[str]:
+        if self.l2_loss is not None and self.l2_gap is not None:
+            yield (
+                f"Regularised with l2={self.l2:g}, the loss is {self.l2_loss:.6g}, at "
+                f"most {rounded(self.l2_gap, up=True)} above its minimum over the "
+                "head's q and b; objective: the loss plus l2 / 2 times their squared "
+                "change."
+            )
+        if self.gradient_bound is not None:
+            yield str(self.gradient_bound)
 
     def _repr_html_(self) -> str:
         rows = {
             "loss": f"{self.loss:.6g}",
-            "lower bound": _round(self.lower_bound, up=False),
-            "gap": f"<b>{_round(self.gap, up=True)}</b>",
+            "lower bound": rounded(self.lower_bound, up=False),
+            "gap": f"<b>{rounded(self.gap, up=True)}</b>",
             "samples": str(self.n_samples),
             "distinct inputs": str(self.n_distinct),
             "conflicts": str(self.n_conflicts),
             "objective": html.escape(self.objective),
             "outputs in": html.escape(self.dtype),
         }
+        if self.l2_loss is not None and self.l2_gap is not None:
+            rows[f"loss with l2={self.l2:g}"] = f"{self.l2_loss:.6g}"
+            rows["its gap"] = f"<b>{rounded(self.l2_gap, up=True)}</b>"
+        if self.gradient_bound is not None:
+            rows["gap by the gradient"] = (
+                f"<b>{rounded(self.gradient_bound.gap, up=True)}</b>"
+            )
         cells = "".join(
             f"<tr><th style='text-align:left'>{name}</th><td>{text}</td></tr>"
             for name, text in rows.items()
@@ -109,6 +163,9 @@ def certify(
     *,
     loss: Any = None,
     sample_weight: Any = None,
+    l2: float | None = None,
+    gradient_bound: bool = False,
+    parameters: Any = None,
     batch_size: int = 256,
     steps: int | None = None,
 ) -> Certificate:
@@ -136,6 +193,17 @@ def certify(
             reduction give the objective: the weighted sum, divided by `n`
             (`"sum_over_batch_size"`, Keras's default), by the sum of the weights
             (`"mean_with_sample_weight"`) or by 1 (`"sum"`).
+        l2: Positive float: certifies the loss with this L2 weight on the change of `q`
+            and `b`, too (the change since the gates were frozen for learned gates,
+            from 0 for random ones). Takes an `AlignedModel` that exploits. Features
+            are those that the trunk puts out; everything behind them is in float64.
+        gradient_bound: Whether to bound the loss by its gradient, too, in float64. This
+            reads the data several times, and holds the outputs of all samples. For a
+            head on more than 1,500 samples, and for parameters without structure, it
+            takes some 300 products with the Jacobian.
+        parameters: For the gradient bound: `"head"`, `"last"` (the output layer),
+            `"all"` or a list of the model's variables. The default is the head of an
+            `AlignedModel` that exploits, and the output layer of any other model.
         batch_size: Samples per prediction, for arrays.
         steps: Number of batches to read; a generator needs it.
 
@@ -145,7 +213,9 @@ def certify(
     Raises:
         ValueError: If the loss is not convex or not given, if the model has several
             outputs or ends in a softmax or sigmoid, or if inputs, targets, weights or
-            outputs are missing, non-finite, out of range or of the wrong shape.
+            outputs are missing, non-finite, out of range or of the wrong shape; if the
+            model has not what `l2` or `gradient_bound` needs, or the data change
+            between passes.
         RuntimeError: If the loss came out below its lower bound by more than rounding.
 
     Example:
@@ -156,10 +226,22 @@ def certify(
     print(keras_dalign.certify(model, x, y))
     ```
     """
-    convex = _loss_of(model, loss)
-    _check_outputs(model, convex)
-    tally = _Tally(convex)
-    rows = 0
+    convex = loss_of(model, loss)
+    check_outputs(model, convex)
+    regularised = None if l2 is None else _Regularised(model, convex, l2)
+    if gradient_bound and not data.is_arrays(x) and isinstance(x, Iterator):
+        raise ValueError(
+            "The gradient bound reads the data several times, and a generator can be "
+            "read once only. Pass arrays, a `tf.data.Dataset` or a "
+            f"`keras.utils.PyDataset`. Received: x of type {type(x).__name__}"
+        )
+    if parameters is not None and not gradient_bound:
+        raise ValueError(
+            "`parameters` says what the gradient bound speaks of: pass "
+            f"gradient_bound=True, too. Received: parameters={parameters!r}"
+        )
+    tally = _Tally(convex, keep=gradient_bound)
+    predictor = BatchPredictor(model)
     for x_batch, y_batch, w_batch in data.batches(
         x, y, sample_weight, batch_size=batch_size, steps=steps
     ):
@@ -168,21 +250,39 @@ def certify(
                 "Targets are needed: pass `y`, or a stream of (x, y) batches. "
                 "Received: y=None"
             )
-        n = data.n_samples(x_batch)
         # First the inputs: what a model makes of NaN is no clear error.
-        digests = _digests(x_batch)
-        rows = max(rows, n)
-        outputs = _predict(model, _padded(x_batch, n, rows), rows)[:n]
-        tally.add(digests, outputs, y_batch, w_batch)
-    return tally.certificate()
+        names = digests(x_batch)
+        tally.add(names, predictor.outputs(x_batch), y_batch, w_batch)
+        if regularised is not None:
+            regularised.add(x_batch, y_batch, w_batch)
+    certificate = tally.certificate()
+    if regularised is not None:
+        value, gap = regularised.certificate(tally.normalizer)
+        certificate = dataclasses.replace(certificate, l2=l2, l2_loss=value, l2_gap=gap)
+    if gradient_bound:
+        bound = _gradient_bound(
+            model,
+            x,
+            tally,
+            convex,
+            certificate.lower_bound,
+            parameters,
+            batch_size=batch_size,
+            steps=steps,
+        )
+        certificate = dataclasses.replace(certificate, gradient_bound=bound)
+    return certificate
 
 
 class _Tally:
     """Sums over the samples seen so far."""
 
-    def __init__(self, loss: ConvexLoss) -> None:
+    def __init__(self, loss: ConvexLoss, keep: bool) -> None:
         self._loss = loss
-        self._repeats = _Repeats()
+        self._keep = keep
+        self._kept: list[tuple[Array, Array, Indices]] = []
+        self.repeats = Repeats()
+        self.record = PassRecord()
         self._n = 0
         self._weight = 0.0
         self._is_weighted = False
@@ -194,7 +294,7 @@ class _Tally:
     def add(
         self, digests: list[bytes], outputs: np.ndarray, y: Any, sample_weight: Any
     ) -> None:
-        weights = _weights(sample_weight, len(digests))
+        weights = sample_weights(sample_weight, len(digests))
         self._is_weighted |= sample_weight is not None
         if self._n and outputs.shape[1] != self._n_outputs:
             raise ValueError(
@@ -204,8 +304,11 @@ class _Tally:
         self._n_outputs = outputs.shape[1]
         self._dtype = outputs.dtype.name
         logits = outputs.astype(np.float64)
-        targets = self._loss.targets(_single_array(y, "y"), self._n_outputs)
-        self._repeats.add(digests, targets, weights, self._n)
+        targets = self._loss.targets(single_array(y, "y"), self._n_outputs)
+        self.repeats.add(digests, targets, weights, self._n)
+        if self._keep:
+            self.record.add(digests, targets, weights)
+            self._kept.append((targets, weights, self.repeats.groups(digests)))
         self._n += len(digests)
         self._weight += float(weights.sum())
         self._weighted_loss += float(weights @ self._loss.value(logits, targets))
@@ -214,15 +317,21 @@ class _Tally:
         effect = float(weights @ (slopes * np.abs(logits)).sum(axis=1))
         self._rounding += effect * _UNITS_IN_LAST_PLACE.get(self._dtype, 2.0**-52)
 
+    @property
+    def normalizer(self) -> float:
+        """What sums over the samples are divided by."""
+        return self._loss.normalizer(self._n, self._weight)
+
+    def kept(self) -> tuple[Array, Array, Indices]:
+        """Targets `(n, C)`, weights `(n,)` and numbers of the inputs `(n,)`."""
+        targets, weights, groups = zip(*self._kept, strict=True)
+        return np.concatenate(targets), np.concatenate(weights), np.concatenate(groups)
+
     def certificate(self) -> Certificate:
-        if self._weight <= 0:
-            raise ValueError(
-                "All sample weights are 0: there is nothing to certify. Received: "
-                f"{self._n} samples of weight 0"
-            )
-        divisor = self._loss.normalizer(self._n, self._weight)
+        check_some_weight(self._n, self._weight)
+        divisor = self.normalizer
         loss = self._weighted_loss / divisor
-        lower_bound = self._repeats.lower_bound(self._loss) / divisor
+        lower_bound = self.repeats.lower_bound(self._loss) / divisor
         if not np.isfinite(loss - lower_bound):
             raise ValueError(
                 "The loss overflows float64: the outputs or targets are too large. "
@@ -240,14 +349,14 @@ class _Tally:
                 "a batch influence each other; make it deterministic and certify "
                 f"again. Received: loss={loss:.9g}, lower_bound={lower_bound:.9g}"
             )
-        n_conflicts, conflicts = self._repeats.conflicts()
+        n_conflicts, conflicts = self.repeats.conflicts()
         weighting = ", with sample weights" if self._is_weighted else ""
         return Certificate(
             loss=loss,
             lower_bound=lower_bound,
             gap=max(gap, 0.0),
             n_samples=self._n,
-            n_distinct=self._repeats.n_distinct,
+            n_distinct=self.repeats.n_distinct,
             n_conflicts=n_conflicts,
             conflicts=conflicts,
             objective=(
@@ -258,215 +367,79 @@ class _Tally:
         )
 
 
-class _Repeats:
-    """The distinct inputs, the targets that each came with, and their weights.
+class _Regularised:
+    """The gradient of the loss with an L2 term, summed batch by batch."""
 
-    Stores one entry for each distinct pair of input and target, and each distinct
-    target once: for class labels, nothing that grows with the number of classes.
-    """
-
-    def __init__(self) -> None:
-        self._inputs: dict[bytes, int] = {}
-        self._targets: dict[bytes, int] = {}
-        self._pairs: dict[tuple[int, int], int] = {}
-        self._weights: list[float] = []
-        # Position in the data of the first sample of each pair that has weight.
-        self._first: list[int] = []
-
-    @property
-    def n_distinct(self) -> int:
-        return len(self._inputs)
-
-    def add(
-        self, digests: list[bytes], targets: Array, weights: Array, start: int
-    ) -> None:
-        targets = targets + 0.0  # -0.0 and 0.0 are one target.
-        for i, digest in enumerate(digests):
-            row = targets[i].tobytes()
-            pair = (
-                self._inputs.setdefault(digest, len(self._inputs)),
-                self._targets.setdefault(row, len(self._targets)),
+    def __init__(self, model: keras.Model, loss: ConvexLoss, l2: Any) -> None:
+        if not (
+            isinstance(l2, (int, float, np.floating)) and np.isfinite(l2) and l2 > 0
+        ):
+            raise ValueError(
+                "`l2` must be positive and finite: without it the loss is not strongly "
+                f"convex, and this certificate says nothing. Received: l2={l2!r}"
             )
-            weight = float(weights[i])
-            known = self._pairs.get(pair)
-            if known is not None:
-                self._weights[known] += weight
-            elif weight > 0:
-                self._pairs[pair] = len(self._pairs)
-                self._weights.append(weight)
-                self._first.append(start + i)
+        self._head = exploiting_head(model, "A certificate with `l2`")
+        self._trunk = BatchPredictor(model.trunk)
+        self._loss = loss
+        self._l2 = float(l2)
+        self._sum = 0.0
+        self._gradient: Any = 0.0
+        self._change: Any = 0.0
 
-    def lower_bound(self, loss: ConvexLoss) -> float:
-        """Infimum over all functions of the inputs of the weighted sum of losses."""
-        inputs, targets = self._pair_arrays()
-        weights = np.array(self._weights)
-        table = np.frombuffer(b"".join(self._targets)).reshape(len(self._targets), -1)
-        several = self._several(inputs)[inputs]
-        # An input with one target needs that target's own infimum only, which spares
-        # the targets of the whole data set side by side.
-        own = np.arange(len(table))
-        each = loss.lower_bound(table, np.ones(len(table)), own, len(table))
-        bound = float(weights[~several] @ each[targets[~several]])
-        if several.any():
-            groups, members = np.unique(inputs[several], return_inverse=True)
-            bound += float(
-                loss.lower_bound(
-                    table[targets[several]], weights[several], members, len(groups)
-                ).sum()
+    def add(self, x: Any, y: Any, sample_weight: Any) -> None:
+        n = data.n_samples(x)
+        weights = sample_weights(sample_weight, n)
+        if not weights.any():
+            return
+        features = FeatureSet(self._trunk.features(x), single_array(y, "y"), weights, n)
+        problem = ConvexProblem.of_head(self._head, features, self._loss)
+        theta = problem.theta_of(self._head)
+        value, gradient = problem.value_and_gradient(theta)
+        self._sum += value * problem.normalizer
+        self._gradient += gradient * problem.normalizer
+        self._change = theta - problem.center
+
+    def certificate(self, normalizer: float) -> tuple[float, float]:
+        """The loss with the L2 term, and the most that it is above its minimum."""
+        change = self._change
+        value = self._sum / normalizer + 0.5 * self._l2 * float(change @ change)
+        gradient = self._gradient / normalizer + self._l2 * change
+        gap = float(gradient @ gradient) / (2.0 * self._l2)
+        if not np.isfinite(value + gap):
+            raise ValueError(
+                "The regularised loss overflows float64: weights, outputs or targets "
+                f"are too large. Received: loss={value}, gap={gap}"
             )
-        return bound + 0.0  # Not -0.0, which a sum of empty entropies may be.
-
-    def conflicts(self) -> tuple[int, tuple[tuple[int, ...], ...]]:
-        """The number of conflicts, and the first of them."""
-        inputs, _ = self._pair_arrays()
-        conflicting = np.flatnonzero(self._several(inputs))
-        first = np.array(self._first)
-        listed = tuple(
-            tuple(int(i) for i in first[inputs == group][:_MAX_LISTED])
-            for group in conflicting[:_MAX_LISTED]
-        )
-        return len(conflicting), listed
-
-    def _pair_arrays(self) -> tuple[Indices, Indices]:
-        pairs = np.array(list(self._pairs), dtype=np.intp).reshape(-1, 2)
-        return pairs[:, 0], pairs[:, 1]
-
-    def _several(self, inputs: Indices) -> npt.NDArray[np.bool_]:
-        """Which inputs have several targets, shape `(n_distinct,)`."""
-        return np.bincount(inputs, minlength=self.n_distinct) > 1
+        return value, gap
 
 
-def _loss_of(model: keras.Model, loss: Any) -> ConvexLoss:
-    if loss is None:
-        loss = getattr(model, "loss", None)
-    if loss is None:
-        raise ValueError(
-            "The model was compiled without a loss: pass `loss`, or call "
-            "`model.compile(loss=...)` first. Received: loss=None"
-        )
-    return convex_loss(loss)
-
-
-def _check_outputs(model: keras.Model, loss: ConvexLoss) -> None:
-    # A subclassed model shows its outputs only when it predicts.
-    _check_single(len(getattr(model, "outputs", None) or [None]))
-    layers = getattr(model, "layers", None)
-    if not layers or loss.name == "squared error":
-        return
-    last = layers[-1]
-    activation = getattr(last, "activation", None)
-    squashing = (keras.activations.softmax, keras.activations.sigmoid)
-    if isinstance(last, keras.layers.Softmax) or activation in squashing:
-        raise ValueError(
-            "The loss takes logits, but the model ends in a softmax or sigmoid. Remove "
-            f"it, and keep from_logits=True. Received: last layer '{last.name}'"
-        )
-
-
-def _check_single(n_outputs: int) -> None:
-    if n_outputs != 1:
-        raise ValueError(
-            "A model with one output is needed; make a model of the one that you want "
-            f"to certify. Received: {n_outputs} outputs"
-        )
-
-
-def _padded(x: Any, n: int, rows: int) -> Any:
-    """Repeats the last sample: for a shorter batch Keras would compile once more."""
-    if n == rows:
-        return x
-
-    def pad(leaf: np.ndarray) -> np.ndarray:
-        return np.concatenate([leaf, np.repeat(leaf[-1:], rows - n, axis=0)])
-
-    return keras.tree.map_structure(pad, x)
-
-
-def _predict(model: keras.Model, x: Any, n: int) -> np.ndarray:
-    leaves = keras.tree.flatten(model.predict_on_batch(x))
-    _check_single(len(leaves))
-    outputs = np.asarray(leaves[0])
-    # Under `tf.distribute`, every replica predicts the whole batch.
-    strategy = getattr(model, "distribute_strategy", None)
-    replicas = getattr(strategy, "num_replicas_in_sync", 1)
-    if outputs.ndim and len(outputs) == n * replicas:
-        outputs = outputs[:n]
-    if outputs.ndim != 2 or len(outputs) != n:
-        raise ValueError(
-            "The model must give one row of outputs per sample, shape (n, C). "
-            f"Received: outputs of shape {outputs.shape} for {n} samples"
-        )
-    if not np.isfinite(outputs).all():
-        raise ValueError(
-            "The model's outputs must be finite: it has probably diverged, or overflows"
-            f" its dtype. Received: NaN or infinite outputs of dtype {outputs.dtype}"
-        )
-    return outputs
-
-
-def _weights(sample_weight: Any, n: int) -> Array:
-    if sample_weight is None:
-        return np.ones(n)
-    weights = _single_array(sample_weight, "sample_weight")
-    if weights.shape not in ((n,), (n, 1)):
-        raise ValueError(
-            f"`sample_weight` must hold one weight per sample, shape ({n},). "
-            f"Received: sample_weight.shape={weights.shape}"
-        )
-    weights = weights.reshape(n).astype(np.float64)
-    if not (np.isfinite(weights) & (weights >= 0)).all():
-        raise ValueError(
-            "Sample weights must be finite and at least 0, or the objective is not "
-            f"convex. Received: {weights[~(np.isfinite(weights) & (weights >= 0))][0]}"
-        )
-    return weights
-
-
-def _single_array(structure: Any, name: str) -> np.ndarray:
-    leaves = keras.tree.flatten(structure)
-    if len(leaves) != 1:
-        raise ValueError(
-            f"`{name}` must be one array, for a model with one output. "
-            f"Received: {len(leaves)} arrays"
-        )
-    return np.asarray(leaves[0])
-
-
-def _digests(x: Any) -> list[bytes]:
-    """A 128-bit digest of each sample's content, all input arrays together."""
-    leaves = [_canonical(leaf) for leaf in keras.tree.flatten(x)]
-    # Arrays of other shapes or dtypes may have the same bytes.
-    header = ";".join(f"{leaf.dtype.name}{leaf.shape[1:]}" for leaf in leaves)
-    rows = [leaf.reshape(len(leaf), -1).view(np.uint8) for leaf in leaves]
-    start = hashlib.blake2b(header.encode(), digest_size=16)
-    digests = []
-    for i in range(len(rows[0])):
-        digest = start.copy()
-        for row in rows:
-            digest.update(row[i])
-        digests.append(digest.digest())
-    return digests
-
-
-def _canonical(leaf: np.ndarray) -> np.ndarray:
-    """The same finite numbers, equal in bytes wherever they are equal in value."""
-    if leaf.dtype.kind in "OSTUMm":
-        raise ValueError(
-            "Inputs must be numeric arrays; encode strings and objects first. "
-            f"Received: inputs of dtype {leaf.dtype}"
-        )
-    if leaf.dtype.kind in "biu":
-        return np.ascontiguousarray(leaf)
-    if not np.isfinite(leaf).all():
-        raise ValueError(
-            "Inputs must be finite: remove or repair the samples with missing values. "
-            f"Received: NaN or infinite inputs of dtype {leaf.dtype}"
-        )
-    return np.ascontiguousarray(leaf + leaf.dtype.type(0))  # -0.0 becomes 0.0.
-
-
-def _round(value: float, *, up: bool) -> str:
-    """Three digits, rounded to the safe side: a bound must stay one when printed."""
-    rounding = decimal.ROUND_CEILING if up else decimal.ROUND_FLOOR
-    context = decimal.Context(prec=3, rounding=rounding)
-    return f"{float(context.create_decimal(value)):.3g}"
+def _gradient_bound(
+    model: keras.Model,
+    x: Any,
+    tally: _Tally,
+    loss: ConvexLoss,
+    lower_bound: float,
+    parameters: Any,
+    **reading: Any,
+) -> GradientBound:
+    if parameters is None:
+        head = getattr(model, "head", None)
+        exploits = isinstance(head, AlignmentHead) and head.phase == EXPLOITING
+        parameters = "head" if exploits else "last"
+    operator = jacobian(model, x, parameters, **reading)
+    targets, weights, groups = tally.kept()
+    if not data.is_arrays(x):
+        # The Jacobian read the stream in between: in the same order, if its passes
+        # before and after were.
+        again = PassRecord()
+        for x_batch, y_batch, w_batch in data.batches(x, **reading):
+            names = digests(x_batch)
+            labels = loss.targets(single_array(y_batch, "y"), targets.shape[1])
+            again.add(names, labels, sample_weights(w_batch, len(names)))
+        tally.record.check_same(again)
+    words = parameters
+    if not isinstance(parameters, str):
+        words = ", ".join(variable.path for variable in operator.variables)
+    return bound_by_gradient(
+        operator, loss, targets, weights, groups, lower_bound, parameters=words
+    )

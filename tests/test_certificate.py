@@ -8,8 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import keras_dalign as kd
 from keras_dalign.certificate import Certificate, certify
-from keras_dalign.losses import SoftmaxCrossEntropy, SquaredError
+from keras_dalign.gradient_bound import GradientBound
+from keras_dalign.gram import explicit_features
+from keras_dalign.losses import SoftmaxCrossEntropy, SquaredError, convex_loss
+from keras_dalign.switch import switch
 
 L = keras.losses
 SPARSE = L.SparseCategoricalCrossentropy(from_logits=True)
@@ -510,3 +514,397 @@ def test_a_convex_loss_object_is_accepted():
     y = points(n_inputs=3)
     as_name = certify(model, X, y, loss="mse")
     assert certify(model, X, y, loss=SquaredError()) == as_name
+
+
+# The loss with an L2 term ------------------------------------------------------------
+
+
+def head_model(x, loss=SPARSE, units=3, **arguments):
+    """A model that exploits, from weights of its head that are not at the centre."""
+    keras.utils.set_random_seed(0)
+    base = keras.Sequential(
+        [
+            keras.Input(x.shape[1:]),
+            keras.layers.Dense(5, "tanh"),
+            keras.layers.Dense(units),
+        ]
+    )
+    model = kd.align(base, n_samples=len(x), seed=3, **arguments)
+    model.compile(loss=loss)
+    switch(model, x)
+    rng = np.random.default_rng(1)
+    for variable in model.head.exploited_variables:
+        value = keras.ops.convert_to_numpy(variable)
+        variable.assign(value + 0.5 * rng.standard_normal(variable.shape))
+    return model
+
+
+def dense_problem(model, x):
+    """Constant part, a dense feature matrix for each output, and parameters, centre."""
+    head = model.head
+    z = np.asarray(model.trunk.predict_on_batch(x), "float64")
+    zh = head.normalize_exactly(z)
+    features = []
+    for c in range(head.units):
+        phi = explicit_features(zh, *head.gates_of(c), head.slope)
+        features.append(np.concatenate([phi, np.ones((len(x), 1))], axis=1))
+    offset = np.zeros((len(x), head.units))
+    if head.dense is not None:
+        kernel, bias = (
+            np.asarray(keras.ops.convert_to_numpy(v), "float64")
+            for v in head.dense.weights
+        )
+        offset += z @ kernel + bias
+    q, r, b = (
+        np.asarray(keras.ops.convert_to_numpy(v), "float64")
+        for v in (head.q, head.r, head.bias)
+    )
+    theta = [np.append(q[:, c].T, b[c]) for c in range(head.units)]
+    centre = [
+        np.append(r[:, c].T if head.gates == "learned" else 0 * r[:, c].T, 0.0)
+        for c in range(head.units)
+    ]
+    return offset, features, np.stack(theta), np.stack(centre)
+
+
+def regularised(theta, centre, offset, features, loss, targets, shares, l2):
+    logits = offset + np.stack(
+        [phi @ part for phi, part in zip(features, theta, strict=True)], axis=1
+    )
+    slopes = shares[:, None] * loss.gradient(logits, targets)
+    gradient = np.stack(
+        [phi.T @ slopes[:, c] for c, phi in enumerate(features)]
+    ) + l2 * (theta - centre)
+    value = shares @ loss.value(logits, targets)
+    return value + l2 / 2 * ((theta - centre) ** 2).sum(), gradient
+
+
+L2_CASES = [
+    (SPARSE, Y, "random", None),
+    (SPARSE, Y, "learned", None),
+    (
+        L.SparseCategoricalCrossentropy(
+            from_logits=True, reduction="mean_with_sample_weight"
+        ),
+        Y,
+        "random",
+        np.r_[np.zeros(9), np.linspace(0.2, 3, 11)],
+    ),
+    (
+        L.BinaryCrossentropy(from_logits=True, label_smoothing=0.1, reduction="sum"),
+        Y % 2,
+        "random",
+        np.linspace(0, 3, 20),
+    ),
+    (L.MeanSquaredError(), points(n_inputs=3, seed=5), "random", None),
+]
+
+
+@pytest.mark.parametrize(("loss", "y", "gates", "weights"), L2_CASES)
+def test_l2_gap_against_dense_features(loss, y, gates, weights):
+    from scipy.optimize import minimize
+
+    units = 1 if isinstance(loss, L.BinaryCrossentropy) else 3
+    model = head_model(X, loss, units, gates=gates)
+    convex = convex_loss(loss)
+    found = certify(model, X, y, sample_weight=weights, l2=0.05, batch_size=7)
+    all_weights = np.ones(20) if weights is None else weights
+    shares = all_weights / convex.normalizer(20, all_weights.sum())
+    offset, features, theta, centre = dense_problem(model, X)
+    targets = convex.targets(y, units)
+    rest = (centre, offset, features, convex, targets, shares, 0.05)
+    value, gradient = regularised(theta, *rest)
+    assert found.l2 == 0.05
+    assert found.l2_loss == pytest.approx(value, rel=1e-5)
+    assert found.l2_gap == pytest.approx((gradient**2).sum() / 0.1, rel=1e-3)
+    # The minimum is where the certificate says it is at least.
+    shape = theta.shape
+
+    def flat(point):
+        value, gradient = regularised(point.reshape(shape), *rest)
+        return value, gradient.ravel()
+
+    options = {"maxiter": 2000, "ftol": 0, "gtol": 1e-13}
+    best = minimize(flat, theta.ravel(), jac=True, method="L-BFGS-B", options=options)
+    assert found.l2_lower_bound <= best.fun * (1 + 1e-5)
+    assert found.l2_lower_bound >= found.lower_bound
+    assert found.l2_loss - best.fun <= found.l2_gap * (1 + 1e-5)
+    # At the minimum the certificate closes in on it.
+    best = best.x.reshape(shape)
+    width = model.head.width
+    q = [part[:-1].reshape(width, -1).T for part in best]
+    model.head.q.assign(np.stack(q, axis=1))
+    model.head.bias.assign(best[:, -1])
+    at_best = certify(model, X, y, sample_weight=weights, l2=0.05)
+    assert at_best.l2_gap < 1e-6 * max(value, 1.0)
+    assert at_best.l2_loss <= found.l2_loss
+    if not found.lower_bound:
+        assert at_best.l2_lower_bound == at_best.l2_loss - at_best.l2_gap
+
+
+def test_l2_of_streams():
+    model = head_model(X)
+    x, y, weights = stream_cases()
+    expected = certify(model, x, y, sample_weight=weights, l2=0.1)
+    stream = Stream(x, y, weights)
+    found = certify(model, (stream[i] for i in range(3)), steps=3, l2=0.1)
+    assert found.l2_gap == pytest.approx(expected.l2_gap, rel=1e-5)
+    assert found.l2_loss == pytest.approx(expected.l2_loss, rel=1e-6)
+
+
+def test_l2_says_which_objective():
+    found = certify(head_model(X), X, Y, l2=0.25)
+    assert "Regularised with l2=0.25, the loss is" in str(found)
+    assert "above its minimum over the head's q and b" in str(found)
+    assert "loss with l2=0.25" in found._repr_html_()
+    plain = certify(head_model(X), X, Y)
+    assert "Regularised" not in str(plain)
+    assert plain.l2_gap is plain.l2_lower_bound is None
+
+
+@pytest.mark.parametrize("l2", [0, -1.0, np.nan, np.inf, "auto"])
+def test_l2_must_be_positive(l2):
+    with pytest.raises(ValueError, match="`l2` must be positive"):
+        certify(head_model(X), X, Y, l2=l2)
+
+
+def test_l2_needs_a_head_that_exploits():
+    with pytest.raises(ValueError, match=r"alignment head.*align` first"):
+        certify(linear(), X, Y, l2=1.0)
+    model = kd.align(linear(), n_samples=20)
+    with pytest.raises(ValueError, match=r"gates are set.*phase 'exploring'"):
+        certify(model, X, Y, loss=SPARSE, l2=1.0)
+
+
+# The bound by the gradient -----------------------------------------------------------
+
+
+def in_order(certificate):
+    bound = certificate.gradient_bound
+    assert certificate.gap <= bound.gap * (1 + 1e-5) + 1e-6
+    assert bound.loss == pytest.approx(certificate.loss, rel=1e-4, abs=1e-6)
+    assert bound.lower_bound == certificate.lower_bound
+    return bound
+
+
+BOUND_CASES = [
+    (SPARSE, Y, 3),
+    (L.CategoricalCrossentropy(True, label_smoothing=0.1), np.eye(3)[Y], 3),
+    (L.BinaryCrossentropy(from_logits=True), Y % 2, 1),
+    (L.MeanSquaredError(reduction="sum"), points(n_inputs=3, seed=4), 3),
+]
+
+
+@pytest.mark.parametrize(("loss", "y", "units"), BOUND_CASES)
+@pytest.mark.parametrize("kind", ["last", "head", "list"])
+def test_the_bounds_agree_in_order(loss, y, units, kind):
+    x = X.copy()
+    x[15:] = x[:5]
+    weights = np.linspace(0, 2, 20)
+    model = linear(units, loss=loss)
+    parameters = None
+    if kind == "head":
+        model = head_model(x, loss, units)
+    elif kind == "list":
+        parameters = model.weights
+    found = certify(
+        model,
+        x,
+        y,
+        sample_weight=weights,
+        gradient_bound=True,
+        parameters=parameters,
+        batch_size=8,
+    )
+    assert found.n_distinct == 15
+    bound = in_order(found)
+    assert bound.dtype == "float64"
+    assert bound.n_parameters == sum(
+        int(np.prod(v.shape))
+        for v in (model.head.exploited_variables if kind == "head" else model.weights)
+    )
+    words = {"last": "last", "head": "head"}.get(kind, model.weights[0].path)
+    assert words in bound.parameters
+    assert bound.structure_error < 1e-9
+
+
+def test_gradient_norms_of_a_linear_model():
+    """By hand: logits `x W + b`, gradient `x^T (softmax - onehot) / n`."""
+    model = linear()
+    bound = certify(model, X, Y, gradient_bound=True).gradient_bound
+    kernel, bias = (np.asarray(w, "float64") for w in model.get_weights())
+    x = np.concatenate([X.astype("float64"), np.ones((20, 1))], axis=1)
+    logits = x @ np.vstack([kernel, bias])
+    exp = np.exp(logits)
+    slopes = (exp / exp.sum(axis=1, keepdims=True) - np.eye(3)[Y]) / 20
+    assert bound.output_gradient_norm == pytest.approx(np.linalg.norm(slopes), rel=1e-9)
+    assert bound.gradient_norm == pytest.approx(np.linalg.norm(x.T @ slopes), rel=1e-9)
+    expected = np.log1p(2 * np.exp(-2 * bound.psi))
+    assert bound.target_loss == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_linear_model_at_its_minimum():
+    """Linear regression on targets that it can reach: rank and gap in closed form."""
+    weights = np.array([[1.0, -2.0], [0.5, 3.0]])
+    y = X @ weights + 1
+    model = linear(2, loss="mse")
+    model.set_weights([weights, np.ones(2)])
+    found = certify(model, X, y, gradient_bound=True)
+    assert in_order(found).gap < 1e-12
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_low_precision_is_judged_in_float64(dtype):
+    keras.config.set_dtype_policy(dtype)
+    try:
+        model = head_model(X)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    found = certify(model, X, Y, gradient_bound=True, l2=0.1)
+    assert found.gradient_bound.dtype == "float64"
+    low = dtype != "float32"
+    assert found.gradient_bound.loss == pytest.approx(
+        found.loss, rel=0.1 if low else 1e-4
+    )
+    assert found.gap <= found.gradient_bound.gap * (1.1 if low else 1 + 1e-5)
+    assert found.l2_loss >= found.loss * (0.9 if low else 1 - 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["last", "head"])
+def test_one_sample_with_all_certificates(kind):
+    model = linear() if kind == "last" else head_model(X)
+    l2 = 0.1 if kind == "head" else None
+    found = certify(model, X[:1], Y[:1], gradient_bound=True, l2=l2)
+    in_order(found)
+
+
+def test_gradient_bound_of_a_stream():
+    model = linear()
+    x, y, weights = stream_cases()
+    expected = certify(
+        model, x, y, sample_weight=weights, batch_size=7, gradient_bound=True
+    )
+    assert certify(model, Stream(x, y, weights), gradient_bound=True) == expected
+
+
+class Changing(Stream):
+    """Counts its passes, and changes with them."""
+
+    change = staticmethod(lambda part, n_pass: part)
+    n_pass = -1
+
+    def __getitem__(self, index):
+        if index == 0:
+            self.n_pass += 1
+        part = super().__getitem__(index)
+        return tuple(self.change(column, self.n_pass) for column in part)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda part, n: np.roll(part, n, axis=0), "in order|is not what it was"),
+        (lambda part, n: part[: 7 - n], "size|is not what it was|same number"),
+        (lambda part, n: part + n % 2, "content|is not what it was"),
+    ],
+)
+def test_a_stream_that_changes_between_passes(change, message):
+    x, _, weights = stream_cases()
+    # Targets and weights that may change without being out of range.
+    stream = Changing(x, points(21, 3)[:20], weights)
+    stream.change = change
+    with pytest.raises(ValueError, match=message):
+        certify(linear(loss="mse"), stream, gradient_bound=True)
+
+
+def test_a_generator_is_read_once_only():
+    x, y, weights = stream_cases()
+    stream = Stream(x, y, weights)
+    generator = (stream[i] for i in range(3))
+    with pytest.raises(ValueError, match=r"read once only.*generator"):
+        certify(linear(), generator, steps=3, gradient_bound=True)
+    assert len(list(generator)) == 3
+
+
+def test_a_model_without_the_structure():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((2,)),
+            keras.layers.Dense(4, "tanh"),
+            keras.layers.Dense(3),
+        ]
+    )
+    model.compile(loss=SPARSE)
+    in_order(certify(model, X, Y, gradient_bound=True))
+    with pytest.raises(ValueError, match=r"common model structure.*check_structure"):
+        certify(model, X, Y, gradient_bound=True, parameters="all")
+
+
+def test_a_stochastic_model_has_no_gradient_bound():
+    class Noise(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.seeds = keras.random.SeedGenerator(0)
+
+        def call(self, x):
+            shape = keras.ops.shape(x)
+            return x + keras.random.normal(shape, seed=self.seeds)
+
+    model = keras.Sequential([keras.Input((2,)), Noise(), keras.layers.Dense(3)])
+    model.compile(loss=SPARSE)
+    with pytest.raises(ValueError, match="not a fixed function"):
+        certify(model, X, Y, gradient_bound=True)
+
+
+def test_parameters_without_the_gradient_bound():
+    with pytest.raises(ValueError, match=r"pass gradient_bound=True"):
+        certify(linear(), X, Y, parameters="last")
+
+
+def test_a_certificate_with_everything_is_json():
+    found = certify(head_model(X), X, Y, gradient_bound=True, l2=0.1)
+    fields = json.loads(json.dumps(found.to_dict()))
+    assert fields["gradient_bound"] == found.gradient_bound.to_dict()
+    assert fields["l2"] == 0.1
+    assert GradientBound(**fields["gradient_bound"]) == found.gradient_bound
+    text = str(found)
+    assert "By its gradient, it is at most" in text
+    assert text.index("Regularised") < text.index("By its gradient")
+    assert "gap by the gradient" in found._repr_html_()
+
+
+# Planted repeats ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [16, 1000])
+def test_planted_repeats_of_images(batch_size):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (200, 8, 8, 3), dtype="uint8")
+    y = rng.integers(0, 10, 200)
+    images[150:160] = images[:10]
+    images[160:165] = images[:5]
+    y[150:165] = y[np.r_[:10, :5]]
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            keras.layers.Rescaling(1 / 255),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(10),
+        ]
+    )
+    model.compile(loss=SPARSE)
+    found = certify(model, images, y, batch_size=batch_size)
+    assert found.n_distinct == 185
+    assert found.n_conflicts == 0
+    assert found.lower_bound == 0
+    # Three of a kind with labels a, a, b; two of a kind with labels a, b.
+    y[160:162] = (y[:2] + 1) % 10
+    y[155:158] = (y[5:8] + 1) % 10
+    found = certify(model, images, y, batch_size=batch_size)
+    assert found.n_conflicts == 5
+    assert set(found.conflicts) == {(0, 160), (1, 161), (5, 155), (6, 156), (7, 157)}
+    three = np.log(3) - 2 / 3 * np.log(2)
+    expected = (2 * 3 * three + 3 * 2 * np.log(2)) / 200
+    assert found.lower_bound == pytest.approx(expected, rel=1e-12)
