@@ -249,19 +249,27 @@ class AlignmentHead(keras.layers.Layer):
         u = ops.concatenate([u, ops.ones_like(u[:, :1])], axis=-1)
         return ops.cast(u, self.compute_dtype)
 
-    def normalize_exactly(self, features: np.ndarray) -> np.ndarray:
+    def normalize_exactly(
+        self,
+        features: np.ndarray,
+        moments: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> np.ndarray:
         """`normalize` in NumPy float64, for rank checks and as a reference.
 
         Args:
             features: Array `(n, ...)`.
+            moments: Mean and variance `(p,)` to standardise by; those that the head
+                holds by default.
 
         Returns:
             Array `(n, p + 1)`, float64.
         """
+        if moments is None:
+            held = (self.standardize.moving_mean, self.standardize.moving_variance)
+            moments = ops.convert_to_numpy(held[0]), ops.convert_to_numpy(held[1])
+        mean, variance = (moment.astype("float64") for moment in moments)
         u = np.asarray(features, dtype="float64").reshape(len(features), -1)
-        mean = ops.convert_to_numpy(self.standardize.moving_mean).astype("float64")
-        variance = ops.convert_to_numpy(self.standardize.moving_variance)
-        u = (u - mean) / np.sqrt(variance.astype("float64") + self.standardize.epsilon)
+        u = (u - mean) / np.sqrt(variance + self.standardize.epsilon)
         square = np.sum(u**2, axis=1, keepdims=True)
         u *= np.sqrt(u.shape[1] / np.maximum(square, 1e-12))
         return np.concatenate([u, np.ones((len(u), 1))], axis=1)
@@ -343,18 +351,33 @@ class AlignmentHead(keras.layers.Layer):
                 "The head's gates are set and frozen already. Received: a call of "
                 "`start_exploiting` in the phase 'exploiting'."
             )
-        rng = np.random.default_rng([self.seed, 1])
-        gaussian = rng.standard_normal(self.q.shape)
+        gates = self.gates_at_switch(noise)
         if self.gates == "random":
-            self.r.assign(gaussian / math.sqrt(self.q.shape[0]))
             self.q.assign(np.zeros(self.q.shape))
             self.bias.assign(np.zeros(self.bias.shape))
         else:
-            q = np.asarray(ops.convert_to_numpy(self.q), dtype="float64")
-            self.q.assign(q + noise * np.sqrt(np.mean(q**2)) * gaussian)
-            self.r.assign(ops.convert_to_numpy(self.q))
+            self.q.assign(gates)
+            # As q holds them, which may be rounded.
+            gates = ops.convert_to_numpy(self.q)
+        self.r.assign(gates)
         self._phase_index.assign(PHASES.index(EXPLOITING))
         self.sync_phase()
+
+    def gates_at_switch(self, noise: float = 1e-3) -> np.ndarray:
+        """The gates that `start_exploiting` would set now; changes nothing.
+
+        Args:
+            noise: See `start_exploiting`.
+
+        Returns:
+            Gates `r`, shape `(d, units, width)`, float64.
+        """
+        rng = np.random.default_rng([self.seed, 1])
+        gaussian = rng.standard_normal(self.q.shape)
+        if self.gates == "random":
+            return gaussian / math.sqrt(self.q.shape[0])
+        q = np.asarray(ops.convert_to_numpy(self.q), dtype="float64")
+        return q + noise * np.sqrt(np.mean(q**2)) * gaussian
 
     def sync_phase(self) -> None:
         """Makes the phase that of the saved weights (after they were assigned)."""

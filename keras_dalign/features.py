@@ -12,6 +12,7 @@ import numpy as np
 
 from keras_dalign import data
 from keras_dalign.losses import convex_loss
+from keras_dalign.repeats import digests
 
 if TYPE_CHECKING:
     from keras_dalign.aligned_model import AlignedModel
@@ -48,12 +49,14 @@ class FeatureSet:
         y: Targets, or None.
         sample_weight: Weights `(n,)`, or None.
         batch_size: Samples in the first batch of the pass.
+        digests: Of the inputs, in the same order, or None if they were not asked for.
     """
 
     z: Any
     y: Any
     sample_weight: Any
     batch_size: int
+    digests: list[bytes] | None = None
 
 
 class FeaturePass:
@@ -62,17 +65,20 @@ class FeaturePass:
     Args:
         model: The model whose trunk computes the features, in inference mode.
         keep: Whether all features (and targets, and weights) are kept.
+        digest: Whether digests of the inputs are kept with them.
     """
 
-    def __init__(self, model: AlignedModel, keep: bool) -> None:
+    def __init__(self, model: AlignedModel, keep: bool, digest: bool = False) -> None:
         self.model = model
         self.keep = keep
+        self.digests: list[bytes] | None = [] if digest else None
         self.loss = None if model.loss is None else convex_loss(model.loss)
         self.n = 0
         self.mean: Any = 0.0
         self.square: Any = 0.0
         self.kept: list[tuple[Any, Any, Any]] = []
         self.sample: np.ndarray = np.empty((0, 0))
+        self.sample_positions: np.ndarray = np.empty(0, np.intp)
         self.rng = np.random.default_rng([model.head.seed, 2])
 
     def run(
@@ -100,6 +106,8 @@ class FeaturePass:
             x, y, sample_weight, batch_size=size, steps=steps
         ):
             n = data.n_samples(inputs)
+            if self.digests is not None:
+                self.digests.extend(digests(inputs))
             if is_array:
                 even = data.even_batch_size(n, batch_size)
                 z = trunk.predict(inputs, batch_size=even, verbose=0)
@@ -142,10 +150,13 @@ class FeaturePass:
         free = _SAMPLE_ROWS - len(self.sample)
         seen = self.n + free if free < len(u) else self.n
         self.sample = np.concatenate([self.sample, u[:free]])
+        new = self.n + np.arange(len(u[:free]))
+        self.sample_positions = np.concatenate([self.sample_positions, new])
         for index, row in enumerate(u[free:] if free > 0 else u):
             place = int(self.rng.integers(seen + index + 1))
             if place < _SAMPLE_ROWS:
                 self.sample[place] = row
+                self.sample_positions[place] = seen + index
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and population variance of the features, each `(p,)`, float64."""
@@ -166,11 +177,17 @@ class FeaturePass:
             return np.concatenate([_gated(z) for z, _, _ in self.kept])
         return self.sample
 
+    def positions(self) -> np.ndarray:
+        """Positions in this pass of the samples that `rows` gives, shape `(rows,)`."""
+        return np.arange(self.n) if self.keep else self.sample_positions
+
     def feature_set(self) -> FeatureSet:
         """Everything kept, in the order of the pass."""
         z, y, sample_weight = zip(*self.kept, strict=True)
         first = len(keras.tree.flatten(z[0])[0])
-        return FeatureSet(_stacked(z), _stacked(y), _stacked(sample_weight), first)
+        return FeatureSet(
+            _stacked(z), _stacked(y), _stacked(sample_weight), first, self.digests
+        )
 
 
 def _as_float(z: Any) -> np.ndarray:

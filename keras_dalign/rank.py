@@ -18,7 +18,7 @@ from keras_dalign.gram import Array, gram_matrix
 from keras_dalign.subspace import (
     EPS,
     finite_matrix,
-    first_occurrences,
+    first_equal,
     numerical_rank,
     visible,
 )
@@ -27,6 +27,17 @@ from keras_dalign.union import union_rank
 # `union_rank` takes about rows * width * rank^2 multiply-adds. Beyond this many
 # (some five seconds on two cores) a failed check looks for no culprit set.
 _UNION_BUDGET = 1e10
+
+# Indices, groups or pairs listed in a check, and those that its sentence names.
+_MAX_LISTED = 20
+_MAX_NAMED = 5
+
+# Features that agree up to this much are the same up to the rounding of a float32
+# trunk, where their normalised rows agree up to rounding.
+_SAME_FEATURES = 1e-5
+
+Indices = npt.NDArray[np.intp]
+Pairs = tuple[tuple[int, int], ...]
 
 Reason = Literal["width", "subset", "near", "conditioning"]
 
@@ -81,6 +92,9 @@ class RankCheck:
         n_duplicates: Number of samples whose features repeat those of an earlier one.
         n_near: Number of the rows checked that lie, without being equal, within
             rounding of an earlier one. Counted only if the rank falls short.
+        n_parallel: Number of the samples counted in `n_duplicates` or `n_near` whose
+            features were not the same before normalisation: standardised, they only
+            differ in length. None if the features before normalisation were not given.
         n_dead: Number of features that are constant over the samples, without the
             constant column itself.
         subset_size: Number of the rows checked that share too small a subspace, 0 if
@@ -95,6 +109,15 @@ class RankCheck:
             in one subspace), `"near"` (samples too close for float64),
             `"conditioning"` (none of these, or too many samples and features for a
             search of some seconds).
+        duplicates: The samples with one and the same features, group by group, those
+            that repeat an earlier sample's.
+        near: Pairs of a sample counted in `n_near` and an earlier one.
+        parallel: Pairs of a sample counted in `n_parallel` and an earlier one.
+        dead: Columns of the features counted in `n_dead`.
+        subset: The samples that share too small a subspace.
+
+    The last five list the first 20 at most (of a group, the first 20 samples), by the
+    positions of the samples that `check_rank` was given, whichever rows it checked.
     """
 
     n: int
@@ -108,6 +131,7 @@ class RankCheck:
     needed_width: int
     n_duplicates: int
     n_near: int
+    n_parallel: int | None
     n_dead: int
     subset_size: int
     subset_rank: int
@@ -116,6 +140,11 @@ class RankCheck:
     tolerance: float
     dtype: str
     reason: Reason | None
+    duplicates: tuple[tuple[int, ...], ...]
+    near: Pairs
+    parallel: Pairs
+    dead: tuple[int, ...]
+    subset: tuple[int, ...]
 
     @property
     def complete(self) -> bool:
@@ -123,8 +152,13 @@ class RankCheck:
         return self.rows_checked == self.n - self.n_duplicates
 
     def to_dict(self) -> dict[str, Any]:
-        """The attributes as a dictionary of plain Python values."""
-        return dataclasses.asdict(self)
+        """The attributes as a dictionary that `json.dumps` accepts."""
+        fields = dataclasses.asdict(self)
+        for name in ("dead", "subset"):
+            fields[name] = list(fields[name])
+        for name in ("duplicates", "near", "parallel"):
+            fields[name] = [list(samples) for samples in fields[name]]
+        return fields
 
     def __str__(self) -> str:
         """One sentence on the outcome, then the cause and the remedy if it failed."""
@@ -150,8 +184,16 @@ class RankCheck:
         parts.extend(self._causes())
         if self.n_duplicates:
             parts.append(
-                f"{self.n_duplicates} samples have exactly the features of another "
-                "one: identical inputs cost rank, and no width helps."
+                f"{self.n_duplicates} samples have exactly the features of another one "
+                f"({_groups(self.duplicates)}): identical inputs, or inputs that the "
+                "features do not tell apart, cost rank, and no width helps."
+            )
+        if self.n_parallel:
+            parts.append(
+                f"Of these, {self.n_parallel} differ from the other one before "
+                f"normalisation ({_groups(self.parallel)}): their standardised "
+                "features are positive multiples of one another. Richer features, from "
+                "an earlier layer for instance, tell them apart."
             )
         return " ".join(parts)
 
@@ -159,7 +201,10 @@ class RankCheck:
         causes = []
         use = f"Use a width of {self.needed_width} or more."
         if self.reason == "width":
-            dead = f" ({self.n_dead} features are constant)" if self.n_dead else ""
+            dead = ""
+            if self.n_dead:
+                columns = _listing(self.dead, self.n_dead)
+                dead = f" ({self.n_dead} features are constant: {columns})"
             scope = (
                 "whatever the gates"
                 if self.n_given == self.n
@@ -174,7 +219,8 @@ class RankCheck:
             causes.append(
                 f"{self.subset_size} of the samples lie in a subspace of dimension "
                 f"{self.subset_rank}, where this width separates only "
-                f"{self.width * self.subset_rank}. {use}"
+                f"{self.width * self.subset_rank}: samples "
+                f"{_listing(self.subset, self.subset_size)}. {use}"
             )
         elif self.reason == "conditioning":
             causes.append(
@@ -186,7 +232,8 @@ class RankCheck:
         if self.n_near:
             causes.append(
                 f"{self.n_near} samples differ from another one by no more than "
-                "rounding: such inputs cost rank in float64, and no width helps."
+                f"rounding ({_groups(self.near)}): such inputs cost rank in float64, "
+                "and no width helps."
             )
         return causes
 
@@ -200,6 +247,8 @@ def check_rank(
     n_samples: int | None = None,
     max_rows: int = 2048,
     seed: int = 0,
+    u: npt.ArrayLike | None = None,
+    positions: npt.ArrayLike | None = None,
 ) -> RankCheck:
     """Check whether one class's gates separate the samples.
 
@@ -231,13 +280,18 @@ def check_rank(
             ranks and repetitions are then those of the rows given.
         max_rows: Number of rows up to which the Gram matrix is decomposed.
         seed: Seed for the choice of rows.
+        u: The features before standardisation and normalisation, shape `(n, ...)`, to
+            tell samples that are the same from samples that normalisation makes so.
+        positions: What to call the samples, shape `(n,)`: their positions in the data
+            set, if `Zh` holds only some of them. Defaults to `0..n - 1`.
 
     Returns:
         A `RankCheck`.
 
     Raises:
-        ValueError: If `Zh`, `R` or `w` has the wrong shape or is not finite, the last
-            column of `Zh` is not 1, or a number is out of its range.
+        ValueError: If `Zh`, `R`, `w` or `u` has the wrong shape or is not finite, the
+            last column of `Zh` is not 1, a number is out of its range, or there is not
+            one position per row.
     """
     features = finite_matrix(Zh, "Zh")
     gates = finite_matrix(R, "R")
@@ -245,6 +299,8 @@ def check_rank(
     given, dim = features.shape
     n = given if n_samples is None else int(n_samples)
     _check_arguments(features, weights, n, max_rows)
+    raw = _raw_features(u, given)
+    names = _positions(positions, given)
     width = int(np.count_nonzero(weights))
 
     cut = visible(features)
@@ -252,8 +308,10 @@ def check_rank(
     # Samples that are not here may add directions. The rank is evidence about them only
     # if those that are here are already dependent.
     rank_bound = feature_rank if feature_rank < given or given == n else min(n, dim)
-    distinct = first_occurrences(features)
-    n_duplicates = given - len(distinct)
+    first = first_equal(features)
+    distinct = np.flatnonzero(first == np.arange(given))
+    repeated = np.flatnonzero(first != np.arange(given))
+    n_duplicates = len(repeated)
     n_distinct = n - n_duplicates
     too_narrow = width * rank_bound < n_distinct
 
@@ -270,21 +328,26 @@ def check_rank(
     rank = int(np.count_nonzero(eigenvalues > zero))
 
     reason: Reason | None = None
-    needed, n_near, subset_size, subset_rank = width, 0, 0, 0
+    needed, subset_rank = width, 0
+    subset = near = near_to = np.zeros(0, np.intp)
     if too_narrow or rank < len(rows):
-        subset_size, subset_rank, crowding = _crowding(rows, width, cut)
+        subset, subset_rank, crowding = _crowding(rows, width, cut)
         crowding *= n_distinct / len(rows)
         needed = max(default_width(n_distinct, rank_bound), math.ceil(2 * crowding))
-        n_near = _count_near(rows)
+        near, near_to = _near_pairs(rows)
         if too_narrow:
             reason = "width"
-        elif subset_size:
+        elif len(subset):
             reason = "subset"
-        elif n_near and rank >= len(rows) - n_near:
+        elif len(near) and rank >= len(rows) - len(near):
             reason, needed = "near", width
         else:
             reason, needed = "conditioning", max(needed, 2 * width)
 
+    near, near_to = distinct[near], distinct[near_to]
+    same = np.concatenate([repeated, near]), np.concatenate([first[repeated], near_to])
+    parallel, parallel_to = _differing(raw, *same)
+    dead = np.ptp(features[:, :-1], axis=0) <= cut * math.sqrt(dim)
     return RankCheck(
         n=n,
         n_given=given,
@@ -296,51 +359,128 @@ def check_rank(
         width=width,
         needed_width=needed,
         n_duplicates=n_duplicates,
-        n_near=n_near,
-        n_dead=int(
-            np.count_nonzero(np.ptp(features[:, :-1], axis=0) <= cut * math.sqrt(dim))
-        ),
-        subset_size=subset_size,
+        n_near=len(near),
+        n_parallel=None if raw is None else len(parallel),
+        n_dead=int(np.count_nonzero(dead)),
+        subset_size=len(subset),
         subset_rank=subset_rank,
         sigma_min=math.sqrt(eigenvalues[0]),
         sigma_max=math.sqrt(eigenvalues[-1]),
         tolerance=math.sqrt(zero),
         dtype="float64",
         reason=reason,
+        duplicates=_duplicate_groups(first, names),
+        near=_named_pairs(near, near_to, names),
+        parallel=_named_pairs(parallel, parallel_to, names),
+        dead=_listed(np.flatnonzero(dead)),
+        subset=_listed(names[distinct[subset]]),
     )
 
 
-def _crowding(rows: Array, width: int, rtol: float) -> tuple[int, int, float]:
-    """Size and rank of the rows too many for the width, and the worst size / rank.
+def _crowding(rows: Array, width: int, rtol: float) -> tuple[Indices, int, float]:
+    """The rows too many for the width, their rank, and the worst size / rank.
 
     The width has to reach the worst ratio. It is found, up to less than 1, by raising
     the width to the ratio of the set that fails it, until none does.
 
     Returns:
-        The size and rank of the set that fails `width`, and the ratio; all 0 if none
-        does, or if the search would take too long.
+        The indices and the rank of the set that fails `width`, and the ratio; empty
+        and 0 if none does, or if the search would take too long.
     """
-    size, rank, ratio = 0, 0, 0.0
+    subset, rank, ratio = np.zeros(0, np.intp), 0, 0.0
     trial = max(width, 1)
     dim = rows.shape[1]
     while len(rows) * trial * dim**2 <= _UNION_BUDGET:
         found = union_rank(rows, trial, rtol=rtol)
         if found.full or not found.exact:
             break
-        if not size:
-            size, rank = len(found.subset), found.subset_rank
+        if not len(subset):
+            subset, rank = np.array(found.subset, np.intp), found.subset_rank
         ratio = len(found.subset) / found.subset_rank
         trial = max(trial + 1, math.ceil(ratio))
-    return size, rank, ratio
+    return subset, rank, ratio
 
 
-def _count_near(rows: Array) -> int:
-    """Number of rows whose distance from an earlier one is lost in the Gram matrix."""
+def _near_pairs(rows: Array) -> tuple[Indices, Indices]:
+    """Rows whose distance from an earlier one is lost in the Gram matrix, and that."""
     gram = rows @ rows.T
     norms = np.diagonal(gram).copy()
     squares = norms[:, None] + norms[None, :] - 2 * gram
-    near = squares <= max(rows.shape) * EPS * norms[:, None]
-    return int(np.count_nonzero(np.tril(near, -1).any(axis=1)))
+    near = np.tril(squares <= max(rows.shape) * EPS * norms[:, None], -1)
+    found = np.flatnonzero(near.any(axis=1))
+    return found, near[found].argmax(axis=1)
+
+
+def _differing(
+    raw: np.ndarray | None, samples: Indices, others: Indices
+) -> tuple[Indices, Indices]:
+    """The pairs whose features differ by more than a float32 trunk's rounding."""
+    if raw is None:
+        return samples[:0], others[:0]
+    left, right = raw[samples].astype(np.float64), raw[others].astype(np.float64)
+    lengths = (np.linalg.norm(rows, axis=1) for rows in (left, right))
+    distance = np.linalg.norm(left - right, axis=1)
+    differ = distance > _SAME_FEATURES * np.maximum(*lengths)
+    return samples[differ], others[differ]
+
+
+def _duplicate_groups(first: Indices, names: Indices) -> tuple[tuple[int, ...], ...]:
+    leaders = np.unique(first[first != np.arange(len(first))])[:_MAX_LISTED]
+    return tuple(_listed(names[first == leader]) for leader in leaders)
+
+
+def _named_pairs(samples: Indices, others: Indices, names: Indices) -> Pairs:
+    pairs = zip(names[samples[:_MAX_LISTED]], names[others[:_MAX_LISTED]], strict=True)
+    return tuple((int(sample), int(other)) for sample, other in pairs)
+
+
+def _listed(indices: Indices) -> tuple[int, ...]:
+    return tuple(int(index) for index in indices[:_MAX_LISTED])
+
+
+def _listing(indices: tuple[int, ...], total: int) -> str:
+    """Some of the indices in words, and how many more there are."""
+    shown = [str(index) for index in indices[:_MAX_NAMED]]
+    if total > len(shown):
+        return f"{', '.join(shown)} and {total - len(shown)} more"
+    return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
+
+
+def _groups(groups: tuple[tuple[int, ...], ...]) -> str:
+    """Some of the groups of samples in words."""
+    shown = [
+        ", ".join(map(str, group[:_MAX_NAMED])) + (", ..." * (len(group) > _MAX_NAMED))
+        if len(group) > 2
+        else _listing(group, len(group))
+        for group in groups[:_MAX_NAMED]
+    ]
+    return f"samples {'; '.join(shown)}{'; ...' * (len(groups) > _MAX_NAMED)}"
+
+
+def _raw_features(u: npt.ArrayLike | None, given: int) -> np.ndarray | None:
+    if u is None:
+        return None
+    raw = np.asarray(u)
+    if raw.ndim < 2 or len(raw) != given:
+        raise ValueError(
+            "`u` must have one row per row of `Zh`. Received: "
+            f"u.shape={raw.shape}, {given} rows of `Zh`"
+        )
+    if not np.isfinite(raw).all():
+        raise ValueError("`u` must be finite. Received: NaN or infinity in `u`")
+    return raw.reshape(given, -1)
+
+
+def _positions(positions: npt.ArrayLike | None, given: int) -> Indices:
+    if positions is None:
+        return np.arange(given)
+    names = np.asarray(positions)
+    if names.shape != (given,) or names.dtype.kind not in "iu":
+        raise ValueError(
+            "`positions` must hold one integer per row of `Zh`. Received: "
+            f"positions of shape {names.shape} and dtype {names.dtype}, {given} rows"
+        )
+    return names
 
 
 def _check_arguments(

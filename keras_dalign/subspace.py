@@ -93,17 +93,30 @@ def singular_values(matrix: Array) -> Array:
     return values
 
 
-def first_occurrences(features: Array) -> npt.NDArray[np.intp]:
-    """Indices of the rows that repeat no earlier one, compared exactly."""
+def first_equal(features: Array) -> npt.NDArray[np.intp]:
+    """For each row the index of the first row equal to it, compared exactly.
+
+    Returns:
+        Shape `(n,)`; a row that repeats no earlier one has its own index.
+    """
     seen: dict[int, list[int]] = {}
-    first = []
+    first = np.arange(len(features))
     for index, row in enumerate(features):
         # Adding 0.0 turns -0.0, equal but with other bytes, into 0.0.
         same = seen.setdefault(hash((row + 0.0).tobytes()), [])
-        if not any(np.array_equal(row, features[other]) for other in same):
+        for other in same:
+            if np.array_equal(row, features[other]):
+                first[index] = other
+                break
+        else:
             same.append(index)
-            first.append(index)
-    return np.array(first, dtype=np.intp)
+    return first
+
+
+def first_occurrences(features: Array) -> npt.NDArray[np.intp]:
+    """Indices of the rows that repeat no earlier one, compared exactly."""
+    first = first_equal(features)
+    return np.flatnonzero(first == np.arange(len(first)))
 
 
 def visible(features: Array) -> float:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import random
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -14,6 +14,7 @@ from keras import ops
 
 from keras_dalign.aligned_model import AlignedModel
 from keras_dalign.alignment_head import AlignmentHead
+from keras_dalign.losses import convex_loss
 from keras_dalign.rank import default_width
 
 _BY_HAND = (
@@ -66,7 +67,9 @@ def align(
             shared: exploration trains the given model, exploitation leaves it.
 
     Returns:
-        The `AlignedModel`, to be compiled with `DAlign`.
+        The `AlignedModel`, to be compiled with `DAlign`, or handed to `solve`, which
+        needs no `compile` if the given model was compiled: its loss is kept as
+        `inherited_loss`, made to take logits where it took probabilities.
 
     Raises:
         ValueError: If the model cannot be aligned; the message says what to do.
@@ -119,18 +122,120 @@ def align(
         name="alignment_head",
     )
     aligned = AlignedModel(trunk, head, name=model.name, dtype=model.dtype_policy)
+    aligned.inherited_loss = _loss_of_logits(getattr(model, "loss", None), output)
     for message in [*output.warnings, *_width_warnings(head, n_samples)]:
         warnings.warn(message, stacklevel=2)
     return aligned
 
 
-@dataclass(frozen=True)
+def output_layer(model: keras.Model) -> tuple[keras.Model, keras.layers.Dense]:
+    """Cuts a model in front of its output layer.
+
+    Args:
+        model: A model that `align` accepts and that puts out logits.
+
+    Returns:
+        The model of the features, which shares the given one's weights, and the output
+        layer.
+
+    Raises:
+        ValueError: If the model does not end in a `Dense` on feature vectors, or puts
+            out probabilities.
+    """
+    graph = _as_graph(model)
+    output = _find_output(graph, None)
+    if output.warnings:
+        raise ValueError(
+            "The model must put out logits. Received: a model that ends in a softmax "
+            "or sigmoid. Remove it, and use a loss made with from_logits=True."
+        )
+    if len(output.features.shape) != 2:
+        raise ValueError(
+            "The output layer must work on feature vectors. Received: "
+            f"'{output.dense.name}' on features of shape "
+            f"{tuple(output.features.shape)}. Pool or flatten them in front of it."
+        )
+    name = f"{model.name}_features"
+    return keras.Model(graph.input, output.features, name=name), output.dense
+
+
+# Losses of probabilities that are losses of logits once this nonlinearity is dropped.
+_FROM_LOGITS = {
+    "softmax": (
+        keras.losses.SparseCategoricalCrossentropy,
+        keras.losses.CategoricalCrossentropy,
+    ),
+    "sigmoid": (keras.losses.BinaryCrossentropy,),
+}
+
+
+def _loss_of_logits(loss: Any, output: _Output) -> keras.losses.Loss | None:
+    """The loss that a model was compiled with, for its logits, or None."""
+    # A loss of probabilities becomes the same one of logits where exactly the
+    # nonlinearity was dropped that made them.
+    try:
+        loss = keras.losses.get(_single_loss(loss))
+    except (TypeError, ValueError):
+        return None
+    if loss is None or output.dropped is None:
+        return None
+    if not output.dropped:
+        return loss if _is_convex(loss) else None
+    for kind in _FROM_LOGITS.get("".join(output.dropped), ()):
+        if type(loss) is kind:
+            options = dict(loss._fn_kwargs)  # noqa: SLF001
+            if options["from_logits"]:
+                return None
+            options["from_logits"] = True
+            rebuilt = kind(**options, reduction=loss.reduction, name=loss.name)
+        elif loss is _FUNCTIONS[kind]:
+            rebuilt = kind(from_logits=True)
+        else:
+            continue
+        return rebuilt if _is_convex(rebuilt) else None
+    return None
+
+
+_FUNCTIONS = {
+    keras.losses.SparseCategoricalCrossentropy: (
+        keras.losses.sparse_categorical_crossentropy
+    ),
+    keras.losses.CategoricalCrossentropy: keras.losses.categorical_crossentropy,
+    keras.losses.BinaryCrossentropy: keras.losses.binary_crossentropy,
+}
+
+
+def _single_loss(loss: Any) -> Any:
+    if isinstance(loss, dict) and "class_name" not in loss:
+        loss = list(loss.values())
+    if isinstance(loss, (list, tuple)):
+        return loss[0] if len(loss) == 1 else None
+    return loss
+
+
+def _is_convex(loss: Any) -> bool:
+    try:
+        convex_loss(loss)
+    except ValueError:
+        return False
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
 class _Output:
-    """The output layer found, the tensor of features it works on, and what to say."""
+    """The output layer found, the tensor of features it works on, and what to say.
+
+    Attributes:
+        dense: The layer.
+        features: What it works on.
+        warnings: What to say.
+        dropped: Names of the nonlinearities behind it; None if unknown things are.
+    """
 
     dense: keras.layers.Dense
     features: keras.KerasTensor
     warnings: list[str]
+    dropped: tuple[str, ...] | None
 
 
 def _check_n_samples(n_samples: Any) -> None:
@@ -325,6 +430,7 @@ def _named_output(graph: keras.Model, layer: Any) -> _Output:
             f"Everything behind the output layer '{layer.name}' is dropped: the "
             "aligned model ends in its logits."
         )
+        output = dataclasses.replace(output, dropped=None)
     return output
 
 
@@ -356,7 +462,8 @@ def _output_at(dense: Any, node: Any, dropped: list[str]) -> _Output:
         for name in dropped
         if name in _PROBABILITIES
     ]
-    return _Output(dense, node.input_tensors[0], messages)
+    dropped = [name for name in dropped if name != "linear"]
+    return _Output(dense, node.input_tensors[0], messages, tuple(dropped))
 
 
 def _may_be_dropped(operation: Any) -> bool:

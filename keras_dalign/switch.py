@@ -57,6 +57,8 @@ def switch(
     steps: int | None = None,
     noise: float = 1e-3,
     keep_features: bool = False,
+    digest: bool = False,
+    fresh_statistics: bool = True,
 ) -> tuple[SwitchReport, FeatureSet | None]:
     """Takes a model from exploration to exploitation.
 
@@ -74,6 +76,8 @@ def switch(
         steps: Int, batches per pass over an endless stream.
         noise: Float, see `AlignmentHead.start_exploiting`.
         keep_features: Whether to return the features.
+        digest: Whether to return digests of the inputs with them.
+        fresh_statistics: Whether to re-estimate the trunk's batch-norm statistics.
 
     Returns:
         The report, and the features or None.
@@ -84,10 +88,12 @@ def switch(
     begin = time.perf_counter()
     before = model.trunk.get_weights()
     try:
-        n_batch_norms = reestimate_batch_norm(
-            model.trunk, x, batch_size=batch_size, steps=steps
-        )
-        features = FeaturePass(model, keep=keep_features)
+        n_batch_norms = 0
+        if fresh_statistics:
+            n_batch_norms = reestimate_batch_norm(
+                model.trunk, x, batch_size=batch_size, steps=steps
+            )
+        features = FeaturePass(model, keep=keep_features, digest=digest)
         features.run(x, y, sample_weight, batch_size=batch_size, steps=steps)
         mean, variance = features.moments()
     except Exception:
@@ -97,13 +103,16 @@ def switch(
     head.standardize.moving_mean.assign(mean)
     head.standardize.moving_variance.assign(variance)
     model.start_exploiting(noise)
+    rows = features.rows()
     rank = check_rank(
-        head.normalize_exactly(features.rows()),
+        head.normalize_exactly(rows),
         *head.gates_of(0),
         head.slope,
         n_samples=features.n,
         max_rows=_COMPLETE_ROWS if features.n <= _COMPLETE_ROWS else _SAMPLED_ROWS,
         seed=head.seed,
+        u=rows,
+        positions=features.positions(),
     )
     seconds = time.perf_counter() - begin
     report = SwitchReport(features.n, n_batch_norms, rank, seconds)

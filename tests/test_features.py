@@ -6,6 +6,7 @@ from small import convnet, cross_entropy, digit_images, digits, mlp
 import keras_dalign as kd
 from keras_dalign import features
 from keras_dalign.features import FeaturePass, as_inputs, from_inputs, plan_cache
+from keras_dalign.repeats import digests
 
 
 def model_of(base, n=96):
@@ -25,6 +26,7 @@ def test_moments_are_those_of_the_population():
     kept = found.feature_set()
     np.testing.assert_allclose(kept.z, z, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(kept.y, y)
+    np.testing.assert_array_equal(found.positions(), np.arange(96))
     assert kept.sample_weight is None
 
 
@@ -52,6 +54,7 @@ def test_the_sample_of_rows_is_uniform(monkeypatch):
         sample = found.rows()[:, 0].astype(int)
         assert sample.shape == (20,)
         assert len(set(sample)) == 20
+        np.testing.assert_array_equal(found.positions(), sample)
         drawn[sample] += 1
     # Binomial(400, 0.2): mean 80, standard deviation 8.
     assert abs(drawn - 80).max() < 5 * 8
@@ -101,3 +104,14 @@ def test_half_precision_features_are_kept_in_float32():
     x, y = digits(40)
     kept = FeaturePass(model_of(base), keep=True).run(x, y).feature_set()
     assert kept.z.dtype == np.float32
+
+
+def test_digests_are_those_of_the_inputs_in_order():
+    x, y = digits(50)
+    x[20] = x[3]
+    given = FeaturePass(model_of(mlp()), keep=True, digest=True).run(x, y, batch_size=7)
+    assert given.feature_set().digests == digests(x)
+    assert given.digests[20] == given.digests[3]
+    assert len(set(given.digests)) == 49
+    without = FeaturePass(model_of(mlp()), keep=True).run(x, y)
+    assert without.feature_set().digests is None

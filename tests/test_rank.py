@@ -380,7 +380,7 @@ def test_dead_features_need_a_larger_width():
     assert (check.feature_rank, check.feature_dim) == (4, 10)
     assert check.rank == 24 * 4
     assert check.needed_width == 60
-    assert "is 96 (6 features are constant)" in str(check)
+    assert "is 96 (6 features are constant: 2, 3, 4, 5, 6 and 1 more)" in str(check)
     assert check_rank(features, *_gates(10, check.needed_width), SLOPE).full
 
 
@@ -405,7 +405,8 @@ def test_crowded_subspace():
     assert (check.subset_size, check.subset_rank) == (len(crowd), 8)
     assert check.needed_width == 2 * 120 / 8
     assert "120 of the samples lie in a subspace of dimension 8, where" in str(check)
-    assert "this width separates only 88. Use a width of 30 or more" in str(check)
+    assert "this width separates only 88: samples " in str(check)
+    assert " and 115 more. Use a width of 30 or more" in str(check)
     assert check_rank(features, *_gates(20, check.needed_width), SLOPE).full
 
 
@@ -598,6 +599,136 @@ def test_check_agrees_with_the_formula(n, p, m, seed):
     assert check.full == (check.rank == len(features))
 
 
+# --- who costs rank -------------------------------------------------------------------
+
+
+def test_full_rank_names_nobody():
+    features = _sample(60, 9)
+    check = check_rank(features, *_gates(10, 14), SLOPE, u=features[:, :-1])
+    assert check.full
+    assert check.n_parallel == 0
+    assert check.duplicates == check.near == check.parallel == ()
+    assert check.dead == check.subset == ()
+
+
+def test_repeated_samples_are_named_group_by_group():
+    rows = _sample(10, 9)
+    order = [0, 1, 2, 0, 3, 4, 1, 5, 0, 6, 7, 8, 9]
+    check = check_rank(rows[order], *_gates(10, 6), SLOPE)
+    assert check.duplicates == ((0, 3, 8), (1, 6))
+    assert check.n_duplicates == 3
+    assert check.n_parallel is None
+    assert "another one (samples 0, 3, 8; 1 and 6): identical inputs" in str(check)
+    assert "positive multiples" not in str(check)
+
+
+def test_long_lists_are_cut_and_counted():
+    rows = _sample(40, 9)
+    features = np.concatenate([rows, np.repeat(rows[:30], 1, axis=0)])
+    features = np.concatenate([features, np.repeat(rows[:1], 50, axis=0)])
+    check = check_rank(features, *_gates(10, 30), SLOPE)
+    assert check.n_duplicates == 80
+    assert len(check.duplicates) == 20
+    assert check.duplicates[0] == (0, 40, *range(70, 88))
+    assert check.duplicates[1:] == tuple((i, 40 + i) for i in range(1, 20))
+    assert "samples 0, 40, 70, 71, 72, ...; 1 and 41; 2 and 42; " in str(check)
+    assert str(check).count("; 4 and 44; ...") == 1
+
+
+def _raw_and_rows(n, p, seed=0):
+    """Raw features and what standardisation by fixed moments and length makes of it."""
+    rng = np.random.default_rng(seed)
+    mean = rng.normal(size=p)
+    raw = mean + rng.normal(size=(n, p))
+    return mean, raw
+
+
+def _normalised_about(mean, raw):
+    unit = raw - mean
+    unit *= np.sqrt(raw.shape[1]) / np.linalg.norm(unit, axis=1, keepdims=True)
+    return np.concatenate([unit, np.ones((len(raw), 1))], axis=1)
+
+
+def test_parallel_samples_are_told_from_identical_ones():
+    mean, raw = _raw_and_rows(60, 9)
+    # Exactly the same normalised row for a power of two, or one within rounding.
+    raw[10] = raw[3]
+    raw[20] = mean + 3 * (raw[5] - mean)
+    raw[30] = mean + 7 * (raw[5] - mean)
+    raw[40] = mean - 2 * (raw[6] - mean)
+    features = _normalised_about(mean, raw)
+    features[30] = features[20]
+    check = check_rank(features, *_gates(10, 14), SLOPE, u=raw)
+    assert (check.n_duplicates, check.n_near, check.n_parallel) == (2, 1, 2)
+    assert check.reason == "near"
+    assert check.duplicates == ((3, 10), (20, 30))
+    assert check.near == ((20, 5),)
+    assert check.parallel == ((30, 20), (20, 5))
+    assert "Of these, 2 differ from the other one before normalisation" in str(check)
+    assert "rounding (samples 20 and 5)" in str(check)
+    plain = check_rank(features, *_gates(10, 14), SLOPE)
+    assert plain.n_parallel is None
+    assert plain.parallel == ()
+
+
+def test_the_rounding_of_float32_is_no_difference():
+    mean, raw = _raw_and_rows(60, 9)
+    raw[10] = raw[3] * (1 + 2e-7)
+    features = _normalised_about(mean, raw)
+    features[10] = features[3]
+    check = check_rank(features, *_gates(10, 14), SLOPE, u=raw.astype("float32"))
+    assert (check.n_duplicates, check.n_parallel) == (1, 0)
+
+
+def test_crowded_samples_are_named():
+    features, crowd = _planted(200, 19, crowd=120, dim=8)
+    check = check_rank(features, *_gates(20, 11), SLOPE)
+    assert check.subset == tuple(sorted(crowd)[:20])
+    named = ", ".join(map(str, check.subset[:5]))
+    assert f"only 88: samples {named} and 115 more. Use" in str(check)
+
+
+def test_names_of_sampled_rows_are_those_of_the_rows_given():
+    features, crowd = _planted(600, 19, crowd=400, dim=8)
+    # Repetitions in front shift the distinct rows against the rows given.
+    features = np.concatenate([features[:1], features[:1], features])
+    crowd = {index + 2 for index in crowd}
+    check = check_rank(features, *_gates(20, 30), SLOPE, max_rows=400)
+    assert check.reason == "subset"
+    assert len(check.subset) == 20
+    assert set(check.subset) <= crowd | {0}
+    assert check.duplicates == ((0, 1, 2),)
+
+
+def test_positions_name_the_samples():
+    features, crowd = _planted(200, 19, crowd=120, dim=8)
+    features[7] = features[4]
+    positions = 1000 + 3 * np.arange(200)
+    check = check_rank(features, *_gates(20, 11), SLOPE, positions=positions)
+    assert (1012, 1021) in check.duplicates
+    assert set(check.subset) <= {1000 + 3 * index for index in crowd}
+    assert check.subset
+
+
+def test_dead_features_are_named_by_column():
+    raw = np.random.default_rng(0).normal(size=(120, 40))
+    raw[:, 5:35] = 3.0
+    check = check_rank(_normalise(raw), *_gates(41, 6), SLOPE)
+    assert check.n_dead == 30
+    assert check.dead == tuple(range(5, 25))
+    assert "(30 features are constant: 5, 6, 7, 8, 9 and 25 more)" in str(check)
+
+
+def test_lists_become_json():
+    rows = _sample(40, 9)
+    rows[0, :-1], rows[1] = rows[0, :-1], rows[0]
+    check = check_rank(rows, *_gates(10, 3), SLOPE, u=rows)
+    values = check.to_dict()
+    assert json.loads(json.dumps(values)) == values
+    assert values["duplicates"] == [[0, 1]]
+    assert len(values["subset"]) == 20
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -613,6 +744,11 @@ def test_check_agrees_with_the_formula(n, p, m, seed):
         ({"slope": -1.0}, "`slope` must be positive"),
         ({"n_samples": 1}, "`n_samples` must not be smaller.*n_samples=1"),
         ({"max_rows": 0}, "`max_rows` must be at least 1. Received: max_rows=0"),
+        ({"u": np.ones((3, 1))}, r"`u` must have one row per row.*shape=\(3, 1\), 2"),
+        ({"u": np.ones(2)}, "`u` must have one row per row"),
+        ({"u": [[np.nan], [0.0]]}, "`u` must be finite"),
+        ({"positions": [1, 2, 3]}, r"`positions` must hold one integer.*\(3,\)"),
+        ({"positions": [0.5, 1.0]}, "`positions` must hold one integer.*float64"),
     ],
 )
 def test_check_bad_input(change, message):

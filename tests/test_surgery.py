@@ -8,6 +8,7 @@ import pytest
 from keras import layers, ops
 
 import keras_dalign as kd
+from keras_dalign.losses import convex_loss
 
 BACKEND = keras.backend.backend()
 X = np.random.default_rng(0).normal(size=(11, 6)).astype("float32")
@@ -678,3 +679,60 @@ class TestBadInput:
         base = keras.Sequential([layers.Dense(3)], name="empty")
         with pytest.raises(ValueError, match=r"not built.*'empty'.*Input\(shape\)"):
             kd.align(base, N)
+
+
+SPARSE = keras.losses.SparseCategoricalCrossentropy
+ONE_HOT = keras.losses.CategoricalCrossentropy
+BINARY = keras.losses.BinaryCrossentropy
+
+
+@pytest.mark.parametrize(
+    ("activation", "loss", "expected"),
+    [
+        ("softmax", "sparse_categorical_crossentropy", SPARSE(from_logits=True)),
+        ("softmax", SPARSE(reduction="sum"), SPARSE(True, reduction="sum")),
+        ("softmax", ONE_HOT(label_smoothing=0.1), ONE_HOT(True, label_smoothing=0.1)),
+        ("softmax", ["categorical_crossentropy"], ONE_HOT(from_logits=True)),
+        ("sigmoid", "binary_crossentropy", BINARY(from_logits=True)),
+        ("sigmoid", BINARY(label_smoothing=0.2), BINARY(True, label_smoothing=0.2)),
+        (None, SPARSE(from_logits=True), SPARSE(from_logits=True)),
+        (None, "mse", "mse"),
+        # None of these is a convex loss of the logits, or one that we know.
+        (None, SPARSE(), None),
+        ("softmax", SPARSE(from_logits=True), None),
+        ("softmax", "binary_crossentropy", None),
+        ("softmax", "mse", None),
+        ("sigmoid", "mse", None),
+        (None, "mae", None),
+        (None, None, None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The trailing")
+def test_the_loss_of_the_base_model_is_inherited(activation, loss, expected):
+    base = mlp(activation=activation)
+    if loss is not None:
+        base.compile("sgd", loss=loss)
+    found = kd.align(base, n_samples=20).inherited_loss
+    if expected is None:
+        assert found is None
+    else:
+        assert convex_loss(found) == convex_loss(expected)
+
+
+@pytest.mark.filterwarnings("ignore:The trailing")
+def test_an_inherited_loss_is_what_the_base_model_was_trained_on():
+    y = np.arange(len(X)) % 4
+    base = mlp(layers.Softmax())
+    base.compile("adam", loss="sparse_categorical_crossentropy")
+    base.fit(X, y, epochs=1, verbose=0)
+    expected = base.evaluate(X, y, verbose=0)
+    model = kd.align(base, n_samples=len(X))
+    assert kd.certify(model, X, y).loss == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_behind_a_named_layer_no_loss_is_inherited():
+    base = mlp(layers.Dense(3))
+    base.compile("sgd", loss=SPARSE(from_logits=True))
+    assert kd.align(base, n_samples=20, layer="logits").inherited_loss is None
+    assert kd.align(base, n_samples=20).inherited_loss is not None

@@ -72,3 +72,13 @@ def test_an_error_leaves_the_model_as_it_was():
     assert model.phase == "exploring"
     assert model.switch_report is None
     assert_equal(before, weights(model))
+
+
+def test_the_rank_check_names_repeated_samples():
+    x, y = digit_images(96)
+    x[50] = x[7]
+    model = kd.align(convnet(), n_samples=96, seed=3)
+    model.compile("adam", loss=cross_entropy())
+    report, _ = switch(model, x, y, batch_size=10)
+    assert report.rank.duplicates == ((7, 50),)
+    assert report.rank.n_parallel == 0
