@@ -10,23 +10,39 @@
    them, so the problem is convex, and its minimum is the global minimum over all
    parameters of the network.
 
-`certify` says how far from that minimum the model is, at most.
+`solve` does the third step by a full-batch solver, for a model that is trained already,
+too. `certify` says how far from that minimum a model is, at most.
 
-Data flow one way: `surgery` builds an `aligned_model` from a trunk and an
-`alignment_head`; `training_run` drives its phases with `dalign` as optimizer;
-`switch` stands between the phases and uses `batch_norm`, `features` and `rank`;
-`certificate` looks at the result with `losses`. `data` is how all of them read
-arrays and streams.
+Data flow one way, and modules import only what lies below them:
+
+- *numbers*: `losses`, `gram`, `subspace`, `union`, `ridge`, `rounding` and `data` know
+  NumPy and no model;
+- *training*: `surgery` builds an `aligned_model` from a trunk and an `alignment_head`;
+  `training_run` drives its phases with `dalign` as optimizer; `switch` stands between
+  the phases and uses `batch_norm`, `features` and `rank`;
+- *solving*: `problem` is the convex problem of a head on kept features, `descent`
+  minimises it, `l2_path` chooses its L2 weight, `head_solver` says how it went;
+  `solver` does all that for a model;
+- *conditions*: `precision` makes float64 copies of models, `engines` differentiate them
+  on each backend, `jacobian` multiplies by the result; on it stand `structure`,
+  `alignment` (with `column_space`) and `gradient_bound`;
+- *promises*: `certificate` (with `repeats`, the identical inputs) and `forecast`;
+  `monitor` draws all of it over training.
 """
 
 from importlib.metadata import version
 
 from keras_dalign import models
 from keras_dalign.aligned_model import AlignedModel
+from keras_dalign.alignment import AlignmentReport, check_alignment
 from keras_dalign.alignment_head import AlignmentHead
 from keras_dalign.batch_norm import reestimate_batch_norm
 from keras_dalign.certificate import Certificate, certify
 from keras_dalign.dalign import DAlign
+from keras_dalign.forecast import Forecast, forecast
+from keras_dalign.monitor import AlignmentMonitor
+from keras_dalign.solver import SolveResult, solve
+from keras_dalign.structure import StructureReport, check_structure
 from keras_dalign.surgery import align
 
 __version__ = version("keras-dalign")
@@ -34,10 +50,19 @@ __version__ = version("keras-dalign")
 __all__ = [
     "AlignedModel",
     "AlignmentHead",
+    "AlignmentMonitor",
+    "AlignmentReport",
     "Certificate",
     "DAlign",
+    "Forecast",
+    "SolveResult",
+    "StructureReport",
     "align",
     "certify",
+    "check_alignment",
+    "check_structure",
+    "forecast",
     "models",
     "reestimate_batch_norm",
+    "solve",
 ]

@@ -53,6 +53,8 @@ class AlignedModel(keras.Model):
         self.trunk = trunk
         self.head = head
         self.switch_report: SwitchReport | None = None
+        # What the base model was compiled with, as a loss of logits; see `align`.
+        self.inherited_loss: keras.losses.Loss | None = None
         self._compiled_phase = head.phase
         self.built = True
 

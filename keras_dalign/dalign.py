@@ -10,6 +10,10 @@ import numpy as np
 from keras import ops
 
 from keras_dalign.alignment_head import EXPLOITING, EXPLORING
+from keras_dalign.descent import SolveOptions
+
+# What `exploit_optimizer` is called when it is the solver.
+SOLVE = "solve"
 
 _ON_THE_INNER_OPTIMIZER = (
     "learning_rate",
@@ -42,7 +46,11 @@ class DAlign(keras.optimizers.Optimizer):
         exploit_optimizer: The optimizer of the second phase. Defaults to a fresh
             copy of `inner_optimizer` whose learning-rate schedule, if it has one,
             goes on where exploration left it. An optimizer given here starts its
-            own schedule at step 0.
+            own schedule at step 0. `"solve"` instead minimises the convex problem
+            full batch, as `keras_dalign.solve` does: each iteration is an epoch for
+            callbacks and `History` (with `gap` in the logs), it ends at the gap
+            that was asked for or after `max_iterations`, and may go beyond
+            `epochs`. The features of streams are kept, too.
         explore: Float in (0, 1), fraction of the epochs spent in exploration; or a
             non-negative int, their number (0: exploit from the first epoch).
         noise: Non-negative float, standard deviation of the Gaussian noise added
@@ -52,6 +60,8 @@ class DAlign(keras.optimizers.Optimizer):
             the trunk's features once and keeps them in memory. `"auto"` does so
             for arrays when they fit; `True` also for streams (one pass is stored,
             so random augmentation stops); `False` never.
+        solve_options: Dict with any of `tol`, `method`, `l2` and `max_iterations`,
+            for `exploit_optimizer="solve"`; see `keras_dalign.solve`.
         name: Name of the optimizer.
 
     Raises:
@@ -81,6 +91,7 @@ class DAlign(keras.optimizers.Optimizer):
         noise: float = 1e-3,
         cache_features: bool | str = "auto",
         name: str | None = None,
+        solve_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         for key, value in kwargs.items():
@@ -106,7 +117,13 @@ class DAlign(keras.optimizers.Optimizer):
         self.cache_features = cache_features
         self.inner_optimizer = _checked_optimizer("inner_optimizer", inner_optimizer)
         self._copies_inner = exploit_optimizer is None
-        if exploit_optimizer is None:
+        self._solves = isinstance(exploit_optimizer, str) and exploit_optimizer == SOLVE
+        self.solve_options = _checked_solve_options(
+            solve_options, self._solves, cache_features
+        )
+        if self._solves:
+            exploit_optimizer = NoSteps(name=SOLVE)
+        elif exploit_optimizer is None:
             exploit_optimizer = _fresh_copy(self.inner_optimizer)
         self.exploit_optimizer = _checked_optimizer(
             "exploit_optimizer", exploit_optimizer
@@ -130,6 +147,11 @@ class DAlign(keras.optimizers.Optimizer):
     def phase(self) -> str:
         """`"exploring"` or `"exploiting"`."""
         return self._phase
+
+    @property
+    def solves(self) -> bool:
+        """Whether exploitation is a full-batch solve instead of training steps."""
+        return self._solves
 
     def exploration_epochs(self, epochs: int) -> int:
         """Number of exploration epochs in a run of `epochs`.
@@ -320,14 +342,20 @@ class DAlign(keras.optimizers.Optimizer):
         serialize = keras.saving.serialize_keras_object
         return {
             "inner_optimizer": serialize(self.inner_optimizer),
-            "exploit_optimizer": None
-            if self._copies_inner
-            else serialize(self.exploit_optimizer),
+            "exploit_optimizer": self._exploit_config(),
             "explore": self.explore,
             "noise": self.noise,
             "cache_features": self.cache_features,
+            "solve_options": dict(self.solve_options) if self._solves else None,
             "name": self.name,
         }
+
+    def _exploit_config(self) -> Any:
+        if self._copies_inner:
+            return None
+        if self._solves:
+            return SOLVE
+        return keras.saving.serialize_keras_object(self.exploit_optimizer)
 
     @classmethod
     def from_config(
@@ -336,10 +364,39 @@ class DAlign(keras.optimizers.Optimizer):
         """Rebuilds an optimizer from `get_config`."""
         config = dict(config)
         for key in ("inner_optimizer", "exploit_optimizer"):
+            if config[key] == SOLVE:
+                continue
             config[key] = keras.saving.deserialize_keras_object(
                 config[key], custom_objects=custom_objects
             )
         return cls(**config)
+
+
+@keras.saving.register_keras_serializable(package="keras_dalign")
+class NoSteps(keras.optimizers.Optimizer):
+    """Stands for the solver, which is no optimizer: it takes no steps.
+
+    Without it there would be no learning rate for callbacks to read in exploitation.
+
+    Args:
+        learning_rate: Float, of no effect.
+        name: Name of the optimizer.
+    """
+
+    def __init__(self, learning_rate: float = 0.0, name: str | None = None) -> None:
+        super().__init__(learning_rate=learning_rate, name=name)
+
+    def update_step(self, *_: Any) -> None:
+        """Refuses the step.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "With exploit_optimizer='solve' there are no training steps in "
+            "exploitation. Received: a step of one batch. Call `fit`, or "
+            "`keras_dalign.solve`."
+        )
 
 
 @keras.saving.register_keras_serializable(package="keras_dalign")
@@ -393,6 +450,30 @@ def _checked_explore(explore: Any) -> float:
         "excluded) or a number of epochs (a non-negative int). Received: "
         f"explore={explore}"
     )
+
+
+def _checked_solve_options(
+    options: Any, solves: bool, cache_features: Any
+) -> dict[str, Any]:
+    if not solves:
+        if options is not None:
+            raise ValueError(
+                "`solve_options` belong to exploit_optimizer='solve'. Received: "
+                f"solve_options={options} with another one."
+            )
+        return {}
+    if cache_features is False:
+        raise ValueError(
+            "The solver goes over the features many times, so they must be kept. "
+            "Received: cache_features=False with exploit_optimizer='solve'."
+        )
+    if not isinstance(options, (dict, type(None))):
+        raise ValueError(
+            f"`solve_options` must be a dict. Received: solve_options={options!r}"
+        )
+    options = dict(options or {})
+    SolveOptions.of(options)
+    return options
 
 
 def _checked_optimizer(name: str, optimizer: Any) -> keras.optimizers.Optimizer:

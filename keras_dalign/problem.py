@@ -17,6 +17,7 @@ Products with `Phi` and its transpose take `2 n d C m` multiply-adds each and ne
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,9 @@ import numpy.typing as npt
 from keras import ops
 
 from keras_dalign.alignment_head import EXPLOITING, AlignmentHead
+from keras_dalign.features import _free_gib
 from keras_dalign.gram import Array, gate_activations, gram_matrix
+from keras_dalign.objective import sample_weights
 
 if TYPE_CHECKING:
     from keras_dalign.features import FeatureSet
@@ -52,6 +55,9 @@ class ConvexProblem:
         weights: Sample weights, shape `(n,)`; None for ones.
         loss: The loss.
         center: Where the L2 term is zero, shape `(size,)`; None for the origin.
+
+    Raises:
+        ValueError: If the weights are of another shape, negative, not finite, or all 0.
     """
 
     def __init__(
@@ -76,7 +82,7 @@ class ConvexProblem:
         self.n, self.d = self.features.shape
         _, self.units, self.width = self.r.shape
         self.size = self.d * self.units * self.width + self.units
-        self.weights = np.ones(self.n) if weights is None else weights
+        self.weights = _checked_weights(weights, self.n)
         self.normalizer = loss.normalizer(self.n, float(self.weights.sum()))
         self.center = np.zeros(self.size) if center is None else center
         self._gates = np.empty((self.n, self.units * self.width))
@@ -105,7 +111,8 @@ class ConvexProblem:
             The problem.
 
         Raises:
-            ValueError: If the head still explores, or the targets do not fit the loss.
+            ValueError: If the head still explores, if the targets or the weights are
+                missing or do not fit, or if the gates do not fit into memory.
         """
         if head.phase != EXPLOITING:
             raise ValueError(
@@ -113,6 +120,12 @@ class ConvexProblem:
                 f"Received: a head in the phase '{head.phase}'. Explore and switch "
                 "first (`fit` with DAlign, or `solve`)."
             )
+        if features.y is None:
+            raise ValueError(
+                "Targets are needed: pass `y`, or a stream of (x, y) batches. "
+                "Received: y=None"
+            )
+        _check_memory(len(features.y), head.units, head.width)
         z = features.z
         linear, gated = z if isinstance(z, (list, tuple)) else (z, z)
         r, w = (_float64(variable) for variable in (head.r, head.w))
@@ -131,7 +144,7 @@ class ConvexProblem:
             head.slope,
             offset,
             loss.targets(np.asarray(features.y), head.units),
-            None if weights is None else np.asarray(weights, np.float64).ravel(),
+            None if weights is None else np.asarray(weights),
             loss,
             np.concatenate([center, origin]),
         )
@@ -168,6 +181,20 @@ class ConvexProblem:
         weights = self.weights[:, None] / self.normalizer
         gradient: Array = weights * self.loss.gradient(logits, self.targets)
         return gradient
+
+    def loss_curvature(self, logits: Array, directions: Array) -> Array:
+        """The loss's Hessian in the logits, times a direction of shape `(n, C)`.
+
+        Args:
+            logits: Where, shape `(n, C)`.
+            directions: Shape `(n, C)`.
+
+        Returns:
+            Shape `(n, C)`.
+        """
+        weights = self.weights[:, None] / self.normalizer
+        product: Array = weights * self.loss.curvature(logits, self.targets, directions)
+        return product
 
     def value_and_gradient(self, theta: Array, l2: float = 0.0) -> tuple[float, Array]:
         """The loss with its L2 term, and the gradient in `theta`, in one pass.
@@ -239,6 +266,22 @@ class ConvexProblem:
             self.center,
         )
 
+    def reweighted(self, factors: Array) -> ConvexProblem:
+        """The same samples with other weights; features and gates are shared.
+
+        Args:
+            factors: What the weights are multiplied by, at least 0, shape `(n,)`. A
+                sample of factor 0 does not count, in the divisor of a mean either.
+
+        Returns:
+            The problem.
+        """
+        other = copy.copy(self)
+        other.weights = _checked_weights(self.weights * factors, self.n)
+        counted = int(np.count_nonzero(factors))
+        other.normalizer = self.loss.normalizer(counted, float(other.weights.sum()))
+        return other
+
     def theta_of(self, head: AlignmentHead) -> Array:
         """A head's current `q` and `b` as one vector `(size,)`."""
         return np.concatenate([_float64(head.q).ravel(), _float64(head.bias)])
@@ -269,6 +312,29 @@ class ConvexProblem:
         gates = self._gates[rows].reshape(-1, self.units, self.width)
         weighted = (gates * cotangents[:, :, None]).reshape(len(gates), -1)
         q += self.features[rows].T @ weighted
+
+
+def _check_memory(n: int, units: int, width: int) -> None:
+    needed = 8 * n * units * width / 2**30
+    free = _free_gib()
+    if free is not None and needed > free:
+        raise ValueError(
+            f"The gates of all samples would take {needed:.3g} GiB, of {free:.3g} GiB "
+            f"that are free: n * C * m = {n} * {units} * {width} floats. Take fewer "
+            "samples, or feed the head more features (`align(features=...)`), which "
+            "need a smaller width; or exploit in batches, with a Keras optimizer for "
+            "`exploit_optimizer`."
+        )
+
+
+def _checked_weights(weights: Array | None, n: int) -> Array:
+    checked = sample_weights(weights, n)
+    if not checked.any():
+        raise ValueError(
+            "All sample weights are 0: there is nothing to minimise. Received: "
+            f"{n} samples of weight 0"
+        )
+    return checked
 
 
 def _float64(variable: Any) -> Array:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -12,11 +14,17 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 from keras.src.trainers.data_adapters.array_slicing import train_validation_split
+from keras.src.trainers.data_adapters.data_adapter_utils import (
+    class_weight_to_sample_weights,
+)
 
 from keras_dalign import data
 from keras_dalign.alignment_head import EXPLOITING, PHASES
-from keras_dalign.features import FeaturePass, as_inputs, plan_cache
+from keras_dalign.descent import Iterate, SolveOptions
+from keras_dalign.features import FeaturePass, FeatureSet, as_inputs, plan_cache
+from keras_dalign.head_solver import HeadSolver
 from keras_dalign.losses import convex_loss
+from keras_dalign.problem import ConvexProblem
 from keras_dalign.switch import switch
 
 if TYPE_CHECKING:
@@ -99,7 +107,11 @@ class TrainingRun:
             epoch = max(epoch, self.switch_epoch)
         else:
             stopped = False
-        if epoch < self.epochs and not stopped:
+        if model.optimizer.solves:
+            # The solver's iterations may have passed `epochs` before a resumed run.
+            if model.phase == EXPLOITING or (epoch < self.epochs and not stopped):
+                self._solve(epoch)
+        elif epoch < self.epochs and not stopped:
             self._exploit(epoch)
         self.callbacks.end()
         return model.history
@@ -118,16 +130,11 @@ class TrainingRun:
         )
         return bool(self.model.stop_training)
 
-    def _exploit(self, epoch: int) -> None:
+    def _features(self, wanted: bool | str, digest: bool) -> FeatureSet | None:
+        """The features, if they are to be kept; switches first if that is to come."""
         model = self.model
-        plan = plan_cache(
-            model.head,
-            self.n_samples,
-            model.optimizer.cache_features,
-            self.is_array,
-        )
+        plan = plan_cache(model.head, self.n_samples, wanted, self.is_array)
         self._say(plan.reason)
-        features = None
         # Inference holds two or three activations where training holds all, so a
         # batch four times as large fits, and its statistics are more exact.
         passes: dict[str, Any] = {
@@ -142,15 +149,21 @@ class TrainingRun:
                 self.sample_weight,
                 noise=model.optimizer.noise,
                 keep_features=plan.keep,
+                digest=digest,
                 **passes,
             )
             self._say(str(report))
             self._warn_if_too_many(report.n_samples)
-        elif plan.keep:
-            everything = FeaturePass(model, keep=True)
-            features = everything.run(
-                self.x, self.y, self.sample_weight, **passes
-            ).feature_set()
+            return features
+        if not plan.keep:
+            return None
+        everything = FeaturePass(model, keep=True, digest=digest)
+        return everything.run(
+            self.x, self.y, self.sample_weight, **passes
+        ).feature_set()
+
+    def _exploit(self, epoch: int) -> None:
+        features = self._features(self.model.optimizer.cache_features, digest=False)
         arguments = dict(self.arguments)
         if features is None:
             x, y, weight = self.x, self.y, self.sample_weight
@@ -172,6 +185,93 @@ class TrainingRun:
             initial_epoch=epoch,
             **arguments,
         )
+
+    def _solve(self, epoch: int) -> None:
+        """Exploits with the solver; each of its iterations is an epoch."""
+        model = self.model
+        features = self._features(wanted=True, digest=True)
+        if features is None:
+            raise RuntimeError("The switch kept no features.")
+        weights = self._class_weighted(features)
+        features = dataclasses.replace(features, sample_weight=weights)
+        problem = ConvexProblem.of_head(model.head, features, self.loss)
+        options = SolveOptions.of(model.optimizer.solve_options)
+        solver = HeadSolver(
+            problem, options, features.digests or [], seed=model.head.seed
+        )
+        validation = self._validation_features()
+        model.stop_training = False
+        iterates = solver.iterates(problem.theta_of(model.head), watch=self._say)
+        iterate = next(iterates)
+        first = True
+        while first or iterate.reason is None:
+            self.callbacks.on_epoch_begin(epoch)
+            if iterate.reason is None:
+                iterate = next(iterates)
+            problem.assign(model.head, iterate.theta)
+            logs = self._solver_logs(iterate, features)
+            if validation is not None and self._validates(epoch):
+                logs.update(self._validation_logs(validation))
+            self.callbacks.on_epoch_end(epoch, logs)
+            epoch += 1
+            first = False
+            if model.stop_training:
+                break
+        report = model.switch_report
+        message = solver.message(iterate, None if report is None else report.rank)
+        self._say(message)
+        if iterate.reason in {"stalled", "max_iterations"}:
+            warnings.warn(message, stacklevel=4)
+
+    def _class_weighted(self, features: FeatureSet) -> Any:
+        """The sample weights, or those of the classes."""
+        class_weight = self.arguments["class_weight"]
+        if not class_weight:
+            return features.sample_weight
+        if features.sample_weight is not None:
+            raise ValueError(
+                "Class weights and sample weights cannot be given both. Received: "
+                f"class_weight={class_weight} beside `sample_weight`."
+            )
+        return class_weight_to_sample_weights(features.y, class_weight)
+
+    def _solver_logs(self, iterate: Iterate, features: FeatureSet) -> dict[str, Any]:
+        """The loss minimised, its gap, and the metrics that the model has."""
+        model = self.model
+        model.reset_metrics()
+        weight = features.sample_weight
+        convert = keras.ops.convert_to_tensor
+        found = model.compute_metrics(
+            None,
+            convert(features.y),
+            convert(iterate.logits.astype("float32")),
+            None if weight is None else convert(weight),
+        )
+        logs = {**found, "loss": iterate.value, "gap": iterate.gap}
+        return {key: _as_number(value) for key, value in logs.items()}
+
+    def _validates(self, epoch: int) -> bool:
+        frequency = self.arguments["validation_freq"]
+        if isinstance(frequency, int):
+            return (epoch + 1) % frequency == 0
+        return epoch + 1 in frequency
+
+    def _validation_logs(self, validation: Any) -> dict[str, Any]:
+        is_tuple = isinstance(validation, (list, tuple))
+        x, y, weight = keras.utils.unpack_x_y_sample_weight(
+            tuple(validation) if is_tuple else (validation,)
+        )
+        found = self.model.evaluate(
+            x,
+            y,
+            sample_weight=weight,
+            batch_size=self.arguments["validation_batch_size"] or self.batch_size,
+            steps=self.arguments["validation_steps"],
+            callbacks=self.callbacks,
+            return_dict=True,
+            verbose=0,
+        )
+        return {f"val_{key}": value for key, value in found.items()}
 
     def _switch_epoch(self) -> int:
         if self.model.phase == EXPLOITING:
@@ -258,11 +358,19 @@ class TrainingRun:
                 stacklevel=2,
             )
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: object) -> None:
         logger.info("%s", text)
         verbose = self.arguments["verbose"]
         if verbose and keras.config.is_interactive_logging_enabled():
             sys.stdout.write(f"{text}\n")
+
+
+def _as_number(value: Any) -> Any:
+    """A float where the value is a number, as Keras's own logs have it."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
 
 
 class _OneRun(keras.callbacks.CallbackList):
@@ -299,18 +407,44 @@ class _OneRun(keras.callbacks.CallbackList):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """An epoch ends: its logs say in which phase."""
-        phase = PHASES.index(self._aligned_model.phase)
-        self._last_logs = {**(logs or {}), "phase": phase}
+        model = self._aligned_model
+        self._last_logs = {**(logs or {}), "phase": PHASES.index(model.phase)}
+        if model.optimizer.solves:
+            # Loggers take their columns from the first epoch, where there is no gap.
+            self._last_logs.setdefault("gap", math.nan)
         super().on_epoch_end(epoch, self._last_logs)
 
 
 class _ProgressBar(keras.callbacks.ProgbarLogger):
-    """Keras's own, without the phase, which the lines between the phases tell."""
+    """Keras's own, without the phase, which the lines between the phases tell.
+
+    Nor is a gap shown where there is none. The solver's iterations, which have no steps
+    to count, get a line each.
+    """
 
     # As Keras's own, which it adds itself: steps need not wait for it.
     async_safe = True
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._solver_begin: float | None = None
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """An epoch begins."""
+        model = self.model
+        if model.phase == EXPLOITING and model.optimizer.solves:
+            self._solver_begin = time.perf_counter()
+        else:
+            super().on_epoch_begin(epoch, logs)
+
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """An epoch ends."""
         shown = {key: value for key, value in (logs or {}).items() if key != "phase"}
-        super().on_epoch_end(epoch, shown)
+        if self._solver_begin is None:
+            shown.pop("gap", None)
+            super().on_epoch_end(epoch, shown)
+            return
+        seconds = time.perf_counter() - self._solver_begin
+        numbers = "".join(f" - {key}: {value:.4g}" for key, value in shown.items())
+        if keras.config.is_interactive_logging_enabled():
+            sys.stdout.write(f"Epoch {epoch + 1} (solve) - {seconds:.2f}s{numbers}\n")

@@ -303,3 +303,37 @@ def test_mirrored_strategy(two_cpus):
         results.append(weights(model))
     for alone, mirrored in zip(*results, strict=True):
         np.testing.assert_allclose(alone, mirrored, atol=2e-4)
+
+
+def test_the_solver_for_exploitation():
+    options = {"tol": 1e-4, "l2": "auto", "method": "newton", "max_iterations": 7}
+    optimizer = kd.DAlign(optimizers.Adam(), "solve", solve_options=options)
+    assert optimizer.solves
+    assert not kd.DAlign("adam", "sgd").solves
+    config = keras.saving.serialize_keras_object(optimizer)
+    loaded = keras.saving.deserialize_keras_object(config)
+    assert loaded.solves
+    assert loaded.solve_options == options
+    assert keras.saving.serialize_keras_object(loaded) == config
+    assert config["config"]["exploit_optimizer"] == "solve"
+    # Callbacks read and set a rate in every phase.
+    optimizer.enter("exploiting")
+    assert float(np.array(optimizer.learning_rate)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"solve_options": {"tol": -1}}, "tol=-1"),
+        ({"solve_options": {"rate": 1}}, r"Received: \['rate'\]"),
+        ({"solve_options": 3}, "must be a dict"),
+        ({"cache_features": False}, "must be kept"),
+        (
+            {"exploit_optimizer": "sgd", "solve_options": {}},
+            "exploit_optimizer='solve'",
+        ),
+    ],
+)
+def test_bad_solver_options(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        kd.DAlign("adam", **{"exploit_optimizer": "solve", **arguments})

@@ -515,3 +515,218 @@ def test_bad_labels_in_a_stream_are_found_at_the_switch():
     with pytest.raises(ValueError, match="finite"):
         model.fit(Dataset(x, y), epochs=2, verbose=0)
     assert model.phase == "exploring"
+
+
+def solving(base=None, n=96, explore=2, options=None, **arguments):
+    return compiled(
+        base,
+        n,
+        explore=explore,
+        exploit_optimizer="solve",
+        solve_options={"tol": 1e-6} if options is None else options,
+        **arguments,
+    )
+
+
+def test_fit_solves_to_the_gap(tmp_path):
+    x, y = digits(96)
+    model = solving()
+    events = Events()
+    history = model.fit(
+        x,
+        y,
+        epochs=4,
+        verbose=0,
+        validation_data=(x[:20], y[:20]),
+        callbacks=[events, keras.callbacks.CSVLogger(tmp_path / "log.csv")],
+    ).history
+    assert kd.certify(model, x, y).gap <= 1.01e-6
+    assert history["gap"][-1] <= 1e-6
+    # More iterations than epochs, as it ends by the gap.
+    n = len(history["loss"])
+    assert n > 6
+    assert history["phase"] == [0, 0] + [1] * (n - 2)
+    assert model.history.epoch == list(range(n))
+    assert [e for e in events.seen if isinstance(e, int)] == list(range(n))
+    assert events.seen.count("begin") == 1
+    assert events.seen[-1][0] == "end"
+    logs = events.seen[-1][1]
+    assert set(logs) == {"loss", "gap", "accuracy", "val_loss", "val_accuracy", "phase"}
+    assert (np.diff(history["loss"][2:]) < 0).all()
+    loss, accuracy = model.evaluate(x, y, verbose=0)
+    assert logs["loss"] == pytest.approx(loss, rel=1e-2)
+    assert logs["accuracy"] == pytest.approx(accuracy)
+    loss, accuracy = model.evaluate(x[:20], y[:20], verbose=0)
+    assert logs["val_loss"] == pytest.approx(loss, rel=1e-2)
+    assert logs["val_accuracy"] == pytest.approx(accuracy)
+    with (tmp_path / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [math.isnan(float(row["gap"])) for row in rows] == [True] * 2 + [False] * (
+        n - 2
+    )
+
+
+def test_the_logged_numbers_are_those_of_the_weights_at_that_epoch():
+    x, y = digits(96)
+    seen = []
+
+    class Evaluate(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if logs["phase"]:
+                loss, accuracy = self.model.evaluate(x, y, verbose=0)
+                seen.append((loss, logs["loss"], accuracy, logs["accuracy"]))
+
+    solving().fit(x, y, epochs=3, verbose=0, callbacks=[Evaluate()])
+    assert len(seen) > 4
+    for loss, logged_loss, accuracy, logged_accuracy in seen:
+        assert logged_loss == pytest.approx(loss, rel=1e-2)
+        assert logged_accuracy == pytest.approx(accuracy)
+
+
+def test_solving_changes_nothing_but_q_and_b():
+    x, y = digit_images(96)
+    model = solving(convnet(), options={"tol": 1e-6, "l2": 1e-3})
+    before = []
+
+    class AtTheSwitch(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if logs["phase"]:
+                before.append(weights(self.model))
+
+    history = model.fit(x, y, epochs=3, verbose=0, callbacks=[AtTheSwitch()]).history
+    paths = [weight.path for weight in model.weights]
+    changed = {
+        path
+        for path, old, new in zip(paths, before[0], weights(model), strict=True)
+        if (old != new).any()
+    }
+    assert changed == {model.head.q.path, model.head.bias.path}
+    assert history["gap"][-1] <= 1e-6
+
+
+def test_solving_a_stream_of_one_pass():
+    x, y = digits(96)
+    model = solving()
+    history = model.fit(
+        generator(x, y), epochs=3, steps_per_epoch=6, verbose=0, shuffle=False
+    ).history
+    assert history["gap"][-1] <= 1e-6
+    assert kd.certify(model, x, y).gap <= 1.01e-6
+
+
+def test_solving_with_sample_and_class_weights():
+    x, y = digits(96)
+    y = y % 2
+    results = []
+    for weighting in (
+        {},
+        {"class_weight": {0: 1.0, 1: 3.0}},
+        {"sample_weight": np.where(y == 1, 3.0, 1.0).astype("float32")},
+    ):
+        model = solving(mlp(units=2), options={"tol": 1e-9, "l2": 1e-2})
+        model.fit(x, y, epochs=3, verbose=0, shuffle=False, **weighting)
+        results.append(np.array(model.head.q))
+    plain, by_class, by_sample = results
+    np.testing.assert_allclose(by_class, by_sample, atol=1e-4)
+    assert np.abs(plain - by_class).max() > 1e-3
+    with pytest.raises(ValueError, match="class_weight"):
+        model.fit(
+            x, y, epochs=3, verbose=0, class_weight={0: 2.0}, sample_weight=np.ones(96)
+        )
+
+
+def test_early_stopping_ends_the_solver():
+    x, y = digits(96)
+    model = solving(options={"tol": 1e-12})
+
+    class StopAt(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.stop_training = epoch == 5
+
+    history = model.fit(x, y, epochs=3, verbose=0, callbacks=[StopAt()]).history
+    assert len(history["loss"]) == 6
+    loss = model.evaluate(x, y, verbose=0)[0]
+    assert history["loss"][-1] == pytest.approx(loss, rel=1e-2)
+    assert history["gap"][-1] > 1e-12
+
+
+def test_a_solver_that_fails_warns():
+    x, y = digits(96)
+    model = solving(options={"tol": 1e-12, "max_iterations": 2})
+    with pytest.warns(UserWarning, match="Raise `max_iterations`"):
+        history = model.fit(x, y, epochs=3, verbose=0).history
+    assert history["phase"] == [0, 0, 1, 1]
+
+
+def test_a_second_fit_goes_on_solving(tmp_path):
+    x, y = digits(96)
+    model = solving(options={"tol": 1e-3})
+    first = model.fit(x, y, epochs=4, verbose=0).history
+    again = model.fit(x, y, epochs=4, verbose=0).history
+    # It was solved: one epoch, so that there are logs, in which nothing moves.
+    assert again["phase"] == [1]
+    assert again["loss"][0] == pytest.approx(first["loss"][-1], rel=1e-3)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.optimizer.solves
+    assert loaded.optimizer.solve_options == {"tol": 1e-3}
+    assert_equal(weights(model), weights(loaded))
+    loaded.optimizer.solve_options["tol"] = 1e-6
+    on = loaded.fit(x, y, epochs=4, verbose=0).history
+    assert on["gap"][-1] <= 1e-6
+    assert len(on["gap"]) > 1
+
+
+def test_backup_and_restore_while_solving(tmp_path):
+    x, y = digits(96)
+
+    class KilledError(Exception):
+        pass
+
+    class Kill(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 7:
+                raise KilledError
+
+    backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
+    model = solving(options={"tol": 1e-8})
+    with pytest.raises(KilledError):
+        model.fit(x, y, epochs=3, verbose=0, callbacks=[backup, Kill()])
+    resumed = solving(options={"tol": 1e-8})
+    backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
+    history = resumed.fit(x, y, epochs=3, verbose=0, callbacks=[backup])
+    # Beyond `epochs`, and from the weights that were kept.
+    assert history.epoch[0] == 8
+    assert history.history["gap"][-1] <= 1e-8
+    assert history.history["loss"][0] < model.history.history["loss"][-1]
+
+
+def test_l2_auto_in_fit(capsys):
+    x, y = digits(96)
+    model = solving(options={"l2": "auto"})
+    model.fit(x, y, epochs=3, verbose=1)
+    shown = capsys.readouterr().out
+    assert "held-out loss" in shown
+    assert "Epoch 3 (solve)" in shown
+    assert "gap: " in shown
+    assert "Newton" in shown
+
+
+def test_solving_without_metrics_or_with_a_dict_of_them():
+    x, y = digits(64)
+    model = kd.align(mlp(), n_samples=64)
+    model.compile(
+        kd.DAlign("adam", "solve", explore=1, solve_options={"tol": 1e-3}),
+        loss=cross_entropy(),
+    )
+    history = model.fit(x, y, epochs=2, verbose=0, validation_split=0.25).history
+    assert set(history) == {"loss", "gap", "phase", "val_loss"}
+    assert len(history["val_loss"]) == len(history["loss"])
+
+
+def test_no_training_step_while_solving():
+    x, y = digits(96)
+    model = solving(options={"tol": 1e-1})
+    model.fit(x, y, epochs=3, verbose=0)
+    with pytest.raises(ValueError, match="there are no training steps"):
+        model.train_on_batch(x[:8], y[:8])

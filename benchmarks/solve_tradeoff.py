@@ -1,0 +1,337 @@
+"""What solving to the minimum costs and gains: loss, gap and test error on the way.
+
+For each start (random gates from the trained base model, learned gates from the
+explored one), slope of the gates and L2 weight: training loss, gap and test error
+against iterations, on digits and on MNIST. The defaults of `solve` are chosen by it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import matplotlib as mpl
+import numpy as np
+
+import keras_dalign as kd
+from benchmarks import common
+from benchmarks.common import Data, Target
+from keras_dalign.descent import SolveOptions
+from keras_dalign.features import FeaturePass
+from keras_dalign.head_solver import HeadSolver
+from keras_dalign.losses import SoftmaxCrossEntropy
+from keras_dalign.problem import ConvexProblem
+from keras_dalign.switch import switch
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+DIGITS, MNIST = "digits", "MNIST 5k"
+L2_WEIGHTS: tuple[float | str, ...] = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, "auto")
+SLOPES = (4.0, 20.0, 100.0)
+DEFAULT_SLOPE = 20.0
+EPOCHS = {DIGITS: 40, MNIST: 6}
+TOLERANCE = {0.0: 1e-8}
+DEFAULT_TOLERANCE = 1e-6
+MAX_ITERATIONS = 150
+# What a default may cost on average, in points of test error over the base's.
+ALLOWED = 0.3
+
+ABOUT = (
+    "From the trained base model (random gates) and from the explored model (learned "
+    "gates); batch-norm statistics re-estimated, so that the error before is the "
+    "base's at its best. Digits: MLP 64-64; MNIST: ResNet-8, 5,000 training and 5,000 "
+    "test images, one seed. The gap is that of the objective with its L2 term."
+)
+
+Run = dict[str, Any]
+
+
+def read(name: str, mnist: Path) -> Data:
+    """Digits, or the first 5,000 training and test images of MNIST."""
+    if name == DIGITS:
+        return common.digits()
+    with np.load(mnist) as arrays:
+        parts = [
+            arrays[key][:5000] for key in ("x_train", "y_train", "x_test", "y_test")
+        ]
+    x, y, x_test, y_test = parts
+    return Data(
+        (x.reshape(-1, 28, 28, 1) / 255).astype("float32"),
+        y.astype("int64"),
+        (x_test.reshape(-1, 28, 28, 1) / 255).astype("float32"),
+        y_test.astype("int64"),
+    )
+
+
+def fresh(name: str, seed: int) -> keras.Model:
+    """The base model, untrained."""
+    if name == DIGITS:
+        return common.mlp(seed)
+    keras.utils.set_random_seed(seed)
+    return kd.models.resnet(8, (28, 28, 1), 10)
+
+
+def trained(
+    name: str, data: Data, gates: str, slope: float, seed: int, cache: Path
+) -> keras.Model:
+    """An aligned model before its switch, from the cache if it is there."""
+    # Random gates: on the fully trained base model. Learned gates: explored for the
+    # usual part of the epochs, with the head that will exploit.
+    key = f"{name}-{gates}-{seed}" + (f"-{slope:g}" if gates == "learned" else "")
+    file = cache / f"keras_dalign-tradeoff-{key.replace(' ', '_')}.weights.h5"
+    base = fresh(name, seed)
+    n = len(data.x)
+    model = kd.align(base, n_samples=n, gates=gates, slope=slope, seed=seed)
+    inner = base if gates == "random" else model
+    if file.exists():
+        inner.load_weights(file)
+        return model
+    epochs = EPOCHS[name]
+    if gates == "learned":
+        epochs = round(common.EXPLORE * epochs)
+    inner.compile(
+        keras.optimizers.Adam(common.LEARNING_RATE),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    keras.utils.set_random_seed(seed)
+    inner.fit(data.x, data.y, batch_size=common.BATCH_SIZE, epochs=epochs, verbose=0)
+    inner.save_weights(file)
+    return model
+
+
+def measure(
+    name: str,
+    data: Data,
+    gates: str,
+    slope: float,
+    seed: int,
+    weights: Sequence[float | str],
+    cache: Path,
+) -> Iterator[Run]:
+    """One start: the L2 weights from there, iterate by iterate.
+
+    Yields:
+        A run for each weight.
+
+    Raises:
+        RuntimeError: Never, if the switch keeps its word.
+    """
+    model = trained(name, data, gates, slope, seed, cache)
+    _, features = switch(model, data.x, data.y, keep_features=True, digest=True)
+    if features is None:
+        raise RuntimeError("The switch kept no features.")
+    loss = SoftmaxCrossEntropy()
+    problem = ConvexProblem.of_head(model.head, features, loss)
+    tested = FeaturePass(model, keep=True).run(data.x_test, data.y_test).feature_set()
+    test = ConvexProblem.of_head(model.head, tested, loss)
+    start = problem.theta_of(model.head)
+    for l2 in weights:
+        options = SolveOptions(
+            l2=l2,
+            tol=TOLERANCE.get(l2, DEFAULT_TOLERANCE) if l2 != "auto" else 1e-6,
+            max_iterations=MAX_ITERATIONS,
+        )
+        solver = HeadSolver(problem, options, features.digests or [], seed=seed)
+        curve = []
+        for iterate in solver.iterates(start):
+            wrong = test.logits(iterate.theta).argmax(axis=1) != data.y_test
+            curve.append([iterate.loss, iterate.gap, 100 * float(np.mean(wrong))])
+        at_start = test.logits(start).argmax(axis=1) != data.y_test
+        yield {
+            "data": name,
+            "gates": gates,
+            "slope": slope,
+            "l2": l2,
+            "chosen l2": solver.l2,
+            "seed": seed,
+            "method": solver.method,
+            "iterations": iterate.iteration,
+            "hessian products": iterate.hessian_products,
+            "reason": iterate.reason,
+            "loss": iterate.loss,
+            "gap": iterate.gap,
+            "start error": 100 * float(np.mean(at_start)),
+            "test error": curve[-1][2],
+            "curve": curve,
+        }
+
+
+def draw(runs: list[Run], file: Path) -> None:
+    """Loss, test error and gap against iterations; the first seed."""
+    names = list(dict.fromkeys(run["data"] for run in runs))
+    first = [run for run in runs if run["seed"] == 0]
+    figure, axes = plt.subplots(
+        2 * len(names), 3, figsize=(13, 6.4 * len(names)), squeeze=False
+    )
+    labels = ("training loss", "test error, %", "gap")
+    for row, name in enumerate(names):
+        here = [run for run in first if run["data"] == name]
+        by_weight = [
+            (f"l2 = {run['l2']}", run)
+            for run in here
+            if run["gates"] == "random" and run["slope"] == DEFAULT_SLOPE
+        ]
+        by_start = [
+            (f"{run['gates']} gates, slope {run['slope']:g}", run)
+            for run in here
+            if run["l2"] == 0
+        ]
+        for offset, lines in enumerate((by_weight, by_start)):
+            for column, (index, label) in enumerate(
+                zip((0, 2, 1), labels, strict=True)
+            ):
+                axis = axes[2 * row + offset, column]
+                for text, run in lines:
+                    values = [point[index] for point in run["curve"]]
+                    axis.plot(range(len(values)), values, label=text, linewidth=1.2)
+                if index != 2:
+                    axis.set_yscale("log")
+                axis.set_xlabel("iterations")
+                axis.set_ylabel(label)
+                axis.set_title(name)
+            axes[2 * row + offset, 0].legend(fontsize="x-small")
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def summary(runs: list[Run]) -> list[list[str]]:
+    """A row of means over the seeds for each start, slope and weight."""
+    rows = []
+    keys = dict.fromkeys(
+        (run["data"], run["gates"], run["slope"], run["l2"]) for run in runs
+    )
+    for name, gates, slope, l2 in keys:
+        of_key = [
+            run
+            for run in runs
+            if (run["data"], run["gates"], run["slope"], run["l2"])
+            == (name, gates, slope, l2)
+        ]
+        chosen = sorted({run["chosen l2"] for run in of_key})
+        auto = "auto: " + ", ".join(f"{weight:.0e}" for weight in chosen)
+        rows.append(
+            [
+                name,
+                gates,
+                f"{slope:g}",
+                auto if l2 == "auto" else f"{l2:g}",
+                f"{common.mean(of_key, 'iterations'):.0f}",
+                f"{common.mean(of_key, 'loss'):.3g}",
+                f"{max(run['gap'] for run in of_key):.1e}",
+                f"{common.mean(of_key, 'start error'):.2f}",
+                common.plus_minus(of_key, "test error"),
+            ]
+        )
+    return rows
+
+
+def excess(runs: list[Run], **wanted: Any) -> float:
+    """Mean points of test error over that at the start, for the runs wanted."""
+    found = [
+        run["test error"] - run["start error"]
+        for run in runs
+        if all(run[key] == value for key, value in wanted.items())
+    ]
+    return float(np.mean(found)) if found else math.nan
+
+
+def _weight(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
+def latest(runs: list[Run]) -> list[Run]:
+    """Of runs of the same thing the last one, in the order of first appearance."""
+    keys = ("data", "seed", "gates", "slope", "l2")
+    return list({tuple(run[key] for key in keys): run for run in runs}.values())
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", nargs="*", default=[DIGITS, MNIST])
+    parser.add_argument("--slopes", nargs="+", type=float, default=SLOPES)
+    parser.add_argument("--l2", nargs="+", type=_weight, default=L2_WEIGHTS)
+    parser.add_argument(
+        "--earlier",
+        nargs="*",
+        type=Path,
+        default=[],
+        help="results files of earlier runs, shown as well; later ones replace them",
+    )
+    parser.add_argument(
+        "--mnist",
+        type=Path,
+        default=common.ROOT.parent / "shared" / "data" / "mnist.npz",
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="folder for the trained networks",
+    )
+
+
+def main() -> None:
+    """Measures, prints and writes the results."""
+    options = common.arguments(__doc__, seeds=3, more=_options)
+    runs: list[Run] = []
+    for file in options.earlier:
+        runs += json.loads(file.read_text())["measurements"]
+    for name in options.data:
+        data = read(name, options.mnist)
+        seeds = options.seeds if name == DIGITS else 1
+        for seed in range(seeds):
+            for gates in ("random", "learned"):
+                for slope in options.slopes:
+                    if (name, gates) == (MNIST, "learned") and slope != DEFAULT_SLOPE:
+                        continue
+                    runs += measure(
+                        name, data, gates, slope, seed, options.l2, options.cache
+                    )
+                    print(name, seed, gates, slope, flush=True)
+    runs = latest(runs)
+    options.out.mkdir(parents=True, exist_ok=True)
+    draw(runs, options.out / "solve_tradeoff.png")
+    header = [
+        "data",
+        "gates",
+        "slope",
+        "l2",
+        "iterations",
+        "training loss",
+        "largest gap",
+        "test error before, %",
+        "test error, %",
+    ]
+    common.write(
+        options.out,
+        "solve_tradeoff",
+        title="What solving costs and gains",
+        body=[
+            ABOUT,
+            "![Curves](solve_tradeoff.png)",
+            common.table(header, summary(runs)),
+        ],
+        targets=[
+            Target(
+                f"{name}, random gates, slope {DEFAULT_SLOPE:g}, l2 {l2}: mean test "
+                "error above that before, points",
+                excess(runs, data=name, gates="random", slope=DEFAULT_SLOPE, l2=l2),
+                ALLOWED,
+            )
+            for name in dict.fromkeys(run["data"] for run in runs)
+            for l2 in (0.0, "auto")
+        ],
+        settings={"epochs": EPOCHS, "max_iterations": MAX_ITERATIONS},
+        measurements=runs,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+from test_problem import problem
+
+from keras_dalign.descent import descend
+from keras_dalign.l2_path import choose_l2, hold_out
+
+
+def noisy(n=120, seed=0, loss="softmax", noise=1.0):
+    """Labels that follow the logits of a small `theta`, but for noise."""
+    of = problem(loss, n=n, d=6, width=8, weighted=False, seed=seed)
+    rng = np.random.default_rng([seed, 1])
+    of.center = np.zeros(of.size)
+    of.offset = np.zeros_like(of.offset)
+    logits = of.product(rng.standard_normal(of.size))
+    logits += noise * rng.standard_normal(logits.shape)
+    of.targets = np.eye(of.units)[logits.argmax(axis=1)]
+    return of
+
+
+def test_a_fifth_of_every_class_is_held_out():
+    of = noisy(n=200)
+    held_out = hold_out(of, 0)
+    classes = of.targets.argmax(axis=1)
+    for c in range(of.units):
+        of_class = np.count_nonzero(classes == c)
+        assert abs(np.count_nonzero(held_out[classes == c]) - of_class / 5) <= 1
+    np.testing.assert_array_equal(held_out, hold_out(of, 0))
+    assert (held_out != hold_out(of, 1)).any()
+    of.weights[:50] = 0
+    assert not hold_out(of, 0)[:50].any()
+    assert np.count_nonzero(hold_out(of, 0)) == 30
+
+
+def test_the_weight_of_the_least_held_out_loss_wins():
+    of = noisy()
+    seen = []
+    choice = choose_l2(of, np.zeros(of.size), tol=1e-8, seed=3, watch=seen.append)
+    assert tuple(seen) == choice.trials
+    weights = [trial.l2 for trial in choice.trials]
+    assert weights == sorted(weights, reverse=True)
+    losses = [trial.held_out_loss for trial in choice.trials]
+    assert choice.l2 == weights[int(np.argmin(losses))]
+    # Neither the strongest nor the weakest: there is noise, and something to learn.
+    assert 0 < np.argmin(losses) < len(losses) - 1
+    # Every one against a problem that never saw the samples held out.
+    held_out = hold_out(of, 3)
+    some, rest = (
+        of.subset(np.flatnonzero(~held_out)),
+        of.subset(np.flatnonzero(held_out)),
+    )
+    for trial in choice.trials:
+        *_, last = descend(
+            some, np.zeros(of.size), method="lbfgs", tol=1e-7, l2=trial.l2
+        )
+        logits = rest.logits(last.theta)
+        assert trial.held_out_loss == pytest.approx(rest.loss_of(logits), rel=2e-2)
+        assert trial.train_loss == pytest.approx(last.loss, rel=2e-2, abs=2e-3)
+        error = np.mean(logits.argmax(axis=1) != rest.targets.argmax(axis=1))
+        assert trial.held_out_error == pytest.approx(error, abs=0.05)
+
+
+def test_the_path_of_a_sum_is_that_of_the_mean():
+    mean = noisy()
+    total = noisy()
+    total.normalizer = 1.0
+    total.loss = type(total.loss)(reduction="sum")
+    by_mean = choose_l2(mean, np.zeros(mean.size), tol=1e-8)
+    by_sum = choose_l2(total, np.zeros(mean.size), tol=1e-8)
+    assert by_sum.l2 == pytest.approx(by_mean.l2 * mean.n)
+
+
+def test_validation_samples_instead():
+    of = noisy(seed=1)
+    other = noisy(n=60, seed=1)
+    choice = choose_l2(of, np.zeros(of.size), tol=1e-8, validation=other)
+    *_, last = descend(
+        of, np.zeros(of.size), method="lbfgs", tol=1e-7, l2=choice.trials[0].l2
+    )
+    expected = other.loss_of(other.logits(last.theta))
+    assert choice.trials[0].held_out_loss == pytest.approx(expected, rel=1e-2)
+
+
+def test_squared_error_has_no_error_rate():
+    of = problem("squared", n=50, d=6, width=8)
+    choice = choose_l2(of, np.zeros(of.size), tol=1e-6)
+    assert all(trial.held_out_error is None for trial in choice.trials)
+    assert "error" not in str(choice.trials[0])
+
+
+def test_one_output():
+    of = problem("binary", n=50, units=1)
+    of.targets = np.random.default_rng(0).integers(0, 2, (50, 1)).astype(float)
+    trial = choose_l2(of, np.zeros(of.size), tol=1e-6).trials[0]
+    assert 0 < trial.held_out_error < 1
+
+
+def test_too_few_samples():
+    of = problem(n=4)
+    with pytest.raises(ValueError, match=r"too few samples.*4 samples"):
+        choose_l2(of, np.zeros(of.size), tol=1e-6)
