@@ -16,8 +16,8 @@ Curves = Mapping[str, Sequence[float]]
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; the first method, the
 # base, is grey, dashed and on top: two-phase runs may lie under it while exploring.
-_COLORS = ("#4d4d4d", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
-_STYLE = {
+COLORS = ("#4d4d4d", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
+STYLE = {
     "axes.edgecolor": "#888888",
     "axes.grid": True,
     "axes.labelcolor": "#222222",
@@ -47,7 +47,7 @@ def draw(
             each seed.
         label: What a method is called.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         # A Figure of its own draws without a window system.
         drawing = Figure(figsize=(10, 4.2), layout="constrained")
         left, right = drawing.subplots(1, 2)
@@ -55,7 +55,7 @@ def draw(
         left.set_title(f"{title}: training loss (mean over the epoch)")
         right.set_title(f"{title}: test error, %")
         for index, (method, seeds) in enumerate(curves.items()):
-            color = _COLORS[index % len(_COLORS)]
+            color = COLORS[index % len(COLORS)]
             style: dict[str, Any] = {"color": color, "label": label(method)}
             if index == 0:
                 style |= {"linestyle": (0, (4, 2)), "zorder": 3}

@@ -79,3 +79,11 @@ class Layout:
     def figure(self, dataset: str) -> Path:
         """The learning curves on a data set."""
         return self.results / "figures" / f"{dataset}.png"
+
+    def study(self, name: str) -> Path:
+        """The rows of a study of the mechanism."""
+        return self.results / "studies" / f"{name}.json"
+
+    def study_figure(self, name: str) -> Path:
+        """The figure of a study."""
+        return self.results / "study-figures" / f"{name}.png"

@@ -102,6 +102,7 @@ class Params:
         train: Base models and training by data set.
         methods: `kind` of `methods.KINDS`, and its settings, by method.
         labels: Names of methods for readers, where they differ.
+        studies: Settings of the studies of the mechanism, by name.
     """
 
     grid: Grid
@@ -109,6 +110,7 @@ class Params:
     train: Mapping[str, TrainParams]
     methods: Mapping[str, Mapping[str, Any]]
     labels: Mapping[str, str] = field(default_factory=dict)
+    studies: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for dataset in self.grid.datasets:
