@@ -78,12 +78,21 @@ def minimums(session: nox.Session) -> None:
 
 
 def run_pytest(session: nox.Session, backend: str, *args: str) -> None:
-    """Runs pytest on one backend."""
+    """Runs pytest on one backend, a few files at a time."""
     session.run(
         "pytest",
+        "--numprocesses=auto",
+        "--maxprocesses=4",
+        "--dist=loadfile",
         *args,
         *session.posargs,
-        env={"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"},
+        env={
+            "KERAS_BACKEND": backend,
+            "TF_CPP_MIN_LOG_LEVEL": "2",
+            # Each process has one core: their threads would wait for each other.
+            "OPENBLAS_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": "1",
+        },
     )
 
 

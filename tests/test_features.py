@@ -37,7 +37,8 @@ def test_chunks_and_batches_see_the_same(monkeypatch):
     monkeypatch.setattr(features, "_BATCHES_AT_ONCE", 2)
     chunks = FeaturePass(model, keep=True).run(x, y, y * 1.0, batch_size=7)
     for left, right in zip(whole.moments(), chunks.moments(), strict=True):
-        np.testing.assert_allclose(left, right, rtol=1e-9, atol=1e-12)
+        # The trunk is float32, and rounds as the size of its batches has it.
+        np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(chunks.feature_set().sample_weight, y * 1.0)
 
 
