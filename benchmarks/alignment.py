@@ -186,7 +186,7 @@ def measure(
     Returns:
         The run.
     """
-    logging.info("%s: %s", state, report)
+    print(f"{state}: {report}", flush=True)
     return {
         "state": state,
         **report.to_dict(),
@@ -210,7 +210,7 @@ def small(model: keras.Model, state: str, x: np.ndarray, y: np.ndarray) -> list[
     """
     x, y = x[:N_DENSE], y[:N_DENSE]
     residual, rank = dense_answer(dense_jacobian(model, x), y)
-    logging.info("%s: dense answer %.9g, rank %d", state, residual, rank)
+    print(f"{state}: dense answer {residual:.9g}, rank {rank}", flush=True)
     runs = []
     for method in ("auto", "gram"):
         with PeakMemory() as memory:
