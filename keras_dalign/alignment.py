@@ -535,7 +535,7 @@ def _plan(
             )
         return made(route, f"method={method!r} was asked for")
     why = []
-    for name, route in (("J", "dense"), ("its Gram matrix", "gram")):
+    for name, route in (("a factor of J", "dense"), ("its Gram matrix", "gram")):
         if route == "gram" and blind:
             why.append("its Gram matrix does not show the rank tolerance")
         elif memory[route] > allowed:
