@@ -224,7 +224,7 @@ def test_an_explicit_loss_wins():
 
 @pytest.mark.skipif(BACKEND == "torch", reason="tf.data feeds TensorFlow and JAX")
 def test_a_stream_in_any_order():
-    import tensorflow as tf
+    tf = pytest.importorskip("tensorflow")
 
     model, x, y = trained()
     stream = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(96, seed=0).batch(20)
