@@ -25,8 +25,8 @@ import scipy.linalg
 import keras_dalign as kd
 from benchmarks import common
 from benchmarks.common import Target
-from keras_dalign.alignment import AlignmentReport, check_alignment
-from keras_dalign.precision import float64_context, in_float64
+from keras_dalign.conditions.alignment import AlignmentReport, check_alignment
+from keras_dalign.conditions.precision import float64_context, in_float64
 
 DATA = common.ROOT.parent / "shared" / "data" / "mnist.npz"
 N_DENSE = 200

@@ -26,12 +26,12 @@ from sklearn.linear_model import LogisticRegression
 import keras_dalign as kd
 from benchmarks import common
 from benchmarks.common import RANDOM, Target
-from keras_dalign.descent import choose_method, descend
-from keras_dalign.features import FeaturePass
-from keras_dalign.gram import Array, explicit_features
-from keras_dalign.losses import SoftmaxCrossEntropy
-from keras_dalign.problem import ConvexProblem
-from keras_dalign.solver import solve
+from keras_dalign.head.features import FeaturePass
+from keras_dalign.numerics.gram import Array, explicit_features
+from keras_dalign.numerics.losses import SoftmaxCrossEntropy
+from keras_dalign.promises.solver import solve
+from keras_dalign.solving.descent import choose_method, descend
+from keras_dalign.solving.problem import ConvexProblem
 
 DIGITS_GAP = 1e-10
 MNIST_GAP = 1e-6

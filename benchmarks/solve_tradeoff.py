@@ -22,12 +22,12 @@ import numpy as np
 import keras_dalign as kd
 from benchmarks import common
 from benchmarks.common import Data, Target
-from keras_dalign.descent import SolveOptions
-from keras_dalign.features import FeaturePass
-from keras_dalign.head_solver import HeadSolver
-from keras_dalign.losses import SoftmaxCrossEntropy
-from keras_dalign.problem import ConvexProblem
-from keras_dalign.switch import switch
+from keras_dalign.head.features import FeaturePass
+from keras_dalign.numerics.losses import SoftmaxCrossEntropy
+from keras_dalign.solving.descent import SolveOptions
+from keras_dalign.solving.head_solver import HeadSolver
+from keras_dalign.solving.problem import ConvexProblem
+from keras_dalign.training.switch import switch
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

@@ -33,17 +33,18 @@ Data flow one way, and modules import only what lies below them:
 from importlib.metadata import version
 
 from keras_dalign import models
-from keras_dalign.aligned_model import AlignedModel
-from keras_dalign.alignment import AlignmentReport, check_alignment
-from keras_dalign.alignment_head import AlignmentHead
-from keras_dalign.batch_norm import reestimate_batch_norm
-from keras_dalign.certificate import Certificate, certify
-from keras_dalign.dalign import DAlign
-from keras_dalign.forecast import Forecast, forecast
-from keras_dalign.monitor import AlignmentMonitor
-from keras_dalign.solver import SolveResult, solve
-from keras_dalign.structure import StructureReport, check_structure
-from keras_dalign.surgery import align
+from keras_dalign.conditions.alignment import check_alignment
+from keras_dalign.conditions.alignment_report import AlignmentReport
+from keras_dalign.conditions.structure import StructureReport, check_structure
+from keras_dalign.head.alignment_head import AlignmentHead
+from keras_dalign.head.batch_norm import reestimate_batch_norm
+from keras_dalign.promises.certificate import Certificate, certify
+from keras_dalign.promises.forecast import Forecast, forecast
+from keras_dalign.promises.monitor import AlignmentMonitor
+from keras_dalign.promises.solver import SolveResult, solve
+from keras_dalign.training.aligned_model import AlignedModel
+from keras_dalign.training.dalign import DAlign
+from keras_dalign.training.surgery import align
 
 __version__ = version("keras-dalign")
 

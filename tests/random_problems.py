@@ -4,8 +4,12 @@ import dataclasses
 
 import numpy as np
 
-from keras_dalign.losses import BinaryCrossEntropy, SoftmaxCrossEntropy, SquaredError
-from keras_dalign.problem import ConvexProblem
+from keras_dalign.numerics.losses import (
+    BinaryCrossEntropy,
+    SoftmaxCrossEntropy,
+    SquaredError,
+)
+from keras_dalign.solving.problem import ConvexProblem
 
 REDUCTIONS = ("sum_over_batch_size", "mean_with_sample_weight", "sum")
 LOSSES = {

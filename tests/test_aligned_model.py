@@ -173,7 +173,7 @@ def test_backup_and_restore_resumes_anywhere(gates, killed_in, tmp_path):
 
 
 def test_killed_within_the_switch(tmp_path, monkeypatch):
-    import keras_dalign.switch as switch_module
+    import keras_dalign.training.switch as switch_module
 
     x, y = digits(96)
     arguments = {"batch_size": 20, "shuffle": False, "verbose": 0, "epochs": 5}

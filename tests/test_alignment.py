@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from small import cross_entropy, digits, mlp
 
-from keras_dalign import alignment
-from keras_dalign.alignment import AlignmentReport, check_alignment
-from keras_dalign.gram import explicit_features
-from keras_dalign.surgery import align
+from keras_dalign.conditions import alignment, alignment_route
+from keras_dalign.conditions.alignment import AlignmentReport, check_alignment
+from keras_dalign.numerics.gram import explicit_features
+from keras_dalign.training.surgery import align
 
 L = keras.losses
 SPARSE = L.SparseCategoricalCrossentropy(from_logits=True)
@@ -363,10 +363,32 @@ def test_auto_takes_the_most_exact_that_fits(caplog):
 
 
 def test_auto_keeps_to_the_flop_budget(monkeypatch):
-    monkeypatch.setattr(alignment, "_FLOP_BUDGET", 1e3)
+    monkeypatch.setattr(alignment_route, "_FLOP_BUDGET", 1e3)
     report = check_alignment(network(), points(), LABELS)
     assert report.route == "lsqr"
     assert "flop" in report.reason
+
+
+def test_auto_takes_the_cheaper_route_where_it_is_enough(monkeypatch):
+    monkeypatch.setattr(alignment_route, "_QUICK_FLOPS", 0.0)
+    monkeypatch.setattr(alignment_route, "_CHEAPER", 0.0)
+    # Full row rank, which a Gram matrix shows as well.
+    full = check_alignment(network(), points(), LABELS, parameters="all")
+    exact = check_alignment(
+        network(), points(), LABELS, parameters="all", method="dense"
+    )
+    assert full.route == "gram"
+    assert full.full_row_rank is exact.full_row_rank is True
+    # Where it is singular, small singular values are looked at after all.
+    deficient = check_alignment(network(), repeated(), LABELS, parameters="all")
+    exact = check_alignment(
+        network(), repeated(), LABELS, parameters="all", method="dense"
+    )
+    assert deficient.route == "dense"
+    assert "is singular" in deficient.reason
+    assert deficient.full_row_rank is False
+    assert deficient.residual == exact.residual
+    assert deficient.rank == exact.rank
 
 
 def test_a_method_that_does_not_fit_is_refused():

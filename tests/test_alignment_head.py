@@ -9,7 +9,7 @@ import pytest
 from keras import ops
 
 from keras_dalign import AlignmentHead
-from keras_dalign.gram import explicit_features, gram_matrix
+from keras_dalign.numerics.gram import explicit_features, gram_matrix
 
 BACKEND = keras.backend.backend()
 GATES = ["random", "learned"]

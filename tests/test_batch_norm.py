@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from keras_dalign import AlignmentHead, align, batch_norm, reestimate_batch_norm
+from keras_dalign import AlignmentHead, align, reestimate_batch_norm
+from keras_dalign.head import batch_norm
 
 BACKEND = keras.backend.backend()
 # Keras computes in float64 on TensorFlow alone, whatever a layer's policy.

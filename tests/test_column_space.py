@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_dalign.column_space import (
+from keras_dalign.numerics.column_space import (
     DenseOperator,
     Operator,
     by_factor,

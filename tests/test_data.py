@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_dalign import data
+from keras_dalign.head import data
 
 X = np.arange(20.0).reshape(10, 2)
 Y = np.arange(10)

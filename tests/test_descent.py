@@ -5,9 +5,9 @@ import pytest
 import scipy.optimize
 from test_problem import LOSSES, dense, problem
 
-from keras_dalign.descent import SolveOptions, choose_method, descend
-from keras_dalign.losses import SquaredError
-from keras_dalign.problem import ConvexProblem
+from keras_dalign.numerics.losses import SquaredError
+from keras_dalign.solving.descent import SolveOptions, choose_method, descend
+from keras_dalign.solving.problem import ConvexProblem
 
 # Every method with every loss that it is for.
 METHODS = [(m, loss) for m in ("lbfgs", "newton") for loss in LOSSES]
@@ -178,7 +178,7 @@ def test_it_ends_where_the_gap_hardly_falls(monkeypatch):
     of = problem("binary", n=60, d=2, width=2, units=1)
     of.targets = np.random.default_rng(0).integers(0, 2, (60, 1)).astype(float)
     to_rounding = run(of, method="lbfgs", tol=1e-9)[-1]
-    monkeypatch.setattr("keras_dalign.descent._STALL_ITERATIONS", 4)
+    monkeypatch.setattr("keras_dalign.solving.descent._STALL_ITERATIONS", 4)
     early = run(of, method="lbfgs", tol=1e-9)[-1]
     assert early.reason == "stalled"
     assert early.iteration < to_rounding.iteration

@@ -4,9 +4,9 @@ import pytest
 from small import convnet, cross_entropy, digit_images, digits, mlp
 
 import keras_dalign as kd
-from keras_dalign import features
-from keras_dalign.features import FeaturePass, as_inputs, from_inputs, plan_cache
-from keras_dalign.repeats import digests
+from keras_dalign.head import features
+from keras_dalign.head.features import FeaturePass, as_inputs, from_inputs, plan_cache
+from keras_dalign.numerics.repeats import digests
 
 
 def model_of(base, n=96):
@@ -81,7 +81,7 @@ def test_features_travel_as_marked_inputs():
     ],
 )
 def test_when_features_are_kept(monkeypatch, wanted, is_array, free, keep):
-    monkeypatch.setattr(features, "_free_gib", lambda: free)
+    monkeypatch.setattr(features, "free_gib", lambda: free)
     plan = plan_cache(model_of(mlp()).head, 1000, wanted, is_array)
     assert plan.keep is keep
     assert plan.gib == pytest.approx(1000 * 16 * 4 / 2**30)
@@ -89,7 +89,7 @@ def test_when_features_are_kept(monkeypatch, wanted, is_array, free, keep):
 
 
 def test_free_memory_is_plausible():
-    free = features._free_gib()
+    free = features.free_gib()
     assert free is None or 0 < free < 2**20
 
 

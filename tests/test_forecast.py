@@ -11,11 +11,11 @@ from scipy.optimize import minimize
 from small import cross_entropy, digits, mlp
 
 import keras_dalign as kd
-from keras_dalign.certificate import certify
-from keras_dalign.forecast import _FURTHER, _path, forecast, forecast_problem
-from keras_dalign.gram import explicit_features
-from keras_dalign.switch import switch
-from keras_dalign.target_logits import target_logits
+from keras_dalign.numerics.gram import explicit_features
+from keras_dalign.numerics.target_logits import target_logits
+from keras_dalign.promises.certificate import certify
+from keras_dalign.promises.forecast import _FURTHER, _path, forecast, forecast_problem
+from keras_dalign.training.switch import switch
 
 
 def of(case, **arguments):

@@ -8,9 +8,13 @@ from hypothesis import strategies as st
 from random_problems import LOSSES, REDUCTIONS, minimised, random_case
 from scipy.optimize import minimize
 
-import keras_dalign.gradient_bound as module
-from keras_dalign.gradient_bound import gradient_bound
-from keras_dalign.losses import BinaryCrossEntropy, SoftmaxCrossEntropy, SquaredError
+import keras_dalign.conditions.gradient_bound as module
+from keras_dalign.conditions.gradient_bound import gradient_bound
+from keras_dalign.numerics.losses import (
+    BinaryCrossEntropy,
+    SoftmaxCrossEntropy,
+    SquaredError,
+)
 
 
 class Matrix:
@@ -160,7 +164,7 @@ def test_is_about_as_sharp_as_the_inequality_allows(name):
     jacobian = Head(case)
     found = bound(jacobian, case)
     problem, loss = case.problem, case.problem.loss
-    from keras_dalign.target_logits import target_logits
+    from keras_dalign.numerics.target_logits import target_logits
 
     family = target_logits(loss, problem.targets, problem.weights, case.groups)
     outputs = jacobian.outputs()

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from keras_dalign.gram import explicit_features, gate_activations, gram_matrix
+from keras_dalign.numerics.gram import explicit_features, gate_activations, gram_matrix
 
 
 def _case(n, d, m, seed=0):

@@ -7,11 +7,11 @@ from keras import ops
 from small import convnet, digit_images, digits, mlp
 
 import keras_dalign as kd
-from keras_dalign import jacobian as jacobian_module
-from keras_dalign.determinism import check_deterministic
-from keras_dalign.engines import engine
-from keras_dalign.jacobian import jacobian
-from keras_dalign.precision import float64_context, in_float64
+from keras_dalign.conditions import jacobian as jacobian_module
+from keras_dalign.conditions.determinism import check_deterministic
+from keras_dalign.conditions.engines import engine
+from keras_dalign.conditions.jacobian_builder import jacobian
+from keras_dalign.conditions.precision import float64_context, in_float64
 
 BACKEND = keras.backend.backend()
 L = keras.layers
@@ -662,7 +662,7 @@ def test_models_with_other_outputs_are_errors():
 
 def test_dense_says_what_it_would_take(monkeypatch):
     J = jacobian(smooth(), normal(6, 5), "all")
-    monkeypatch.setattr(jacobian_module, "_free_gib", lambda: 1e-9)
+    monkeypatch.setattr("keras_dalign.numerics.memory.free_gib", lambda: 1e-9)
     with pytest.raises(MemoryError, match=r"would take .* GiB .* are free"):
         J.dense()
 

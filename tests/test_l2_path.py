@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from test_problem import problem
 
-from keras_dalign.descent import descend
-from keras_dalign.l2_path import choose_l2, hold_out
+from keras_dalign.solving.descent import descend
+from keras_dalign.solving.l2_path import choose_l2, hold_out
 
 
 def noisy(n=120, seed=0, loss="softmax", noise=1.0):

@@ -7,7 +7,7 @@ import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_dalign.losses import (
+from keras_dalign.numerics.losses import (
     BinaryCrossEntropy,
     ConvexLoss,
     SoftmaxCrossEntropy,

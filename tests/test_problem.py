@@ -4,10 +4,14 @@ import pytest
 from small import cross_entropy, digits, mlp
 
 import keras_dalign as kd
-from keras_dalign.features import FeaturePass, FeatureSet
-from keras_dalign.gram import explicit_features
-from keras_dalign.losses import BinaryCrossEntropy, SoftmaxCrossEntropy, SquaredError
-from keras_dalign.problem import ConvexProblem
+from keras_dalign.head.features import FeaturePass, FeatureSet
+from keras_dalign.numerics.gram import explicit_features
+from keras_dalign.numerics.losses import (
+    BinaryCrossEntropy,
+    SoftmaxCrossEntropy,
+    SquaredError,
+)
+from keras_dalign.solving.problem import ConvexProblem
 
 # JAX has float64 only where it was switched on for the whole process.
 DTYPES = ["float32"]
@@ -119,8 +123,8 @@ def test_blocks_of_rows_give_what_all_rows_give(monkeypatch):
     of = problem(n=200)
     theta = np.random.default_rng(2).standard_normal(of.size)
     whole = of.value_and_gradient(theta)
-    monkeypatch.setattr("keras_dalign.problem._BLOCK_BYTES", 1)
-    monkeypatch.setattr("keras_dalign.problem._MIN_BLOCK_ROWS", 7)
+    monkeypatch.setattr("keras_dalign.solving.problem._BLOCK_BYTES", 1)
+    monkeypatch.setattr("keras_dalign.solving.problem._MIN_BLOCK_ROWS", 7)
     blocks = problem(n=200).value_and_gradient(theta)
     assert blocks[0] == pytest.approx(whole[0], rel=1e-13)
     np.testing.assert_allclose(blocks[1], whole[1], atol=1e-13)
@@ -229,8 +233,8 @@ def test_gates_that_do_not_fit_into_memory(monkeypatch):
     model.start_exploiting()
     features = FeaturePass(model, keep=True).run(x, y).feature_set()
     gib = 8 * 40 * 10 * model.head.width / 2**30
-    monkeypatch.setattr("keras_dalign.problem._free_gib", lambda: 1.01 * gib)
+    monkeypatch.setattr("keras_dalign.solving.problem.free_gib", lambda: 1.01 * gib)
     ConvexProblem.of_head(model.head, features, LOSSES["softmax"])
-    monkeypatch.setattr("keras_dalign.problem._free_gib", lambda: 0.99 * gib)
+    monkeypatch.setattr("keras_dalign.solving.problem.free_gib", lambda: 0.99 * gib)
     with pytest.raises(ValueError, match=r"n \* C \* m = 40 \* 10 \* 5 floats"):
         ConvexProblem.of_head(model.head, features, LOSSES["softmax"])

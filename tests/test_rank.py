@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from keras_dalign.gram import explicit_features, gram_matrix
-from keras_dalign.rank import check_rank, default_width
-from keras_dalign.subspace import numerical_rank
-from keras_dalign.union import union_rank, union_rank_exact
+from keras_dalign.numerics.gram import explicit_features, gram_matrix
+from keras_dalign.numerics.rank import check_rank, default_width
+from keras_dalign.numerics.subspace import numerical_rank
+from keras_dalign.numerics.union import union_rank, union_rank_exact
 
 SLOPE = 4.0
 
@@ -572,7 +572,7 @@ def test_few_given_samples_do_not_limit_the_rank_of_the_others():
 
 def test_check_names_no_culprit_where_the_search_is_too_long(monkeypatch):
     features, _ = _planted(200, 19, crowd=120, dim=8)
-    monkeypatch.setattr("keras_dalign.rank._UNION_BUDGET", 0)
+    monkeypatch.setattr("keras_dalign.numerics.rank._UNION_BUDGET", 0)
     check = check_rank(features, *_gates(20, 11), SLOPE)
     assert check.reason == "conditioning"
     assert check.needed_width == 22

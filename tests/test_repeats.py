@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_problems import LOSSES, labels
 
-from keras_dalign.losses import SoftmaxCrossEntropy
-from keras_dalign.repeats import PassRecord, Repeats, digests
+from keras_dalign.numerics.losses import SoftmaxCrossEntropy
+from keras_dalign.numerics.repeats import PassRecord, Repeats, digests
 
 
 def filled(ids, targets, weights, batch):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from keras_dalign.ridge import GramFactor
+from keras_dalign.numerics.ridge import GramFactor
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (9, 4)])

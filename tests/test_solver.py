@@ -14,9 +14,9 @@ from small import (
 )
 
 import keras_dalign as kd
-from keras_dalign.features import FeaturePass
-from keras_dalign.gram import explicit_features
-from keras_dalign.solver import solve
+from keras_dalign.head.features import FeaturePass
+from keras_dalign.numerics.gram import explicit_features
+from keras_dalign.promises.solver import solve
 
 BACKEND = keras.backend.backend()
 # JAX has float64 only where it was switched on for the whole process.
@@ -330,7 +330,7 @@ class _Interrupted:
 
 
 def test_an_interrupt_keeps_what_was_reached(monkeypatch):
-    from keras_dalign.problem import ConvexProblem
+    from keras_dalign.solving.problem import ConvexProblem
 
     model, x, y = trained(epochs=1)
     solve(model, x, y, tol=1.0, verbose=0)
@@ -359,7 +359,7 @@ def test_an_error_leaves_the_model_as_it_was(monkeypatch):
     def certify(*_, **__):
         raise ValueError("no certificate")
 
-    monkeypatch.setattr("keras_dalign.solver.certify", certify)
+    monkeypatch.setattr("keras_dalign.promises.solver.certify", certify)
     with pytest.raises(ValueError, match="no certificate"):
         solve(model, x, y, verbose=0)
     assert_equal(before, weights(model))

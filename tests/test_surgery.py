@@ -8,7 +8,7 @@ import pytest
 from keras import layers, ops
 
 import keras_dalign as kd
-from keras_dalign.losses import convex_loss
+from keras_dalign.numerics.losses import convex_loss
 
 BACKEND = keras.backend.backend()
 X = np.random.default_rng(0).normal(size=(11, 6)).astype("float32")

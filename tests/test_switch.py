@@ -4,7 +4,7 @@ from keras.ops import convert_to_numpy as to_numpy
 from small import assert_equal, convnet, cross_entropy, digit_images, weights
 
 import keras_dalign as kd
-from keras_dalign.switch import switch
+from keras_dalign.training.switch import switch
 
 
 def explored(gates="random", n=96):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from random_problems import LOSSES, labels
 
-from keras_dalign.target_logits import target_logits
+from keras_dalign.numerics.target_logits import target_logits
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))

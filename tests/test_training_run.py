@@ -15,7 +15,7 @@ from small import (
 )
 
 import keras_dalign as kd
-from keras_dalign import features
+from keras_dalign.head import features
 
 BACKEND = keras.backend.backend()
 
@@ -379,7 +379,7 @@ def test_progress_is_shown_as_keras_shows_it(capsys):
 
 def test_a_cache_that_does_not_fit_is_streamed(monkeypatch, capsys):
     x, y = digits(96)
-    monkeypatch.setattr(features, "_free_gib", lambda: 1e-6)
+    monkeypatch.setattr(features, "free_gib", lambda: 1e-6)
     model = compiled()
     history = model.fit(x, y, epochs=4, verbose=2).history
     assert "they would take 5.72e-06 GiB of the 1e-06 GiB" in capsys.readouterr().out

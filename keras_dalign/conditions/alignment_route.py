@@ -1,0 +1,183 @@
+"""How alignment is computed: the most exact way that fits memory and time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Literal
+
+from keras_dalign.numerics.column_space import (
+    factor_cut,
+    gram_cut,
+)
+from keras_dalign.numerics.memory import free_gib
+
+if TYPE_CHECKING:
+    from keras_dalign.conditions.alignment_systems import System
+
+Method = Literal["dense", "gram", "lsqr"]
+
+METHODS = ("auto", "dense", "gram", "lsqr")
+WORDS = {
+    "dense": "triangular factor of J and its singular values",
+    "gram": "eigenvalues of the Gram matrix J J^T",
+    "lsqr": "LSQR on products with J",
+}
+
+_NAMES: dict[Method, str] = {"dense": "a factor of J", "gram": "its Gram matrix"}
+
+# The most exact route is the first choice if it takes seconds, or is no more than some
+# times dearer than the next one.
+_QUICK_FLOPS = 1e11
+_CHEAPER = 4.0
+# What "auto" spends on a decomposition: a minute or two on two cores.
+_FLOP_BUDGET = 5e12
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The route, why, the bytes it takes, and its settings."""
+
+    route: Method
+    reason: str
+    memory: int
+    cut: float
+    eps: float
+    lot: int
+    held: int
+
+
+def plan_route(
+    systems: list[System],
+    method: str,
+    rank_tolerance: float | None,
+    eps: float,
+    max_memory: int | None,
+    max_iterations: int,
+    *,
+    unseen: bool = False,
+) -> Plan:
+    """Chooses the route, before anything large is allocated.
+
+    Args:
+        systems: The least-squares problems, all of one shape.
+        method: What was asked for, or `"auto"`.
+        rank_tolerance: What was asked for, or None.
+        eps: Machine precision of the Jacobian.
+        max_memory: Bytes that may be taken, or None for half of what is free.
+        max_iterations: Most steps of LSQR.
+        unseen: Whether the Gram matrices were found to be singular, which those of
+            small singular values are, too.
+
+    Returns:
+        The route and its settings.
+
+    Raises:
+        ValueError: If the method asked for cannot have the rank tolerance.
+        MemoryError: If it needs more memory than it may take.
+    """
+    system = systems[0]
+    shape = system.operator.shape
+    allowed = allowed_memory(max_memory)
+    flops = {
+        "dense": len(systems) * _factor_flops(shape),
+        "gram": len(systems) * (2 * system.gram_flops + 9.0 * shape[0] ** 3),
+    }
+    lot = _lot(system, allowed)
+    few = 64 * sum(shape)
+    room = (allowed - few) / (8 * sum(shape))
+    held = int(min(max(room, 0), max_iterations, *shape))
+    memory = {
+        "dense": _factor_bytes(shape, system.targets.shape[1]),
+        "gram": 8 * (5 * shape[0] ** 2 + (2 * lot * shape[1] if system.unit else 0)),
+        "lsqr": few + 8 * held * sum(shape),
+    }
+    square_root = max(gram_cut(shape), factor_cut(shape, eps))
+    cuts = {
+        "dense": factor_cut(shape, eps),
+        "gram": square_root,
+        "lsqr": square_root,
+    }
+    blind = rank_tolerance is not None and rank_tolerance < gram_cut(shape)
+
+    def made(route: Method, reason: str) -> Plan:
+        cut = cuts[route] if rank_tolerance is None else rank_tolerance
+        return Plan(route, reason, memory[route], cut, eps, lot, held)
+
+    if method != "auto":
+        route: Method = method  # type: ignore[assignment]
+        if route == "gram" and blind:
+            raise ValueError(
+                "A Gram matrix does not show singular values that small: use "
+                '`method="dense"` or `"lsqr"`, or a `rank_tolerance` of at least '
+                f"{gram_cut(shape):.2g}. Received: rank_tolerance={rank_tolerance}"
+            )
+        if memory[route] > allowed:
+            raise MemoryError(
+                f"method={method!r} needs {size_text(memory[route])} for a matrix of "
+                f"{shape[0]} x {shape[1]}, and {size_text(allowed)} are allowed. Use "
+                '`method="auto"`, fewer samples, or more `max_memory`.'
+            )
+        return made(route, f"method={method!r} was asked for")
+    why = []
+    cheaper = flops["dense"] > max(_QUICK_FLOPS, _CHEAPER * flops["gram"])
+    order: tuple[Method, ...] = ("gram", "dense") if cheaper else ("dense", "gram")
+    if unseen:
+        order = ("dense",)
+        why.append("the Gram matrix, which hides small singular values, is singular")
+    for route in order:
+        name = _NAMES[route]
+        if route == "gram" and blind:
+            why.append(f"{name} does not show the rank tolerance")
+        elif memory[route] > allowed:
+            why.append(
+                f"{name} would take {size_text(memory[route])} of the "
+                f"{size_text(allowed)} allowed"
+            )
+        elif flops[route] > _FLOP_BUDGET:
+            why.append(f"{name} would take {flops[route]:.2g} flop")
+        else:
+            why.append(f"it fits: {flops[route]:.2g} flop")
+            return made(route, "; ".join(why))
+    return made("lsqr", "; ".join(why))
+
+
+def allowed_memory(max_memory: int | None) -> float:
+    """Bytes that may be taken."""
+    if max_memory is not None:
+        return max_memory
+    free = free_gib()
+    # Half of what is free: the model and the data need room, too.
+    return math.inf if free is None else free * 2**29
+
+
+def _lot(system: System, allowed: float) -> int:
+    """Rows formed at a time: as many as fit beside the Gram matrix, in two lots."""
+    rows, columns = system.operator.shape
+    if not system.unit:
+        return rows
+    room = (allowed - 40.0 * rows**2) / (16.0 * columns)
+    lots = min(max(room, 0.0), rows) // system.unit
+    return max(int(lots), 1) * system.unit
+
+
+def _factor_flops(shape: tuple[int, int]) -> float:
+    side = min(shape)
+    return 3.0 * shape[0] * shape[1] * side + 25.0 * side**3
+
+
+def _factor_bytes(shape: tuple[int, int], k: int) -> int:
+    rows, columns = shape
+    side = min(shape)
+    if rows <= columns:
+        forming = 3 * min(rows, 256) * columns
+        return 8 * (rows * columns + forming + 5 * side**2 + 6 * columns * k)
+    # Blocks of twice the side, formed, joined to the factor and factored.
+    block = max(2 * columns, 256)
+    return 8 * ((4 * block + 6 * columns) * (columns + k) + 3 * rows * k)
+
+
+def size_text(n_bytes: float) -> str:
+    """An amount of memory, for people."""
+    unit, scale = ("GiB", 2**30) if n_bytes >= 2**30 else ("MiB", 2**20)
+    return f"{n_bytes / scale:.3g} {unit}"

@@ -1,0 +1,443 @@
+"""How far a loss is from its infimum, from the size of its gradient.
+
+The loss is convex in the logits. So for any logits `F* = J beta + e`, where the logits
+are `f = J theta_S` (the common model structure, Kawaguchi, Zhang & Deng 2022),
+
+    L(theta) - L(F*) <= <grad_F L, f - F*>
+                      = <grad_theta L, theta_S - beta> - <grad_F L, e>
+                     <= ||grad_theta L|| ||theta_S - beta|| + ||grad_F L|| ||e||.
+
+A part of the logits that the parameters do not reach is subtracted from `f` and `F*`
+alike. Where the labels are aligned, `e` can be made to vanish, and a small gradient
+alone proves a small distance to the infimum. The inequality holds for each `beta` and
+each `F*`; here they are chosen to make it sharp.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import scipy.optimize
+import scipy.sparse.linalg
+
+from keras_dalign.numerics.losses import SoftmaxCrossEntropy
+from keras_dalign.numerics.ridge import GramFactor
+from keras_dalign.numerics.rounding import rounded
+from keras_dalign.numerics.target_logits import TargetLogits, target_logits
+
+if TYPE_CHECKING:
+    from keras_dalign.conditions.jacobian import Jacobian
+    from keras_dalign.numerics.losses import Array, ConvexLoss, Indices
+
+# Relative error of `f = J theta_S` that is rounding still, by the dtype of `J`.
+_STRUCTURE_TOLERANCE = {"float64": 1e-6}
+_LOW_PRECISION_TOLERANCE = 1e-2
+
+# Up to so many rows a Gram matrix of them is decomposed (a second or two), and up to so
+# many entries a Jacobian without structure is formed.
+_EXACT_ROWS = 1500
+_DENSE_ENTRIES = 2**25
+
+# Penalties of the regression, in units of the Gram matrix's largest eigenvalue.
+_PENALTIES = 10.0 ** np.arange(-13, 4, 2)
+
+_MAX_PSI = 700.0
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientBound:
+    """An upper bound on a loss above its infimum, by the gradient, with its parts.
+
+    `gap = gradient_norm * distance + output_gradient_norm * residual + target_loss -
+    lower_bound`.
+
+    Attributes:
+        gap: The bound on `loss - lower_bound`.
+        loss: The loss of the outputs that the bound speaks of.
+        gradient_norm: `||grad L||` in the parameters.
+        distance: `||theta_S - beta||`.
+        output_gradient_norm: `||grad L||` in the outputs.
+        residual: `||e||`, the part of the target outputs that is out of reach.
+        scale: Share of the best finite outputs in `F*`: 1 for squared error, but for
+            a loss that is far from its minimum.
+        psi: Factor of the modified targets `Y_l` in `F*`.
+        target_loss: `L(F*)`.
+        lower_bound: Loss below which no function of the inputs can go.
+        structure_error: `||f - J theta_S|| / ||f||`.
+        parameters: The parameters `S`.
+        n_parameters: Their number.
+        solver: How `beta` was found: `"eigendecomposition"` or `"lsmr"`.
+        dtype: The dtype in which outputs and Jacobian were computed.
+    """
+
+    gap: float
+    loss: float
+    gradient_norm: float
+    distance: float
+    output_gradient_norm: float
+    residual: float
+    scale: float
+    psi: float
+    target_loss: float
+    lower_bound: float
+    structure_error: float
+    parameters: str
+    n_parameters: int
+    solver: str
+    dtype: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The bound as a dict that `json.dumps` accepts."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        target = max(self.target_loss - self.lower_bound, 0.0)
+        return (
+            f"By its gradient, it is at most {rounded(self.gap, up=True)} above what "
+            f"any function of the inputs can reach: norm {self.gradient_norm:.3g} in "
+            f"the {self.n_parameters} parameters ({self.parameters}) times distance "
+            f"{self.distance:.3g}, plus norm {self.output_gradient_norm:.3g} in the "
+            f"outputs times residual {self.residual:.3g}, plus {target:.3g} for target "
+            f"outputs with psi = {self.psi:.3g}; computed in {self.dtype}."
+        )
+
+
+def gradient_bound(
+    jacobian: Jacobian,
+    loss: ConvexLoss,
+    targets: Array,
+    weights: Array,
+    groups: Indices,
+    lower_bound: float,
+    *,
+    parameters: str,
+    iterations: int = 50,
+) -> GradientBound:
+    """Bounds a loss above its infimum by its gradient.
+
+    `F* = scale * F + psi * Y_l`, with `F` the best outputs where they are finite, and
+    `beta` from a ridge regression that starts at `theta_S`; `scale`, `psi` and the
+    penalty are those that make the bound smallest.
+
+    Args:
+        jacobian: The Jacobian of the outputs in the parameters.
+        loss: The loss.
+        targets: From `ConvexLoss.targets`, shape `(n, C)`.
+        weights: Sample weights, at least 0, shape `(n,)`.
+        groups: Number of each sample's input, shape `(n,)`.
+        lower_bound: Loss below which no function of the inputs can go.
+        parameters: The parameters in words.
+        iterations: Of LSMR, for each of at most three right-hand sides, where the
+            Jacobian is too large for a decomposition.
+
+    Returns:
+        The bound.
+
+    Raises:
+        ValueError: If the common model structure does not hold, or something is not
+            finite.
+    """
+    outputs = jacobian.outputs()
+    _check_finite(outputs)
+    error = _structure_error(jacobian, outputs)
+    normalizer = loss.normalizer(len(outputs), float(weights.sum()))
+    shares = weights / normalizer
+    cotangents = shares[:, None] * loss.gradient(outputs, targets)
+    gradient = jacobian.rmatvec(cotangents.ravel())
+    # What samples without weight put out is free.
+    rows = np.flatnonzero(weights > 0)
+    family = target_logits(loss, targets, weights, groups)
+    bound = _Bound(
+        loss,
+        targets[rows],
+        shares[rows],
+        outputs[rows],
+        TargetLogits(family.finite[rows], family.direction[rows]),
+        float(np.linalg.norm(gradient)),
+        float(np.linalg.norm(cotangents)),
+    )
+    regressions = _ByEigenvectors.of(jacobian, rows) or _ByIteration(
+        jacobian, rows, iterations
+    )
+    solutions, mix = _sharpest(bound, regressions.solutions(bound.right_hand_sides()))
+    # Rounding has no say in the bound: the norms of the very parameters and residual.
+    change = solutions.change(mix) if solutions else np.zeros(jacobian.shape[1])
+    attained = jacobian.matvec(change).reshape(outputs.shape)[rows]
+    logits = bound.family.at(mix[0], mix[1])
+    distance = float(np.linalg.norm(change))
+    residual = float(np.linalg.norm(bound.centred(logits - outputs[rows] - attained)))
+    target_loss = float(bound.shares @ loss.value(logits, bound.targets))
+    gap = bound.gradient_norm * distance + bound.output_gradient_norm * residual
+    gap += max(target_loss - lower_bound, 0.0)
+    if not np.isfinite(gap):
+        raise ValueError(
+            "The gradient bound overflows float64: outputs, targets or gradients are "
+            f"too large. Received: gradient norm {bound.gradient_norm}, distance "
+            f"{distance}, residual {residual}"
+        )
+    return GradientBound(
+        gap=gap,
+        loss=float(shares @ loss.value(outputs, targets)),
+        gradient_norm=bound.gradient_norm,
+        distance=distance,
+        output_gradient_norm=bound.output_gradient_norm,
+        residual=residual,
+        scale=float(mix[0]),
+        psi=float(mix[1]),
+        target_loss=target_loss,
+        lower_bound=lower_bound,
+        structure_error=error,
+        parameters=parameters,
+        n_parameters=jacobian.shape[1],
+        solver=regressions.solver,
+        dtype=jacobian.dtype,
+    )
+
+
+def _sharpest(
+    bound: _Bound, found: Iterator[_Solutions]
+) -> tuple[_Solutions | None, Array]:
+    """The sharpest of some solutions, and of no change at all (None)."""
+    shape = (3, *bound.outputs.shape)
+    still = _Solutions(np.zeros(shape), np.zeros((3, 3)), np.zeros_like)
+    value, mix = bound.sharpest_mix(still)
+    best: _Solutions | None = None
+    for solutions in found:
+        candidate, shares = bound.sharpest_mix(solutions)
+        if candidate < value:
+            value, mix, best = candidate, shares, solutions
+    return best, mix
+
+
+def _check_finite(outputs: Array) -> None:
+    if not np.isfinite(outputs).all():
+        raise ValueError(
+            "The model's outputs must be finite: it has probably diverged. Received: "
+            "NaN or infinite outputs"
+        )
+
+
+def _structure_error(jacobian: Jacobian, outputs: Array) -> float:
+    reached = outputs - jacobian.offset()
+    linear = jacobian.matvec(jacobian.theta()).reshape(outputs.shape)
+    size = float(np.linalg.norm(outputs))
+    distance = float(np.linalg.norm(reached - linear))
+    error = distance / size if size else distance
+    tolerance = _STRUCTURE_TOLERANCE.get(jacobian.dtype, _LOW_PRECISION_TOLERANCE)
+    if not error <= tolerance:
+        raise ValueError(
+            "The gradient bound needs the common model structure, outputs that are "
+            "`J theta` in the parameters, and this model does not have it. "
+            f"`keras_dalign.check_structure` says what breaks it. Received: relative "
+            f"error {error:.3g}, tolerance {tolerance:.0e}; parameters of the output "
+            "layer alone (parameters='last') have it in most models"
+        )
+    return error
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Solutions:
+    """Ridge regressions on the three right-hand sides that make up `F* - f`.
+
+    Attributes:
+        attained: `J delta` for each, shape `(3, rows, C)`.
+        inner: Inner products of the `delta`, shape `(3, 3)`.
+        change: Gives `delta`, shape `(P,)`, for a mixture of the three.
+    """
+
+    attained: Array
+    inner: Array
+    change: Callable[[Array], Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Bound:
+    """The right side of the inequality, as a function of the target outputs.
+
+    They are mixtures of three: the best finite outputs, the modified targets `Y_l`, and
+    always one share of the current outputs.
+    """
+
+    loss: ConvexLoss
+    targets: Array
+    shares: Array
+    outputs: Array
+    family: TargetLogits
+    gradient_norm: float
+    output_gradient_norm: float
+
+    def centred(self, logits: Array) -> Array:
+        """Without what moves all logits of a sample, which a softmax does not see."""
+        if isinstance(self.loss, SoftmaxCrossEntropy):
+            return logits - logits.mean(axis=-1, keepdims=True)
+        return logits
+
+    def right_hand_sides(self) -> Array:
+        """What the regressions aim at, shape `(3, rows, C)`."""
+        parts = [self.family.finite, self.family.direction, -self.outputs]
+        return self.centred(np.stack(parts))
+
+    def sharpest_mix(self, solutions: _Solutions) -> tuple[float, Array]:
+        """The least value over all mixtures, of which it is a convex function.
+
+        Returns:
+            The value and the shares `(3,)`.
+        """
+        rests = self.right_hand_sides() - self.centred(solutions.attained)
+        flat = rests.reshape(3, -1)
+        residuals = flat @ flat.T
+
+        def value(free: Array) -> tuple[float, Array]:
+            mix = np.array([*free, 1.0])
+            logits = self.family.at(*free)
+            slopes = self.shares[:, None] * self.loss.gradient(logits, self.targets)
+            total = float(self.shares @ self.loss.value(logits, self.targets))
+            gradient = np.array(
+                [
+                    np.sum(slopes * self.family.finite),
+                    np.sum(slopes * self.family.direction),
+                ]
+            )
+            for factor, matrix in (
+                (self.gradient_norm, solutions.inner),
+                (self.output_gradient_norm, residuals),
+            ):
+                norm = np.sqrt(max(float(mix @ matrix @ mix), 0.0))
+                total += factor * norm
+                if norm > 0:
+                    gradient += factor / norm * (matrix @ mix)[:2]
+            return total, gradient
+
+        result = scipy.optimize.minimize(
+            value,
+            np.array([1.0, 5.0]),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=[(0.0, 1.0), (0.0, _MAX_PSI)],
+            options={"maxiter": 60},
+        )
+        return float(result.fun), np.array([*result.x, 1.0])
+
+
+class _ByEigenvectors:
+    """Regressions in dual form, by decompositions of Gram matrices.
+
+    Args:
+        jacobian: The Jacobian.
+        rows: The samples that count.
+        factors: Decompositions, each with the outputs that it is for.
+        merged: Whether one decomposition is for all samples and outputs as one vector.
+    """
+
+    solver = "eigendecomposition"
+
+    def __init__(
+        self,
+        jacobian: Jacobian,
+        rows: Indices,
+        factors: list[tuple[GramFactor, slice]],
+        merged: bool,
+    ) -> None:
+        self._jacobian = jacobian
+        self._rows = rows
+        self._factors = factors
+        self._merged = merged
+        self._largest = max(factor.largest for factor, _ in factors) or 1.0
+
+    @classmethod
+    def of(cls, jacobian: Jacobian, rows: Indices) -> _ByEigenvectors | None:
+        """The regressions, or None if the Gram matrix is too large to decompose."""
+        units = jacobian.units
+        everything = slice(None)
+        structured: Any = jacobian
+        if jacobian.kind == "last":
+            factor = GramFactor.of_features(structured.features[rows])
+            return cls(jacobian, rows, [(factor, everything)], merged=False)
+        if jacobian.kind == "head":
+            if len(rows) > _EXACT_ROWS:
+                return None
+            block = np.ix_(rows, rows)
+            factors = [
+                (GramFactor.of_gram(structured.problem.gram(c)[block]), slice(c, c + 1))
+                for c in range(units)
+            ]
+            return cls(jacobian, rows, factors, merged=False)
+        n_rows, n_columns = jacobian.shape
+        if len(rows) * units > _EXACT_ROWS or n_rows * n_columns > _DENSE_ENTRIES:
+            return None
+        dense = jacobian.dense().reshape(jacobian.n, units, n_columns)[rows]
+        factor = GramFactor.of_features(dense.reshape(-1, n_columns))
+        return cls(jacobian, rows, [(factor, everything)], merged=True)
+
+    def solutions(self, rhs: Array) -> Iterator[_Solutions]:
+        """Solutions for right-hand sides `(3, rows, C)`, one for each penalty."""
+        for penalty in _PENALTIES:
+            alpha, attained = self._solve(rhs, penalty * self._largest)
+            inner = np.einsum("inc,jnc->ij", alpha, attained)
+            yield _Solutions(attained, inner, self._change_of(alpha))
+
+    def _change_of(self, alpha: Array) -> Callable[[Array], Array]:
+        def change(mix: Array) -> Array:
+            full = np.zeros((self._jacobian.n, self._jacobian.units))
+            full[self._rows] = np.tensordot(mix, alpha, 1)
+            return self._jacobian.rmatvec(full.ravel())
+
+        return change
+
+    def _solve(self, rhs: Array, penalty: float) -> tuple[Array, Array]:
+        work = rhs.reshape(len(rhs), -1, 1) if self._merged else rhs
+        alpha, attained = np.empty_like(work), np.empty_like(work)
+        for factor, part in self._factors:
+            block = work[:, :, part].transpose(1, 0, 2)
+            found = factor.solve(block.reshape(len(block), -1), penalty)
+            for target, values in zip((alpha, attained), found, strict=True):
+                target[:, :, part] = values.reshape(block.shape).transpose(1, 0, 2)
+        return alpha.reshape(rhs.shape), attained.reshape(rhs.shape)
+
+
+class _ByIteration:
+    """Regressions by LSMR, on products with the Jacobian alone.
+
+    Few iterations are a penalty of their own: the directions with small singular values
+    come last.
+    """
+
+    solver = "lsmr"
+
+    def __init__(self, jacobian: Jacobian, rows: Indices, iterations: int) -> None:
+        self._jacobian = jacobian
+        self._rows = rows
+        self._iterations = iterations
+
+    def solutions(self, rhs: Array) -> Iterator[_Solutions]:
+        """A solution for right-hand sides `(3, rows, C)`."""
+        deltas = np.stack([self._solve(part) for part in rhs])
+        attained = np.stack(
+            [self._product(delta).reshape(rhs[0].shape) for delta in deltas]
+        )
+        yield _Solutions(attained, deltas @ deltas.T, lambda mix: mix @ deltas)
+
+    def _solve(self, rhs: Array) -> Array:
+        if not rhs.any():
+            return np.zeros(self._jacobian.shape[1])
+        operator = scipy.sparse.linalg.LinearOperator(
+            (rhs.size, self._jacobian.shape[1]),
+            matvec=self._product,
+            rmatvec=self._transposed_product,
+            dtype=np.float64,
+        )
+        return scipy.sparse.linalg.lsmr(
+            operator, rhs.ravel(), atol=1e-12, btol=1e-12, maxiter=self._iterations
+        )[0]
+
+    def _product(self, vector: Array) -> Array:
+        product = self._jacobian.matvec(vector.ravel())
+        return product.reshape(self._jacobian.n, -1)[self._rows].ravel()
+
+    def _transposed_product(self, vector: Array) -> Array:
+        full = np.zeros((self._jacobian.n, self._jacobian.units))
+        full[self._rows] = vector.reshape(len(self._rows), -1)
+        return self._jacobian.rmatvec(full.ravel())

@@ -1,0 +1,144 @@
+"""Data that are read several times, and must be the same each time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+
+from keras_dalign.conditions.precision import widened
+from keras_dalign.head import data
+
+Array = npt.NDArray[np.float64]
+
+
+class RereadData:
+    """Batches of inputs, the same in every pass: what is not is an error.
+
+    Args:
+        x: Inputs: arrays, or a stream that can be read again.
+        batch_size: Samples per batch, for arrays.
+        steps: Batches that make one pass, or None for all.
+
+    Attributes:
+        n: Number of samples, known after the first pass.
+        n_hint: Number of samples of arrays, 0 of a stream.
+        rows: Samples of the largest batch so far.
+        wide: Whether batches are given in float64.
+
+    Raises:
+        ValueError: If `x` is a generator, which is gone after one pass.
+    """
+
+    def __init__(self, x: Any, batch_size: int, steps: int | None) -> None:
+        if isinstance(x, Iterator):
+            raise ValueError(
+                "The data are read several times, which a generator does not allow. "
+                f"Received: x of type {type(x).__name__}. Pass arrays, a "
+                "`tf.data.Dataset` or a `keras.utils.PyDataset`, in the same order "
+                "each time."
+            )
+        self.n = 0
+        self.n_hint = data.n_samples(x) if data.is_arrays(x) else 0
+        self.wide = False
+        self._x = x
+        self._batch_size = batch_size
+        self._steps = steps
+        self._digests: list[bytes] | None = None
+        self._first: Any = None
+        self.rows = 0
+
+    def first(self) -> Any:
+        """The first batch."""
+        if self._first is None:
+            batch, _, _ = next(self._batches())
+            self._check_finite(batch, 0)
+            self._first = batch
+        return self._widened(self._first)
+
+    def __iter__(self) -> Iterator[tuple[slice, Any]]:
+        start = 0
+        digests: list[bytes] = []
+        known = self._digests
+        for batch, _, _ in self._batches():
+            index = len(digests)
+            digests.append(digest_of(keras.tree.flatten(batch)))
+            if known is None:
+                self._check_finite(batch, index)
+            elif index >= len(known):
+                raise self._changed(f"there are more than {index} batches now")
+            elif digests[index] != known[index]:
+                raise self._changed(f"batch {index} is not what it was")
+            count = data.n_samples(batch)
+            self.rows = max(self.rows, count)
+            yield slice(start, start + count), self._widened(batch)
+            start += count
+        if known is not None and len(digests) != len(known):
+            raise self._changed(
+                f"there are {len(digests)} batches instead of {len(known)}"
+            )
+        self.n = start
+        self._digests = digests
+
+    def padded(self, batch: Any) -> Any:
+        """The batch, its last sample repeated so that nothing is compiled again."""
+        return padded(batch, max(self.rows, data.n_samples(batch)))
+
+    def zero_padded(self, array: Array, axis: int) -> Array:
+        """Zeros for the samples that `padded` adds."""
+        missing = self.rows - array.shape[axis]
+        widths = [(0, missing if i == axis else 0) for i in range(array.ndim)]
+        return np.pad(array, widths)
+
+    def cut(self, outputs: Any, batch: Any) -> Any:
+        """The outputs of a padded batch, less those of the padding."""
+        n = data.n_samples(batch)
+        return keras.tree.map_structure(lambda leaf: leaf[:n], outputs)
+
+    def _batches(self) -> Iterator[data.Batch]:
+        return data.batches(self._x, batch_size=self._batch_size, steps=self._steps)
+
+    def _widened(self, batch: Any) -> Any:
+        return keras.tree.map_structure(widened, batch) if self.wide else batch
+
+    def _check_finite(self, batch: Any, index: int) -> None:
+        for leaf in keras.tree.flatten(batch):
+            values = widened(leaf)
+            if values.dtype == np.float64 and not np.all(np.isfinite(values)):
+                raise ValueError(
+                    "The inputs are not finite. Received: NaN or infinity in batch "
+                    f"{index}. Remove or replace these samples."
+                )
+
+    def _changed(self, what: str) -> ValueError:
+        return ValueError(
+            f"The data changed between two passes over them: {what}. Received: x of "
+            f"type {type(self._x).__name__}. Pass data that come in the same order, "
+            "without augmentation, each time (for `tf.data`: no shuffle, or "
+            "reshuffle_each_iteration=False)."
+        )
+
+
+def padded(batch: Any, rows: int) -> Any:
+    """A batch of `rows` samples, its last one repeated."""
+    n = data.n_samples(batch)
+    if n == rows:
+        return batch
+    order = np.minimum(np.arange(rows), n - 1)
+    return keras.tree.map_structure(lambda leaf: leaf[order], batch)
+
+
+def digest_of(arrays: list[Any]) -> bytes:
+    """A digest of arrays: of their dtypes, shapes and bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for array in map(np.ascontiguousarray, arrays):
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        if array.dtype.hasobject:
+            digest.update(repr(array.tolist()).encode())
+        else:
+            digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.digest()

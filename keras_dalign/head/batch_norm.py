@@ -1,0 +1,316 @@
+"""Population statistics for batch normalisation, from passes over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+from keras.layers import BatchNormalization
+
+from keras_dalign.head import data
+from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
+
+# Count, mean and variance.
+_Moments = tuple[np.ndarray, ...]
+
+
+def reestimate_batch_norm(
+    model: keras.Model,
+    x: Any,
+    *,
+    batch_size: int = 256,
+    passes: int = 1,
+    steps: int | None = None,
+) -> int:
+    """Sets the statistics of every `BatchNormalization` from the whole data.
+
+    Training keeps exponential moving averages, which after few steps (or with a
+    high momentum) are far from the statistics of the data; what the model then
+    computes in inference mode is not what was trained. Here the mean and the
+    variance of every normalisation's input are pooled over all samples, exactly
+    and in float64. Everything but batch normalisation runs in inference mode:
+    dropout is off.
+
+    In the first pass a normalisation sees what it sees in training, inputs that
+    were normalised upstream by the statistics of their batch, so that a large
+    `batch_size` is more exact. Each further pass normalises by the statistics just
+    found. The first normalisation is exact after one pass, the second one after
+    two, and so on; in practice one pass is close for all.
+
+    Layers with `trainable=False` are left alone: they train with their moving
+    statistics, which therefore cannot be stale. So are layers that take no part in
+    what the model computes in inference mode.
+
+    Args:
+        model: Any built Keras model. Only moving means and variances change.
+        x: Inputs: arrays, a `tf.data.Dataset`, a `PyDataset`, a torch `DataLoader`
+            or a generator (whose targets, if any, are ignored).
+        batch_size: Int, samples per batch for arrays.
+        passes: Positive int, number of passes over the data.
+        steps: Int, batches per pass; needed for endless streams.
+
+    Returns:
+        The number of layers that were set.
+
+    Raises:
+        ValueError: If the model is unbuilt or exploits already, if there are no data,
+            if `passes` is not a positive int, if a layer is no plain batch
+            normalisation, or if statistics come out non-finite. The model is then
+            left as it was.
+
+    Example:
+
+    ```python
+    base.fit(x, y, epochs=10)
+    keras_dalign.reestimate_batch_norm(base, x)
+    base.evaluate(x_test, y_test)
+    ```
+    """
+    is_int = isinstance(passes, (int, np.integer)) and not isinstance(passes, bool)
+    if not is_int or passes < 1:
+        raise ValueError(f"`passes` must be a positive int. Received: passes={passes}")
+    layers = batch_norm_layers(model)
+    if not layers:
+        return 0
+    before = {index: _statistics(layer) for index, layer in enumerate(layers)}
+    found: dict[int, Any] = {}
+    try:
+        for index in range(passes):
+            probe = _MomentsProbe(model, layers, by_batch=index == 0)
+            batches = data.batches(x, batch_size=batch_size, steps=steps)
+            found = _pool(probe.moments(batch[0]) for batch in batches)
+            _set_statistics(layers, found)
+    except BaseException:
+        _set_statistics(layers, before)
+        raise
+    return len(found)
+
+
+def batch_norm_layers(model: keras.Model) -> list[BatchNormalization]:
+    """The normalisations that train by batch statistics, each once."""
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            f"`model` must be a keras.Model. Received: model={model} (of type "
+            f"{type(model).__name__})"
+        )
+    layers: list[BatchNormalization] = []
+    for layer in model._flatten_layers():
+        if isinstance(layer, AlignmentHead) and layer.phase == EXPLOITING:
+            raise ValueError(
+                "The model's statistics were set at the switch and are part of what is "
+                f"frozen since. Received: model '{model.name}', whose alignment head "
+                "is exploiting. Re-estimate before the switch."
+            )
+        if isinstance(layer, BatchNormalization) and layer.trainable:
+            _check_is_plain(layer)
+            if not any(layer is known for known in layers):
+                layers.append(layer)
+    return layers
+
+
+def _check_is_plain(layer: BatchNormalization) -> None:
+    if not layer.built:
+        raise ValueError(
+            "The model is not built: its batch normalisations have no statistics yet. "
+            f"Received: unbuilt layer '{layer.name}'. Call the model once on a batch "
+            "of data."
+        )
+    if getattr(layer, "renorm", False):
+        raise ValueError(
+            "Batch renormalisation cannot be re-estimated. Received: layer "
+            f"'{layer.name}' with renorm=True"
+        )
+    if type(layer).call is not BatchNormalization.call:
+        raise ValueError(
+            "Only layers that compute what BatchNormalization computes can be "
+            f"re-estimated. Received: layer '{layer.name}' of type "
+            f"{type(layer).__name__}, which overrides `call`. Freeze it with "
+            "trainable=False, and its moving statistics are kept."
+        )
+
+
+class _MomentsProbe(keras.Model):
+    """Maps a batch to the count, mean and variance of each normalisation's input.
+
+    Being a Keras model, it is compiled by Keras on every backend. Outputs have one
+    row per call of the layer, so that the replicas of a distribution strategy come
+    out as further rows.
+    """
+
+    def __init__(
+        self, model: keras.Model, layers: list[BatchNormalization], by_batch: bool
+    ) -> None:
+        # TensorFlow accepts no name that begins with an underscore, as the class's.
+        # Without autocast: the model casts its inputs itself, or does not.
+        super().__init__(name="moments_probe", dtype=model.dtype_policy, autocast=False)
+        self.model = model
+        self.normalizations = layers
+        self.by_batch = by_batch
+        self.built = True
+
+    def call(self, inputs: Any) -> dict[str, list[Any]]:
+        """Runs the model in inference mode and looks at its normalisations.
+
+        Args:
+            inputs: The model's inputs.
+
+        Returns:
+            Counts `(calls, 1)`, means and variances `(calls, channels)`, by index of
+            the layer, for those that were called.
+        """
+        found: dict[int, list[Any]] = {id(layer): [] for layer in self.normalizations}
+
+        def normalize(layer: BatchNormalization, x: Any, mask: Any) -> Any:
+            x = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
+            count, mean, variance = _moments(layer, x, mask)
+            row = (ops.reshape(count, (1, 1)), mean[None], variance[None])
+            found[id(layer)].append(row)
+            if not self.by_batch:
+                mean, variance = layer.moving_mean, layer.moving_variance
+            x = ops.batch_normalization(
+                x,
+                mean=ops.cast(mean, x.dtype),
+                variance=ops.cast(variance, x.dtype),
+                axis=layer.axis,
+                offset=None if layer.beta is None else ops.cast(layer.beta, x.dtype),
+                scale=None if layer.gamma is None else ops.cast(layer.gamma, x.dtype),
+                epsilon=layer.epsilon,
+            )
+            return ops.cast(x, layer.compute_dtype)
+
+        with _replaced_call(self.model, self.normalizations, normalize):
+            self.model(inputs, training=False)
+        # A layer that is called twice has two populations, pooled as one.
+        return {
+            str(index): [
+                ops.concatenate(parts, axis=0)
+                for parts in zip(*found[id(layer)], strict=True)
+            ]
+            for index, layer in enumerate(self.normalizations)
+            if found[id(layer)]
+        }
+
+    def moments(self, x: Any) -> dict[int, _Moments]:
+        """The moments of one batch, as float64 arrays of one row per replica."""
+        return {
+            int(index): tuple(np.asarray(part, dtype="float64") for part in parts)
+            for index, parts in self.predict_on_batch(x).items()
+        }
+
+
+@contextmanager
+def _replaced_call(
+    model: keras.Model,
+    layers: list[BatchNormalization],
+    function: Callable[..., Any],
+) -> Iterator[None]:
+    """While the model is traced, its normalisations call `function` instead."""
+
+    def replacement(layer: BatchNormalization) -> Callable[..., Any]:
+        def call(inputs: Any, training: Any = None, mask: Any = None) -> Any:  # noqa: ARG001
+            return function(layer, inputs, mask)
+
+        return call
+
+    # What a layer under keras.RematScope computes cannot be taken out of it, and
+    # without gradients there is nothing to rematerialise.
+    remat = [
+        layer for layer in model._flatten_layers() if "_remat_mode" in layer.__dict__
+    ]
+    modes = [layer.__dict__["_remat_mode"] for layer in remat]
+    try:
+        for layer in remat:
+            layer.__dict__["_remat_mode"] = None
+        for layer in layers:
+            layer.__dict__["call"] = replacement(layer)
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("call", None)
+        for layer, mode in zip(remat, modes, strict=True):
+            layer.__dict__["_remat_mode"] = mode
+
+
+def _moments(layer: BatchNormalization, x: Any, mask: Any) -> tuple[Any, Any, Any]:
+    """Count, mean and variance; the two latter are arbitrary if the count is 0."""
+    axes = [axis for axis in range(len(x.shape)) if axis != layer.axis % len(x.shape)]
+    shape = [1] * len(x.shape)
+    shape[layer.axis] = -1
+    if mask is None:
+        # Not ops.moments: on PyTorch it is E[x^2] - E[x]^2, which cancels.
+        mean = ops.mean(x, axis=axes)
+        variance = ops.mean(ops.square(x - ops.reshape(mean, shape)), axis=axes)
+        return ops.cast(_size(x, axes), x.dtype), mean, variance
+    weights = ops.expand_dims(ops.cast(mask, x.dtype), -1)
+    weights = ops.broadcast_to(weights, ops.shape(x))
+    count = ops.sum(weights, axis=axes)
+    divisor = ops.maximum(count, 1.0)
+    mean = ops.sum(weights * x, axis=axes) / divisor
+    centred = ops.square(x - ops.reshape(mean, shape))
+    return count[0], mean, ops.sum(weights * centred, axis=axes) / divisor
+
+
+def _size(x: Any, axes: list[int]) -> Any:
+    shape = ops.shape(x)
+    size = 1
+    for axis in axes:
+        size = size * shape[axis]
+    return size
+
+
+def _pool(
+    batches: Iterator[dict[int, _Moments]],
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Pools moments by the law of total variance (Chan's update), in float64."""
+    pooled: dict[int, list[Any]] = {}
+    for batch in batches:
+        for index, rows in batch.items():
+            total = pooled.setdefault(index, [0.0, 0.0, 0.0])
+            for (count,), mean, variance in zip(*rows, strict=True):
+                # A batch that is masked out, or a replica that got no samples.
+                if count == 0:
+                    continue
+                n = total[0] + count
+                # What is not finite is found below.
+                with np.errstate(invalid="ignore", over="ignore"):
+                    delta = mean - total[1]
+                    total[2] = (
+                        total[0] * total[2]
+                        + count * variance
+                        + delta**2 * (total[0] * count / n)
+                    ) / n
+                    total[1] = total[1] + delta * (count / n)
+                total[0] = n
+    for count, mean, variance in pooled.values():
+        if count == 0:
+            raise ValueError(
+                "Batch-norm statistics need at least one sample. Received: data that "
+                "are masked out throughout."
+            )
+        if not (np.all(np.isfinite(mean)) and np.all(np.isfinite(variance))):
+            raise ValueError(
+                "Batch-norm statistics came out non-finite; the model was left as it "
+                "was. Received: NaN or infinity in the inputs, or in what the model "
+                "makes of them."
+            )
+    return {index: (mean, variance) for index, (_, mean, variance) in pooled.items()}
+
+
+def _statistics(layer: BatchNormalization) -> tuple[np.ndarray, np.ndarray]:
+    return (
+        ops.convert_to_numpy(layer.moving_mean),
+        ops.convert_to_numpy(layer.moving_variance),
+    )
+
+
+def _set_statistics(
+    layers: list[BatchNormalization],
+    statistics: dict[int, tuple[np.ndarray, np.ndarray]],
+) -> None:
+    for index, (mean, variance) in statistics.items():
+        layers[index].moving_mean.assign(mean)
+        layers[index].moving_variance.assign(variance)

@@ -1,0 +1,650 @@
+"""How fast first-order exploitation will bring the loss down, at least.
+
+The exploitation problem is convex and smooth. For full-batch gradient descent with a
+step `eta <= 1 / Ls`, `Ls` the Lipschitz constant of the gradient, and *any* parameters
+`theta*`,
+
+    L_t <= L(theta*) + ||theta_0 - theta*||^2 / (2 eta t).
+
+A forecast holds several `theta*`, each with its loss and its distance, and takes the
+one that makes the right side smallest for each `t`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import scipy.linalg
+import scipy.optimize
+
+from keras_dalign.head import data
+from keras_dalign.head.features import FeatureSet
+from keras_dalign.head.objective import (
+    check_some_weight,
+    loss_of,
+    sample_weights,
+    single_array,
+)
+from keras_dalign.numerics.gram import gate_activations
+from keras_dalign.numerics.html_table import html_table
+from keras_dalign.numerics.losses import SquaredError
+from keras_dalign.numerics.repeats import Repeats, digests
+from keras_dalign.numerics.ridge import GramFactor
+from keras_dalign.numerics.rounding import rounded
+from keras_dalign.numerics.target_logits import target_logits
+from keras_dalign.promises.predict import BatchPredictor, exploiting_head
+from keras_dalign.solving.problem import ConvexProblem
+
+if TYPE_CHECKING:
+    from keras_dalign.numerics.losses import Array, Indices
+    from keras_dalign.training.aligned_model import AlignedModel
+
+# Eigendecompositions of one n x n matrix per output: seconds on two cores.
+_EXACT_SAMPLES = 1500
+
+# Beyond so many steps a double no longer counts them.
+_MAX_STEPS = 2**53
+
+_PENALTIES = 10.0 ** np.arange(-13, 2)
+_PSIS = np.concatenate([[0.0], np.geomspace(0.02, 60.0, 30)])
+_SCALES = np.array([0.0, 0.25, 0.5, 0.75, 0.9, 1.0])
+_SCALES_ALONE = np.concatenate([[0.0], np.geomspace(0.02, 1.0, 30)])
+
+_FURTHER = np.geomspace(1.25, 40.0, 16)
+
+_EPS = float(np.finfo(np.float64).eps)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Forecast:
+    """A bound on the loss after any number of gradient steps in exploitation.
+
+    It is a proven bound whether it is exact or not. `exact` says that the smoothness,
+    and distances to the logits `psi * Y_l`, come from eigendecompositions; otherwise
+    the smoothness comes from a bound on the eigenvalues, and the parameters from a few
+    iterations of L-BFGS alone, so that the constants are estimates of the best ones.
+
+    Attributes:
+        loss: The loss at the current weights.
+        lower_bound: Loss below which no function of the inputs can go.
+        step_size: The step `eta` of gradient descent.
+        smoothness: `Ls`, an upper bound on the Lipschitz constant of the gradient.
+        exact: Whether it rests on eigendecompositions.
+        contraction: Factor by which each step shrinks `L - inf L` at least, where the
+            problem is strongly convex in the logits (squared error, full rank);
+            else None.
+        rank: The smallest rank of the outputs' Gram matrices, bias included, in
+            float64, or None if it was not computed.
+        deficit: By how much the rank is below the number of distinct inputs that have
+            weight, or None if it was not computed.
+        n_samples: Number of samples.
+        n_distinct: Number of distinct inputs among them.
+        n_conflicts: Number of distinct inputs that came with conflicting targets.
+        distance: Coefficients `(a, b, c)` of the squared distance
+            `a psi^2 + b psi + c` to the parameters of least norm (to rounding) that
+            reach `psi * Y_l` (plus the best logits where those are finite), or None
+            if it was not computed.
+        losses: Losses `L(theta*)` of the parameters that the bound uses, shape `(k,)`.
+        squared_distances: `||theta_0 - theta*||^2` for each, shape `(k,)`.
+        objective: The loss that the forecast speaks of, in words.
+    """
+
+    loss: float
+    lower_bound: float
+    step_size: float
+    smoothness: float
+    exact: bool
+    contraction: float | None
+    rank: int | None
+    deficit: int | None
+    n_samples: int
+    n_distinct: int
+    n_conflicts: int
+    distance: tuple[float, float, float] | None
+    losses: Array = dataclasses.field(repr=False)
+    squared_distances: Array = dataclasses.field(repr=False)
+    objective: str
+    _modes: _Modes | None = dataclasses.field(default=None, repr=False)
+
+    def bound(self, steps: npt.ArrayLike) -> Array:
+        """An upper bound on the loss after so many steps.
+
+        Args:
+            steps: Numbers of steps, at least 0, of any shape.
+
+        Returns:
+            Bounds of that shape, which do not grow with the number of steps.
+
+        Raises:
+            ValueError: If a number is negative or not finite.
+        """
+        t = np.asarray(steps, dtype=np.float64)
+        if not (np.isfinite(t) & (t >= 0)).all():
+            raise ValueError(
+                f"`steps` must be finite numbers, at least 0. Received: steps={steps!r}"
+            )
+        flat = t.reshape(-1, 1)
+        found = np.full(flat.shape[0], self.loss)
+        later = flat[:, 0] > 0
+        if later.any():
+            slopes = self.squared_distances / (2.0 * self.step_size * flat[later])
+            found[later] = np.minimum(self.loss, (self.losses + slopes).min(axis=1))
+            if self._modes is not None:
+                found[later] = np.minimum(
+                    found[later], self._modes.after(flat[later, 0], self.step_size)
+                )
+        return found.reshape(t.shape)
+
+    def steps_to(self, loss: float) -> int | None:
+        """The number of steps after which the loss is at most this one.
+
+        Args:
+            loss: The wanted loss.
+
+        Returns:
+            The smallest `t` with `bound(t) <= loss`; None if there is none, which does
+            not say that the loss is out of reach.
+
+        Raises:
+            ValueError: If `loss` is not finite.
+        """
+        if not math.isfinite(loss):
+            raise ValueError(f"`loss` must be finite. Received: loss={loss}")
+        if loss >= self.loss:
+            return 0
+        high = 1
+        while self.bound(high) > loss:
+            high *= 2
+            if high > _MAX_STEPS:
+                return None
+        low = high // 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.bound(middle) > loss:
+                low = middle
+            else:
+                high = middle
+        return high
+
+    def steps_to_gap(self, gap: float) -> int | None:
+        """The number of steps after which `certify` will find at most this gap.
+
+        Args:
+            gap: The wanted distance of the loss to `lower_bound`, positive.
+
+        Returns:
+            As `steps_to`.
+
+        Raises:
+            ValueError: If `gap` is not positive, or vanishes beside `lower_bound` in
+                float64.
+        """
+        if not gap > 0:
+            raise ValueError(f"`gap` must be positive. Received: gap={gap}")
+        if self.lower_bound + gap == self.lower_bound:
+            raise ValueError(
+                f"`gap` is below the rounding of the lower bound {self.lower_bound:.6g}"
+                f" in float64. Received: gap={gap}"
+            )
+        return self.steps_to(self.lower_bound + gap)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The forecast as a dict that `json.dumps` accepts."""
+        fields = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if not field.name.startswith("_")
+        }
+        for name in ("losses", "squared_distances"):
+            fields[name] = fields[name].tolist()
+        if self.distance is not None:
+            fields["distance"] = list(self.distance)
+        return fields
+
+    def __str__(self) -> str:
+        how = (
+            "distances and smoothness from eigendecompositions in float64"
+            if self.exact
+            else "a sharper constant may exist: distances and smoothness are estimates "
+            "from above"
+        )
+        milestones = ", ".join(
+            f"{rounded(bound, up=True)} after {steps:,} steps"
+            for steps, bound in self._milestones()
+        )
+        gap = self.steps_to_gap(1e-3)
+        goal = (
+            "no number of steps is known to bring it within 0.001 of "
+            if gap is None
+            else f"within {gap:,} steps it is at most 0.001 above "
+        )
+        rank = ""
+        if self.deficit:
+            rank = (
+                f"; the features' rank of {self.rank} is {self.deficit} too small to "
+                "separate all inputs, so that the infimum may be out of reach"
+            )
+        return (
+            f"Full-batch gradient descent on the head with step {self.step_size:.3g} "
+            f"brings the loss from {self.loss:.3g} to at most {milestones}; {goal}"
+            f"{self.lower_bound:.3g}, below which no function of the inputs can go"
+            f"{rank}; {how}; objective: {self.objective}."
+        )
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "loss": f"{self.loss:.6g}",
+            **{
+                f"after {steps:,} steps, at most": f"<b>{rounded(bound, up=True)}</b>"
+                for steps, bound in self._milestones()
+            },
+            "lower bound": f"{self.lower_bound:.6g}",
+            "step": f"{self.step_size:.4g}",
+            "smoothness": f"{self.smoothness:.4g}",
+            "exact": str(self.exact),
+            "objective": html.escape(self.objective),
+        }
+        return html_table(rows)
+
+    def _milestones(self) -> Iterator[tuple[int, float]]:
+        return ((steps, float(self.bound(steps))) for steps in (100, 10_000, 1_000_000))
+
+
+def forecast(
+    model: AlignedModel,
+    x: Any,
+    y: Any = None,
+    *,
+    loss: Any = None,
+    sample_weight: Any = None,
+    step_size: float | None = None,
+    exact: bool | None = None,
+    iterations: int = 60,
+    batch_size: int = 256,
+    steps: int | None = None,
+) -> Forecast:
+    """Bounds the loss after any number of first-order exploitation steps.
+
+    It speaks of full-batch gradient descent on the head's `q` and `b`, from where they
+    are. The bound holds for that method with any step up to `step_size`'s limit; other
+    optimizers are usually faster, and have no such bound. Features are computed once
+    and kept; everything behind them is in float64.
+
+    For squared error and `exact`, the bound is the loss itself, to rounding: each
+    eigenvector of the Gram matrix contracts at a rate of its own.
+
+    Args:
+        model: An `AlignedModel` that exploits: before the switch there are no gates,
+            and so nothing to forecast.
+        x: Inputs: arrays, or any stream that `keras.Model.fit` accepts, finite.
+        y: Targets, for arrays.
+        loss: A loss as in `keras.Model.compile`, if not the one that the model was
+            compiled with.
+        sample_weight: Sample weights of shape `(n,)`, for arrays.
+        step_size: The step of gradient descent, at most `1 / Ls`, which is the
+            default.
+        exact: Whether to use eigendecompositions of one `n x n` matrix per output.
+            The default is to do so up to 1,500 samples.
+        iterations: Iterations of L-BFGS that may be spent on good `theta*`.
+        batch_size: Samples per prediction, for arrays.
+        steps: Number of batches to read; a generator needs it.
+
+    Returns:
+        The forecast.
+
+    Raises:
+        ValueError: If the model does not exploit, the step is too long, or anything
+            that `keras_dalign.certify` refuses.
+
+    Example:
+
+    ```python
+    prospect = keras_dalign.forecast(model, x, y)
+    prospect.bound([100, 1000])  # the loss after so many steps, at most
+    prospect.steps_to_gap(1e-3)  # steps to within 0.001 of the global minimum
+    ```
+    """
+    head = exploiting_head(model, "A forecast")
+    convex = loss_of(model, loss)
+    trunk = BatchPredictor(model.trunk)
+    numbers: dict[bytes, int] = {}
+    kept: list[tuple[Any, Any, Array, list[int]]] = []
+    weighted = False
+    for x_batch, y_batch, w_batch in data.batches(
+        x, y, sample_weight, batch_size=batch_size, steps=steps
+    ):
+        if y_batch is None:
+            raise ValueError(
+                "Targets are needed: pass `y`, or a stream of (x, y) batches. "
+                "Received: y=None"
+            )
+        groups = [numbers.setdefault(name, len(numbers)) for name in digests(x_batch)]
+        labels = single_array(y_batch, "y")
+        convex.targets(labels, head.units)
+        weights = sample_weights(w_batch, len(groups))
+        kept.append((trunk.features(x_batch), labels, weights, groups))
+        weighted |= w_batch is not None
+    features, all_labels, all_weights, all_groups = zip(*kept, strict=True)
+    joined = keras.tree.map_structure(lambda *parts: np.concatenate(parts), *features)
+    weights = np.concatenate(all_weights)
+    check_some_weight(len(weights), float(weights.sum()))
+    labels = np.concatenate(all_labels)
+    problem = ConvexProblem.of_head(
+        head, FeatureSet(joined, labels, weights, batch_size), convex
+    )
+    weighting = ", with sample weights" if weighted else ""
+    return forecast_problem(
+        problem,
+        problem.theta_of(head),
+        np.concatenate(all_groups),
+        step_size=step_size,
+        exact=exact,
+        iterations=iterations,
+        objective=(
+            f"{convex.objective} as given{weighting}, in inference mode, without "
+            "regularisation or augmentation"
+        ),
+    )
+
+
+def forecast_problem(
+    problem: ConvexProblem,
+    theta: Array,
+    groups: Indices,
+    *,
+    objective: str,
+    step_size: float | None = None,
+    exact: bool | None = None,
+    iterations: int = 60,
+) -> Forecast:
+    """`forecast` for a convex problem that is at hand.
+
+    Args:
+        problem: The problem.
+        theta: Where gradient descent starts, shape `(size,)`.
+        groups: Number of each sample's input, shape `(n,)`.
+        objective: The loss in words.
+        step_size: See `forecast`.
+        exact: See `forecast`.
+        iterations: See `forecast`.
+
+    Returns:
+        The forecast.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+    if step_size is not None and not (math.isfinite(step_size) and step_size > 0):
+        raise ValueError(
+            f"`step_size` must be positive and finite. Received: step_size={step_size}"
+        )
+    if iterations < 1:
+        raise ValueError(
+            f"`iterations` must be at least 1. Received: iterations={iterations}"
+        )
+    if exact is None:
+        exact = problem.n <= _EXACT_SAMPLES
+    loss = problem.loss_of(problem.logits(theta))
+    if not math.isfinite(loss):
+        raise ValueError(
+            "The loss is not finite, so there is nothing to forecast: training has "
+            f"probably diverged. Received: loss={loss}"
+        )
+    spectra = _spectra(problem, theta, groups) if exact else None
+    smoothness = _smoothness_bound(problem) if spectra is None else spectra.smoothness
+    if step_size is None:
+        step_size = 1.0 / smoothness
+    elif step_size * smoothness > 1.0 + 1e-12:
+        raise ValueError(
+            "Gradient descent is only known to converge with steps of at most 1 / Ls = "
+            f"{1 / smoothness:.6g}. Received: step_size={step_size}. Leave it out to "
+            "use the longest."
+        )
+    candidates = _path(problem, theta, smoothness, iterations)
+    if spectra is not None:
+        candidates += spectra.candidates
+    candidates = [candidates[i] for i in _envelope(candidates)]
+    repeats = Repeats()
+    names = [int(group).to_bytes(8, "little") for group in groups]
+    repeats.add(names, problem.targets, problem.weights, 0)
+    seen = len(np.unique(groups[problem.weights > 0]))
+    return Forecast(
+        loss=loss,
+        lower_bound=repeats.lower_bound(problem.loss) / problem.normalizer,
+        step_size=step_size,
+        smoothness=smoothness,
+        exact=exact,
+        contraction=None if spectra is None else spectra.contraction(step_size),
+        rank=None if spectra is None else spectra.rank,
+        deficit=None if spectra is None else max(seen - spectra.rank, 0),
+        n_samples=problem.n,
+        n_distinct=repeats.n_distinct,
+        n_conflicts=repeats.conflicts()[0],
+        distance=None if spectra is None else spectra.distance,
+        losses=np.array([loss for loss, _ in candidates]),
+        squared_distances=np.array([distance for _, distance in candidates]),
+        objective=objective,
+        _modes=None if spectra is None else spectra.modes,
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Modes:
+    """The modes of a quadratic loss under gradient descent.
+
+    Attributes:
+        curvatures: Eigenvalues of the Hessian, rounded down, shape `(k,)`.
+        parts: The part of the loss that each mode holds at the start, shape `(k,)`.
+    """
+
+    curvatures: Array
+    parts: Array
+
+    def after(self, steps: Array, step_size: float) -> Array:
+        """The loss after so many steps `(s,)`, rounded up, shape `(s,)`."""
+        rates = np.clip(1.0 - step_size * self.curvatures, 0.0, 1.0)
+        logs = np.log(rates, out=np.full_like(rates, -np.inf), where=rates > 0)
+        rounding = len(self.parts) * _EPS * float(self.parts.sum())
+        # One number of steps at a time: there may be many modes.
+        found = [float(np.exp(2.0 * t * logs) @ self.parts) for t in steps]
+        return np.array(found) * (1.0 + 1e-12) + rounding
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Spectra:
+    """What the eigendecompositions of the outputs' Gram matrices tell."""
+
+    candidates: list[tuple[float, float]]
+    smoothness: float
+    rank: int
+    distance: tuple[float, float, float]
+    curvature: float
+    modes: _Modes | None
+
+    def contraction(self, step_size: float) -> float | None:
+        """Factor of `L - inf L` in each step, for a strongly convex quadratic."""
+        if self.modes is None or self.curvature <= 0:
+            return None
+        return (1.0 - step_size * self.curvature) ** 2
+
+
+def _spectra(problem: ConvexProblem, theta: Array, groups: Indices) -> _Spectra:
+    """Spectra, and candidates by ridge regression on each output's Gram matrix."""
+    logits = problem.logits(theta)
+    family = target_logits(problem.loss, problem.targets, problem.weights, groups)
+    rhs = np.stack([family.finite, family.direction, -logits])
+    seen = np.flatnonzero(problem.weights > 0)
+    roots = np.sqrt(problem.weights[seen])[:, None]
+    # For each penalty: coefficients, and what the parameters Phi^T alpha attain.
+    alphas = np.zeros((len(_PENALTIES), *rhs.shape))
+    attained = np.zeros_like(alphas)
+    scale = problem.loss.max_curvature(problem.units) / problem.normalizer
+    top, rank, lowest = 0.0, problem.n, math.inf
+    curvatures, parts = [], []
+    residuals = logits - problem.targets
+    for c in range(problem.units):
+        gram = problem.gram(c)[np.ix_(seen, seen)] * (roots * roots.T)
+        factor = GramFactor.of_gram(gram)
+        top = max(top, factor.largest)
+        rank = min(rank, factor.rank())
+        rounding = len(seen) * _EPS * factor.largest
+        safe = np.maximum(factor.values - rounding, 0.0)
+        lowest = min(lowest, float(safe.min()))
+        curvatures.append(scale * safe)
+        residual = factor.vectors.T @ (roots[:, 0] * residuals[seen, c])
+        parts.append(residual**2 / (problem.units * problem.normalizer))
+        for k, penalty in enumerate(_PENALTIES):
+            solution, reached = factor.solve(
+                roots * rhs[:, seen, c].T, penalty * factor.largest
+            )
+            alphas[k][:, seen, c] = (roots * solution).T
+            attained[k][:, seen, c] = (reached / roots).T
+    smoothness = scale * top * (1.0 + problem.n * _EPS)
+    # Inner products of the parameters.
+    grams = np.einsum("kinc,kjnc->kij", alphas, attained)
+    chosen = []
+    for alpha, reached, gram in zip(alphas, attained, grams, strict=True):
+        for mix in _mixes(family.finite, family.direction):
+            loss = problem.loss_of(logits + np.tensordot(mix, reached, 1))
+            chosen.append((loss, float(mix @ gram @ mix), alpha, mix))
+    candidates = []
+    for index in _envelope([(loss, distance) for loss, distance, *_ in chosen]):
+        # Rounding has no say in the bound: loss and distance of the very parameters.
+        _, _, alpha, mix = chosen[index]
+        change = problem.transposed_product(np.tensordot(mix, alpha, 1))
+        loss = problem.loss_of(logits + problem.product(change))
+        candidates.append((loss, float(change @ change)))
+    least = grams[0]
+    squared = isinstance(problem.loss, SquaredError)
+    return _Spectra(
+        candidates,
+        smoothness,
+        rank,
+        (
+            float(least[1, 1]),
+            float(2.0 * (least[0, 1] + least[1, 2])),
+            float(least[0, 0] + 2.0 * least[0, 2] + least[2, 2]),
+        ),
+        scale * lowest,
+        _Modes(np.concatenate(curvatures), np.concatenate(parts)) if squared else None,
+    )
+
+
+def _mixes(finite: Array, direction: Array) -> Iterator[Array]:
+    """Shares of finite target, direction and the way back from the current logits."""
+    psis = _PSIS if direction.any() else np.zeros(1)
+    scales = np.ones(1)
+    if finite.any():
+        scales = _SCALES if direction.any() else _SCALES_ALONE
+    return (np.array([scale, psi, 1.0]) for scale in scales for psi in psis)
+
+
+def _envelope(points: list[tuple[float, float]]) -> list[int]:
+    """Indices of the points (loss, distance) that are best for some number of steps."""
+    order = sorted(range(len(points)), key=lambda i: (points[i][1], points[i][0]))
+    hull: list[int] = []
+    for i in order:
+        loss, distance = points[i]
+        if hull and loss >= points[hull[-1]][0]:
+            continue
+        while len(hull) > 1:
+            (loss0, distance0), (loss1, distance1) = (points[j] for j in hull[-2:])
+            if (loss1 - loss0) * (distance - distance0) < (loss - loss0) * (
+                distance1 - distance0
+            ):
+                break
+            hull.pop()
+        hull.append(i)
+    return hull
+
+
+def _path(
+    problem: ConvexProblem, theta: Array, smoothness: float, iterations: int
+) -> list[tuple[float, float]]:
+    """Candidates along L-BFGS on the loss plus `||theta - theta_0||^2 / (2 eta t)`.
+
+    That objective is the right side of the bound, so every iterate is a candidate, and
+    its minimum for each `t` would be the best.
+
+    Returns:
+        Losses and squared distances.
+    """
+    candidates: list[tuple[float, float]] = []
+    penalty = 0.0
+
+    def right_side(point: Array) -> tuple[float, Array]:
+        loss, gradient = problem.value_and_gradient(point)
+        change = point - theta
+        distance = float(change @ change)
+        candidates.append((loss, distance))
+        return loss + 0.5 * penalty * distance, gradient + penalty * change
+
+    point = theta
+    powers = range(2, 9, 2)
+    for power in powers:
+        penalty = smoothness * 10.0**-power
+        point = scipy.optimize.minimize(
+            right_side,
+            point,
+            jac=True,
+            method="L-BFGS-B",
+            options={
+                "maxiter": -(-iterations // len(powers)),
+                "maxcor": 10,
+                "ftol": 0.0,
+                "gtol": 0.0,
+            },
+        ).x
+    # Where all samples are on their side, going further is a cross-entropy's way down.
+    logits, change = problem.logits(theta), problem.product(point - theta)
+    distance = float((point - theta) @ (point - theta))
+    candidates += [
+        (problem.loss_of(logits + factor * change), factor**2 * distance)
+        for factor in _FURTHER
+    ]
+    return candidates
+
+
+def _smoothness_bound(problem: ConvexProblem) -> float:
+    """An upper bound on the Lipschitz constant of the gradient, without `n x n`.
+
+    The Gram matrix of an output is the entrywise product of two positive semi-definite
+    ones, plus 1 for the bias. The largest eigenvalue of such a product is at most that
+    of one factor, if the other has a diagonal of ones (Schur); so the diagonal of one
+    is moved to the other.
+
+    Returns:
+        The bound.
+    """
+    features = problem.features
+    roots = np.sqrt(problem.weights)[:, None]
+    lengths = np.linalg.norm(features, axis=1)[:, None]
+    largest = 0.0
+    for c in range(problem.units):
+        gates = problem.w[c] * gate_activations(
+            features, problem.r[:, c], problem.slope
+        )
+        opening = np.linalg.norm(gates, axis=1)[:, None]
+        by_features = _largest_eigenvalue(roots * opening * features)
+        by_gates = _largest_eigenvalue(roots * lengths * gates)
+        largest = max(largest, min(by_features, by_gates))
+    largest += float(problem.weights.sum())
+    scale = problem.loss.max_curvature(problem.units) / problem.normalizer
+    return scale * largest * (1.0 + 1e-10)
+
+
+def _largest_eigenvalue(matrix: Array) -> float:
+    """Of `matrix.T @ matrix`, whose side is the smaller one."""
+    if matrix.shape[0] < matrix.shape[1]:
+        matrix = matrix.T
+    gram = matrix.T @ matrix
+    last = len(gram) - 1
+    values = scipy.linalg.eigvalsh(gram, subset_by_index=(last, last))
+    return float(values[0])

@@ -1,0 +1,194 @@
+"""The weight of the L2 term, chosen by the loss on samples held out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from keras_dalign.numerics.losses import SquaredError
+from keras_dalign.solving.descent import Iterate, descend
+
+if TYPE_CHECKING:
+    from keras_dalign.numerics.gram import Array
+    from keras_dalign.solving.problem import ConvexProblem
+
+# From strong to weak, for a loss that is a mean; for a sum they are as many times
+# larger as there are samples.
+_WEIGHTS = tuple(10.0**-k for k in range(8))
+# The path ends when the held-out loss has risen so many times in a row.
+_RISES = 2
+_HELD_OUT = 0.2
+# A point of the path need not be as exact as the last one: a part of the first loss.
+_PATH_TOLERANCE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class L2Trial:
+    """One weight that was tried.
+
+    Attributes:
+        l2: The weight.
+        train_loss: Loss of the samples trained on, without the L2 term.
+        held_out_loss: Loss of the samples held out.
+        held_out_error: Fraction of them that are misclassified; None for squared error.
+        iterations: Iterations it took, from the weight before.
+    """
+
+    l2: float
+    train_loss: float
+    held_out_loss: float
+    held_out_error: float | None
+    iterations: int
+
+    def __str__(self) -> str:
+        error = (
+            ""
+            if self.held_out_error is None
+            else f", error {100 * self.held_out_error:.2f} %"
+        )
+        return f"l2={self.l2:.0e}: held-out loss {self.held_out_loss:.4g}{error}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class L2Choice:
+    """The weight of the least held-out loss.
+
+    Attributes:
+        l2: The weight.
+        theta: The minimum for it on the samples trained on, to start from.
+        trials: Every weight tried, from strong to weak.
+    """
+
+    l2: float
+    theta: Array
+    trials: tuple[L2Trial, ...]
+
+
+def choose_l2(
+    problem: ConvexProblem,
+    start: Array,
+    *,
+    tol: float,
+    max_iterations: int = 1000,
+    validation: ConvexProblem | None = None,
+    seed: int = 0,
+    watch: Callable[[L2Trial], Any] | None = None,
+) -> L2Choice:
+    """Goes along a path of L2 weights, from strong to weak, and takes the best one.
+
+    Each weight starts at the minimum of the one before. One fifth of the samples is
+    held out, at random, the same part of every class; their features stay where they
+    are, with a weight of 0, so that nothing is computed twice. The trunk that made the
+    features has seen these samples: their loss flatters weak weights. With little data,
+    pass `validation`.
+
+    Args:
+        problem: The problem of all samples.
+        start: Parameters to start at, shape `(size,)`.
+        tol: Gap of each minimum, if it is more than a thousandth of the first loss.
+        max_iterations: Most iterations for one weight.
+        validation: Samples to hold against the path instead of a fifth of the problem.
+        seed: Seed of the choice of samples.
+        watch: Called with each trial.
+
+    Returns:
+        The weight, where to start with it, and all trials.
+
+    Raises:
+        ValueError: If there are too few samples to hold some out.
+    """
+    if validation is None:
+        held_out = hold_out(problem, seed)
+        trained = problem.reweighted((~held_out).astype(np.float64))
+        validation = problem.reweighted(held_out.astype(np.float64))
+        at: Callable[[Iterate], Array] = _kept_logits
+    else:
+        trained = problem
+        at = functools.partial(_new_logits, validation)
+    unit = float(problem.weights.sum()) / problem.normalizer
+    loss = trained.loss_of(trained.logits(start))
+    tol = max(tol, _PATH_TOLERANCE * loss)
+    trials: list[L2Trial] = []
+    best = rises = 0
+    theta = best_theta = start
+    for weight in _WEIGHTS:
+        l2 = weight * unit
+        for last in descend(
+            trained,
+            theta,
+            method="newton",
+            tol=tol,
+            l2=l2,
+            max_iterations=max_iterations,
+        ):
+            theta = last.theta
+        trials.append(_trial(l2, last, at(last), validation))
+        if watch is not None:
+            watch(trials[-1])
+        if trials[-1].held_out_loss <= trials[best].held_out_loss:
+            best, best_theta, rises = len(trials) - 1, theta, 0
+        else:
+            rises += 1
+        if rises == _RISES:
+            break
+    return L2Choice(trials[best].l2, best_theta, tuple(trials))
+
+
+def hold_out(problem: ConvexProblem, seed: int) -> np.ndarray:
+    """Which samples to hold out: a fifth of every class, at random.
+
+    Args:
+        problem: The problem.
+        seed: Seed of the choice.
+
+    Returns:
+        Shape `(n,)`, bool; samples of weight 0 are never held out.
+
+    Raises:
+        ValueError: If there are fewer than five samples.
+    """
+    counted = np.flatnonzero(problem.weights)
+    if len(counted) < 5:
+        raise ValueError(
+            "There are too few samples to hold some out. Received: l2='auto' with "
+            f"{len(counted)} samples. Pass `validation_data`, or a number for `l2`."
+        )
+    order = np.random.default_rng(seed).permutation(counted)
+    if not isinstance(problem.loss, SquaredError):
+        # Sorted by class, every fifth one is a fifth of each.
+        _, classes = np.unique(problem.targets[order], axis=0, return_inverse=True)
+        order = order[np.argsort(classes.ravel(), kind="stable")]
+    held_out = np.zeros(problem.n, dtype=bool)
+    held_out[order[2 :: round(1 / _HELD_OUT)]] = True
+    return held_out
+
+
+def _kept_logits(iterate: Iterate) -> Array:
+    return iterate.logits
+
+
+def _new_logits(validation: ConvexProblem, iterate: Iterate) -> Array:
+    return validation.logits(iterate.theta)
+
+
+def _trial(
+    l2: float, last: Iterate, logits: Array, validation: ConvexProblem
+) -> L2Trial:
+    error = None
+    if not isinstance(validation.loss, SquaredError):
+        if validation.units == 1:
+            wrong = ((logits > 0) != (validation.targets > 0.5)).ravel()
+        else:
+            wrong = logits.argmax(axis=1) != validation.targets.argmax(axis=1)
+        error = float(validation.weights @ wrong / validation.weights.sum())
+    return L2Trial(
+        l2=l2,
+        train_loss=last.loss,
+        held_out_loss=validation.loss_of(logits),
+        held_out_error=error,
+        iterations=last.iteration,
+    )

@@ -1,0 +1,377 @@
+"""The model that trains in two phases: a trunk and an alignment head."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
+from keras_dalign.head.features import as_inputs, from_inputs
+from keras_dalign.training.dalign import DAlign
+from keras_dalign.training.training_run import TrainingRun
+
+if TYPE_CHECKING:
+    from keras_dalign.training.switch import SwitchReport
+
+
+@keras.saving.register_keras_serializable(package="keras_dalign")
+class AlignedModel(keras.Model):
+    """A trunk and an `AlignmentHead`, trained in two phases by one `fit`.
+
+    Inputs and outputs (logits) are those of the base model. While exploring,
+    training is Keras's own; in exploitation the trunk is a fixed function in
+    inference mode and the only trainable variables are the head's `q` and `b`.
+    `keras_dalign.align` makes one from a model; the constructor makes one from
+    parts.
+
+    Compiled with `DAlign`, `fit` explores, switches and exploits. Compiled with any
+    other optimizer, the model trains as an ordinary Keras model in the phase that
+    it is in.
+
+    Args:
+        trunk: A built Keras model that maps the inputs to features, shape
+            `(batch, p)`, or to a pair of features (see `AlignmentHead`).
+        head: The `AlignmentHead`. It is built here if it is not yet.
+        **kwargs: Keyword arguments of `keras.Model`.
+
+    Raises:
+        ValueError: If trunk or head are of the wrong kind or unbuilt.
+    """
+
+    def __init__(self, trunk: keras.Model, head: AlignmentHead, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not isinstance(trunk, keras.Model) or not trunk.built:
+            raise ValueError(
+                "`trunk` must be a built keras.Model. Received: "
+                f"trunk={trunk}. Call it once on a batch of data to build it."
+            )
+        if not isinstance(head, AlignmentHead):
+            raise ValueError(f"`head` must be an AlignmentHead. Received: head={head}")
+        if not head.built:
+            head.build(_feature_shape(trunk))
+        self.trunk = trunk
+        self.head = head
+        self.switch_report: SwitchReport | None = None
+        # What the base model was compiled with, as a loss of logits; see `align`.
+        self.inherited_loss: keras.losses.Loss | None = None
+        self._compiled_phase = head.phase
+        self.built = True
+
+    def build(self, input_shape: Any = None) -> None:
+        """Does nothing: trunk and head are built."""
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        """Computes the logits, shape `(batch, units)`."""
+        features = from_inputs(inputs)
+        if features is None:
+            exploring = self.phase != EXPLOITING
+            features = self.trunk(inputs, training=bool(training) and exploring)
+        return self.head(features, training=training)
+
+    @property
+    def phase(self) -> str:
+        """`"exploring"` or `"exploiting"`."""
+        return self.head.phase
+
+    def start_exploiting(self, noise: float = 1e-3) -> None:
+        """Sets the head's gates and freezes the trunk, without looking at data.
+
+        `fit` does this, after re-estimating batch-norm statistics and the head's
+        standardisation. See `AlignmentHead.start_exploiting`.
+        """
+        self.head.start_exploiting(noise)
+        self._follow_phase()
+
+    def _follow_phase(self) -> None:
+        """Forgets functions that were compiled in the other phase."""
+        optimizer = getattr(self, "optimizer", None)
+        if isinstance(optimizer, DAlign):
+            optimizer.enter(self.phase)
+        if self._compiled_phase != self.phase:
+            self._compiled_phase = self.phase
+            self.train_function = None
+            self.test_function = None
+            self.predict_function = None
+
+    def compile(
+        self,
+        optimizer: Any = "rmsprop",
+        loss: Any = None,
+        loss_weights: Any = None,
+        metrics: Any = None,
+        weighted_metrics: Any = None,
+        run_eagerly: bool = False,
+        steps_per_execution: int = 1,
+        jit_compile: bool | str = "auto",
+        auto_scale_loss: bool = True,
+    ) -> None:
+        """Configures the model for training, as `keras.Model.compile`."""
+        if isinstance(optimizer, DAlign):
+            if auto_scale_loss and self.dtype_policy.name == "mixed_float16":
+                optimizer.scale_losses()
+            optimizer.build_phases(
+                exploring=self._explored_variables(),
+                exploiting=self.head.exploited_variables,
+            )
+            auto_scale_loss = False
+        super().compile(
+            optimizer=optimizer,
+            loss=loss,
+            loss_weights=loss_weights,
+            metrics=metrics,
+            weighted_metrics=weighted_metrics,
+            run_eagerly=run_eagerly,
+            steps_per_execution=steps_per_execution,
+            jit_compile=jit_compile,
+            auto_scale_loss=auto_scale_loss,
+        )
+        self._follow_phase()
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compiles a loaded model as it was compiled when saved."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if not self.optimizer.built:
+            self.optimizer.build(self.trainable_variables)
+
+    def fit(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        verbose: int | str = "auto",
+        callbacks: Any = None,
+        validation_split: float = 0.0,
+        validation_data: Any = None,
+        shuffle: bool = True,
+        class_weight: dict[int, float] | None = None,
+        sample_weight: Any = None,
+        initial_epoch: int = 0,
+        steps_per_epoch: int | None = None,
+        validation_steps: int | None = None,
+        validation_batch_size: int | None = None,
+        validation_freq: int = 1,
+    ) -> keras.callbacks.History:
+        """Trains the model: explore, switch, exploit. Arguments as in Keras.
+
+        Callbacks and `History` see one training run; the log entry `phase` is 0
+        while exploring and 1 in exploitation. A model that exploits already goes
+        on exploiting.
+
+        Returns:
+            The history of the whole run.
+
+        Raises:
+            ValueError: If the data are empty, non-finite or more than the head's
+                `n_samples`, if labels do not fit the loss, or if the loss is not
+                convex in the logits.
+        """
+        arguments = {
+            "batch_size": batch_size,
+            "verbose": verbose,
+            "shuffle": shuffle,
+            "class_weight": class_weight,
+            "steps_per_epoch": steps_per_epoch,
+            "validation_steps": validation_steps,
+            "validation_batch_size": validation_batch_size,
+            "validation_freq": validation_freq,
+        }
+        if isinstance(getattr(self, "optimizer", None), DAlign):
+            run = TrainingRun(
+                self,
+                super().fit,
+                x,
+                y,
+                sample_weight,
+                validation_split=validation_split,
+                validation_data=validation_data,
+                callbacks=callbacks,
+                epochs=epochs,
+                initial_epoch=initial_epoch,
+                **arguments,
+            )
+            return run.train()
+        return super().fit(
+            x,
+            y,
+            sample_weight=sample_weight,
+            epochs=epochs,
+            callbacks=callbacks,
+            validation_split=validation_split,
+            validation_data=validation_data,
+            initial_epoch=initial_epoch,
+            **arguments,
+        )
+
+    def train_step(self, *args: Any) -> Any:
+        """One step: Keras's own, in exploitation on the frozen trunk's features.
+
+        Called with `(data)` on TensorFlow and PyTorch and with `(state, data)` on
+        JAX, as Keras defines it.
+
+        Returns:
+            The logs, and on JAX the new state beside them.
+        """
+        *state, batch = args
+        if self.phase == EXPLOITING:
+            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+            if from_inputs(x) is None:
+                # Outside of the differentiated part of the step: no gradient and
+                # no activation of the trunk is ever kept.
+                batch = (as_inputs(self._frozen_features(x, *state)), y, sample_weight)
+        return super().train_step(*state, batch)
+
+    def _frozen_features(self, x: Any, state: Any = None) -> Any:
+        if state is not None:
+            variables = self.trainable_variables + self.non_trainable_variables
+            values = list(state[0]) + list(state[1])
+            with keras.StatelessScope(
+                state_mapping=list(zip(variables, values, strict=True))
+            ):
+                return self.trunk(x, training=False)
+        if keras.backend.backend() == "torch":
+            import torch  # noqa: PLC0415  (only where it is the backend)
+
+            with torch.no_grad():
+                return self.trunk(x, training=False)
+        return self.trunk(x, training=False)
+
+    def make_train_function(self, force: bool = False) -> Any:
+        """Compiles the training step of the current phase."""
+        self._follow_phase()
+        return super().make_train_function(force)
+
+    def make_test_function(self, force: bool = False) -> Any:
+        """Compiles the evaluation step of the current phase."""
+        self._follow_phase()
+        return super().make_test_function(force)
+
+    def make_predict_function(self, force: bool = False) -> Any:
+        """Compiles the prediction step of the current phase."""
+        self._follow_phase()
+        return super().make_predict_function(force)
+
+    def _explored_variables(self) -> list[keras.Variable]:
+        """What exploration trains, also when the model exploits already."""
+        variables = self.trunk.trainable_variables + self.head.explored_variables
+        # The output layer may be one of the trunk's, called a second time.
+        return list({id(variable): variable for variable in variables}.values())
+
+    @property
+    def trainable_variables(self) -> list[keras.Variable]:
+        """What the current phase trains."""
+        if self.phase == EXPLOITING:
+            return self.head.exploited_variables if self.trainable else []
+        return super().trainable_variables
+
+    @property
+    def non_trainable_variables(self) -> list[keras.Variable]:
+        """All other variables that the current phase computes with.
+
+        What sleeps is among the `weights`, but no state of a step: JAX would hand it
+        around for nothing.
+        """
+        others = self.trainable_variables + self.head.sleeping_variables
+        left_out = {id(v) for v in others}
+        return [v for v in self.variables if id(v) not in left_out]
+
+    @property
+    def trainable_weights(self) -> list[keras.Variable]:
+        """What the current phase trains."""
+        return self.trainable_variables
+
+    @property
+    def non_trainable_weights(self) -> list[keras.Variable]:
+        """All other weights."""
+        trained = {id(v) for v in self.trainable_variables}
+        return [v for v in self.weights if id(v) not in trained]
+
+    def set_weights(self, weights: list[Any]) -> None:
+        """Sets all weights and, with them, the phase."""
+        super().set_weights(weights)
+        self.head.sync_phase()
+        self._follow_phase()
+
+    def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """Loads all weights and, with them, the phase; arguments as in Keras.
+
+        Raises:
+            ValueError: If they are those of another model; this one is then left as
+                it was.
+        """
+        optimizer = getattr(self, "optimizer", None)
+        state = list(self.variables)
+        if isinstance(optimizer, DAlign):
+            state += optimizer.all_variables
+        elif optimizer:
+            state += optimizer.variables
+        before = [keras.ops.convert_to_numpy(variable) for variable in state]
+        try:
+            super().load_weights(filepath, *args, **kwargs)
+        except ValueError as error:
+            for variable, value in zip(state, before, strict=True):
+                variable.assign(value)
+            self.head.sync_phase()
+            raise ValueError(
+                "The weights do not fit this model, which was left as it was. "
+                f"Received: '{filepath}' for a head of {self.head.units} outputs and "
+                f"width {self.head.width} with {self.head.gates} gates. Align it "
+                f"as it was when the weights were saved. Keras said: {error}"
+            ) from error
+        finally:
+            self._follow_phase()
+
+    @property
+    def inputs(self) -> Any:
+        """The symbolic inputs, those of the trunk."""
+        return self.trunk.inputs
+
+    @property
+    def input_shape(self) -> Any:
+        """The shape of the inputs."""
+        return self.trunk.input_shape
+
+    @property
+    def output_shape(self) -> tuple[int | None, int]:
+        """The shape of the logits."""
+        return (None, self.head.units)
+
+    def compute_output_shape(self, input_shape: Any) -> tuple[int | None, int]:
+        """The shape of the logits for inputs of the given shape."""
+        return self.head.compute_output_shape(
+            self.trunk.compute_output_shape(input_shape)
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments that rebuild this model (its phase is among the weights)."""
+        serialize = keras.saving.serialize_keras_object
+        return {
+            "trunk": serialize(self.trunk),
+            "head": serialize(self.head),
+            "name": self.name,
+            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
+        }
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> AlignedModel:
+        """Rebuilds a model from `get_config`."""
+        config = dict(config)
+        for key in ("trunk", "head"):
+            config[key] = keras.saving.deserialize_keras_object(
+                config[key], custom_objects=custom_objects
+            )
+        return cls(**config)
+
+
+def _feature_shape(trunk: keras.Model) -> Any:
+    try:
+        return trunk.output_shape
+    except AttributeError as error:
+        raise ValueError(
+            "The head cannot be built from a trunk whose output shape is unknown. "
+            f"Received: trunk={trunk}. Build the head first by calling it once: "
+            "`head(trunk(batch))`."
+        ) from error

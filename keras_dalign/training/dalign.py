@@ -1,0 +1,522 @@
+"""The optimizer that explores with one optimizer and exploits with another."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_dalign.head.alignment_head import EXPLOITING, EXPLORING
+from keras_dalign.solving.descent import SolveOptions
+
+# What `exploit_optimizer` is called when it is the solver.
+SOLVE = "solve"
+
+_ON_THE_INNER_OPTIMIZER = (
+    "learning_rate",
+    "weight_decay",
+    "clipnorm",
+    "clipvalue",
+    "global_clipnorm",
+    "use_ema",
+    "ema_momentum",
+    "ema_overwrite_frequency",
+    "loss_scale_factor",
+    "gradient_accumulation_steps",
+)
+
+
+@keras.saving.register_keras_serializable(package="keras_dalign")
+class DAlign(keras.optimizers.Optimizer):
+    """Turns any Keras optimizer into two-phase training to a global minimum.
+
+    Compile an `AlignedModel` with it and one `fit` does both phases: the first
+    epochs train the whole model with `inner_optimizer` (exploration), the
+    remaining ones train the convex head with `exploit_optimizer`
+    (exploitation). Each optimizer holds its own variables; learning rates,
+    schedules, weight decay, clipping, EMA and loss scaling are those of the
+    optimizer of the current phase.
+
+    Args:
+        inner_optimizer: The `keras.optimizers.Optimizer` (or its name) that
+            trains the base model.
+        exploit_optimizer: The optimizer of the second phase. Defaults to a fresh
+            copy of `inner_optimizer` whose learning-rate schedule, if it has one,
+            goes on where exploration left it. An optimizer given here starts its
+            own schedule at step 0. `"solve"` instead minimises the convex problem
+            full batch, as `keras_dalign.solve` does: each iteration is an epoch for
+            callbacks and `History` (with `gap` in the logs), it ends at the gap
+            that was asked for or after `max_iterations`, and may go beyond
+            `epochs`. The features of streams are kept, too.
+        explore: Float in (0, 1), fraction of the epochs spent in exploration; or a
+            non-negative int, their number (0: exploit from the first epoch).
+        noise: Non-negative float, standard deviation of the Gaussian noise added
+            to learned gates at the switch, in units of the weights' root mean
+            square. Random gates take none.
+        cache_features: `"auto"`, `True` or `False`. Whether exploitation computes
+            the trunk's features once and keeps them in memory. `"auto"` does so
+            for arrays when they fit; `True` also for streams (one pass is stored,
+            so random augmentation stops); `False` never.
+        solve_options: Dict with any of `tol`, `method`, `l2` and `max_iterations`,
+            for `exploit_optimizer="solve"`; see `keras_dalign.solve`.
+        name: Name of the optimizer.
+
+    Raises:
+        ValueError: If an argument is out of its range, or at the first step if
+            the model has no alignment head.
+
+    Example:
+
+    ```python
+    model = keras_dalign.align(base, n_samples=len(x))
+    model.compile(
+        optimizer=keras_dalign.DAlign(keras.optimizers.Adam()),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    model.fit(x, y, epochs=30)
+    ```
+
+    Reference:
+        - Kawaguchi, Zhang & Deng, Neural Computation 34(4), 2022.
+    """
+
+    def __init__(
+        self,
+        inner_optimizer: keras.optimizers.Optimizer | str,
+        exploit_optimizer: keras.optimizers.Optimizer | str | None = None,
+        explore: float = 0.6,
+        noise: float = 1e-3,
+        cache_features: bool | str = "auto",
+        name: str | None = None,
+        solve_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for key, value in kwargs.items():
+            if key in _ON_THE_INNER_OPTIMIZER:
+                raise ValueError(
+                    f"DAlign does not take `{key}`: set it on `inner_optimizer` (and "
+                    f"on `exploit_optimizer`). Received: {key}={value}"
+                )
+            raise TypeError(f"DAlign got an unexpected argument. Received: {key}=...")
+        # A callable, as a number would become one more variable to carry around.
+        super().__init__(learning_rate=_no_rate_of_its_own, name=name)
+        self.explore = _checked_explore(explore)
+        if not isinstance(noise, (int, float)) or not 0 <= noise < math.inf:
+            raise ValueError(
+                f"`noise` must be a non-negative number. Received: noise={noise}"
+            )
+        self.noise = float(noise)
+        if cache_features not in (True, False, "auto"):
+            raise ValueError(
+                "`cache_features` must be True, False or 'auto'. Received: "
+                f"cache_features={cache_features}"
+            )
+        self.cache_features = cache_features
+        self.inner_optimizer = _checked_optimizer("inner_optimizer", inner_optimizer)
+        self._copies_inner = exploit_optimizer is None
+        self._solves = isinstance(exploit_optimizer, str) and exploit_optimizer == SOLVE
+        self.solve_options = _checked_solve_options(
+            solve_options, self._solves, cache_features
+        )
+        if self._solves:
+            exploit_optimizer = NoSteps(name=SOLVE)
+        elif exploit_optimizer is None:
+            exploit_optimizer = _fresh_copy(self.inner_optimizer)
+        self.exploit_optimizer = _checked_optimizer(
+            "exploit_optimizer", exploit_optimizer
+        )
+        if self.exploit_optimizer is self.inner_optimizer:
+            raise ValueError(
+                "One optimizer cannot serve both phases: each holds state for its own "
+                "variables. Received: exploit_optimizer is inner_optimizer. Pass a "
+                "second optimizer, or None for a fresh copy."
+            )
+        self._phase = EXPLORING
+
+    def active_optimizer(self) -> keras.optimizers.Optimizer:
+        """Returns the optimizer of the current phase."""
+        # A method: Keras saves every optimizer that is an attribute, under its name.
+        if self._phase == EXPLOITING:
+            return self.exploit_optimizer
+        return self.inner_optimizer
+
+    @property
+    def phase(self) -> str:
+        """`"exploring"` or `"exploiting"`."""
+        return self._phase
+
+    @property
+    def solves(self) -> bool:
+        """Whether exploitation is a full-batch solve instead of training steps."""
+        return self._solves
+
+    def exploration_epochs(self, epochs: int) -> int:
+        """Number of exploration epochs in a run of `epochs`.
+
+        Args:
+            epochs: Int, epochs of the whole run.
+
+        Returns:
+            The number; for a fractional `explore` both phases get an epoch as soon
+            as there are two.
+
+        Raises:
+            ValueError: If an integer `explore` is larger than `epochs`.
+        """
+        if isinstance(self.explore, float):
+            return min(max(round(self.explore * epochs), 1), max(epochs - 1, 1))
+        if self.explore > epochs:
+            raise ValueError(
+                "`explore` is beyond the epochs of this run. Received: "
+                f"explore={self.explore}, epochs={epochs}. Train for more epochs, or "
+                "give `explore` as a fraction."
+            )
+        return self.explore
+
+    def enter(self, phase: str) -> None:
+        """Makes `phase` the current one: its optimizer takes the next step."""
+        self._phase = phase
+        if phase == EXPLOITING and self._copies_inner:
+            schedule = _unwrapped(self.exploit_optimizer)._learning_rate
+            if isinstance(schedule, ContinuedSchedule):
+                explored = _unwrapped(self.inner_optimizer)._iterations
+                schedule.start = int(ops.convert_to_numpy(explored))
+
+    def scale_losses(self) -> None:
+        """Wraps both optimizers for float16 training, unless they are already."""
+        if not self.built:
+            self.inner_optimizer = _loss_scaled(self.inner_optimizer)
+            self.exploit_optimizer = _loss_scaled(self.exploit_optimizer)
+
+    def build_phases(
+        self,
+        exploring: list[keras.Variable],
+        exploiting: list[keras.Variable],
+    ) -> None:
+        """Builds each phase's optimizer on the variables that it trains.
+
+        Raises:
+            ValueError: If they were built on other variables already.
+        """
+        if self.built:
+            known = _unwrapped(self.inner_optimizer)._trainable_variables
+            if [id(v) for v in known] != [id(v) for v in exploring]:
+                raise ValueError(
+                    "DAlign was built for another model already. Received: a model "
+                    f"with {len(exploring)} trainable variables that are not those it "
+                    "knows. Pass a fresh DAlign to `compile`."
+                )
+            return
+        self.inner_optimizer.build(exploring)
+        self.exploit_optimizer.build(exploiting)
+        self.built: bool = True
+
+    def build(self, variables: list[keras.Variable]) -> None:
+        """Refuses models without an alignment head; others were built by `compile`.
+
+        Raises:
+            ValueError: If the model is not an `AlignedModel`.
+        """
+        if not self.built:
+            raise ValueError(
+                "DAlign trains models with an alignment head. Received: a model "
+                f"with {len(variables)} trainable variables that is no AlignedModel. "
+                "Call `keras_dalign.align(model, n_samples=...)` first, and compile "
+                "and fit what it returns (or build AlignedModel(trunk, head) yourself)."
+            )
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """Own variables and those of the optimizer of the current phase.
+
+        They are the state of a training step. The other phase's optimizer rests, and
+        is saved all the same.
+        """
+        return self._variables + self.active_optimizer().variables
+
+    @property
+    def all_variables(self) -> list[keras.Variable]:
+        """Own variables and those of both optimizers."""
+        optimizers = (self.inner_optimizer, self.exploit_optimizer)
+        return self._variables + [v for o in optimizers for v in o.variables]
+
+    def apply(
+        self, grads: list[Any], trainable_variables: list[Any] | None = None
+    ) -> None:
+        """Takes one step with the optimizer of the current phase."""
+        if not self.built:
+            self.build(trainable_variables or [])
+        self.active_optimizer().apply(grads, trainable_variables)
+        self._iterations.assign_add(1)
+
+    def stateless_apply(
+        self,
+        optimizer_variables: list[Any],
+        grads: list[Any],
+        trainable_variables: list[Any],
+    ) -> tuple[list[Any], list[Any]]:
+        """Pure version of `apply`: returns new trainable and optimizer variables."""
+        if not self.built:
+            self.build(trainable_variables)
+        # The active optimizer's own stateless_apply is called, as loss scaling
+        # updates its state inside a `cond`, where assignments would leak.
+        own = len(self._variables)
+        trained, active = self.active_optimizer().stateless_apply(
+            optimizer_variables[own:], grads, trainable_variables
+        )
+        mapping = list(zip(self._variables, optimizer_variables[:own], strict=True))
+        with keras.StatelessScope(state_mapping=mapping) as scope:
+            self._iterations.assign_add(1)
+        values = [scope.get_current_value(v) for v in self._variables]
+        return trained, values + active
+
+    def scale_loss(self, loss: Any) -> Any:
+        """Scales the loss as the optimizer of the current phase asks."""
+        return self.active_optimizer().scale_loss(loss)
+
+    @property
+    def loss_scale_factor(self) -> float | None:
+        """The loss scale of the optimizer of the current phase."""
+        if not hasattr(self, "exploit_optimizer"):
+            return None
+        return self.active_optimizer().loss_scale_factor
+
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, value: float | None) -> None:
+        # Keras's constructor sets it before there is an inner optimizer.
+        if hasattr(self, "exploit_optimizer"):
+            self.active_optimizer().loss_scale_factor = value
+
+    @property
+    def learning_rate(self) -> Any:
+        """The learning rate of the optimizer of the current phase."""
+        return self.active_optimizer().learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value: Any) -> None:
+        self.active_optimizer().learning_rate = value
+
+    @property
+    def iterations(self) -> keras.Variable:
+        """Steps taken in both phases together."""
+        return self._iterations
+
+    def finalize_variable_values(self, var_list: list[keras.Variable]) -> None:
+        """Ends the phase's training, e.g. by taking over averaged weights."""
+        self.active_optimizer().finalize_variable_values(var_list)
+        if (
+            keras.backend.backend() == "jax"
+            and _unwrapped(self.active_optimizer()).use_ema
+        ):
+            # The average and the weight would share one buffer, which the next
+            # training step could not donate twice.
+            for variable in var_list:
+                variable.assign(ops.copy(variable.value))
+
+    def set_weights(self, weights: list[Any]) -> None:
+        """Sets the values of `variables`, in their order."""
+        variables = self.variables
+        if len(weights) != len(variables):
+            raise ValueError(
+                "`weights` must match the optimizer's variables one to one. Received: "
+                f"{len(weights)} values for {len(variables)} variables."
+            )
+        for variable, value in zip(variables, weights, strict=True):
+            variable.assign(value)
+
+    def save_own_variables(self, store: Any) -> None:
+        """Saves own variables; Keras saves those of both optimizers by itself."""
+        for index, variable in enumerate(self._variables):
+            store[str(index)] = variable.numpy()
+
+    def load_own_variables(self, store: Any) -> None:
+        """Loads own variables; Keras loads those of both optimizers by itself."""
+        for index, variable in enumerate(self._variables):
+            variable.assign(store[str(index)])
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments that rebuild this optimizer (without its state)."""
+        serialize = keras.saving.serialize_keras_object
+        return {
+            "inner_optimizer": serialize(self.inner_optimizer),
+            "exploit_optimizer": self._exploit_config(),
+            "explore": self.explore,
+            "noise": self.noise,
+            "cache_features": self.cache_features,
+            "solve_options": dict(self.solve_options) if self._solves else None,
+            "name": self.name,
+        }
+
+    def _exploit_config(self) -> Any:
+        if self._copies_inner:
+            return None
+        if self._solves:
+            return SOLVE
+        return keras.saving.serialize_keras_object(self.exploit_optimizer)
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> DAlign:
+        """Rebuilds an optimizer from `get_config`."""
+        config = dict(config)
+        for key in ("inner_optimizer", "exploit_optimizer"):
+            if config[key] == SOLVE:
+                continue
+            config[key] = keras.saving.deserialize_keras_object(
+                config[key], custom_objects=custom_objects
+            )
+        return cls(**config)
+
+
+@keras.saving.register_keras_serializable(package="keras_dalign")
+class NoSteps(keras.optimizers.Optimizer):
+    """Stands for the solver, which is no optimizer: it takes no steps.
+
+    Without it there would be no learning rate for callbacks to read in exploitation.
+
+    Args:
+        learning_rate: Float, of no effect.
+        name: Name of the optimizer.
+    """
+
+    def __init__(self, learning_rate: float = 0.0, name: str | None = None) -> None:
+        super().__init__(learning_rate=learning_rate, name=name)
+
+    def update_step(self, *_: Any) -> None:
+        """Refuses the step.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "With exploit_optimizer='solve' there are no training steps in "
+            "exploitation. Received: a step of one batch. Call `fit`, or "
+            "`keras_dalign.solve`."
+        )
+
+
+@keras.saving.register_keras_serializable(package="keras_dalign")
+class ContinuedSchedule(keras.optimizers.schedules.LearningRateSchedule):
+    """A learning-rate schedule that goes on from a later step.
+
+    Args:
+        schedule: The schedule to continue.
+        start: Int, the step of `schedule` that is this one's step 0.
+    """
+
+    def __init__(
+        self,
+        schedule: keras.optimizers.schedules.LearningRateSchedule,
+        start: int = 0,
+    ) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.start = start
+
+    def __call__(self, step: Any) -> Any:
+        """The learning rate at `step` steps after `start`."""
+        return self.schedule(step + self.start)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments that rebuild this schedule."""
+        return {
+            "schedule": keras.optimizers.schedules.serialize(self.schedule),
+            "start": self.start,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> ContinuedSchedule:
+        """Rebuilds a schedule from `get_config`."""
+        schedule = keras.optimizers.schedules.deserialize(config["schedule"])
+        return cls(schedule, config["start"])
+
+
+def _no_rate_of_its_own() -> float:
+    return 0.0
+
+
+def _checked_explore(explore: Any) -> float:
+    if isinstance(explore, (int, np.integer)) and not isinstance(explore, bool):
+        if explore >= 0:
+            return int(explore)
+    elif isinstance(explore, (float, np.floating)) and 0.0 < explore < 1.0:
+        return float(explore)
+    raise ValueError(
+        "`explore` must be a fraction of the epochs (a float between 0 and 1, both "
+        "excluded) or a number of epochs (a non-negative int). Received: "
+        f"explore={explore}"
+    )
+
+
+def _checked_solve_options(
+    options: Any, solves: bool, cache_features: Any
+) -> dict[str, Any]:
+    if not solves:
+        if options is not None:
+            raise ValueError(
+                "`solve_options` belong to exploit_optimizer='solve'. Received: "
+                f"solve_options={options} with another one."
+            )
+        return {}
+    if cache_features is False:
+        raise ValueError(
+            "The solver goes over the features many times, so they must be kept. "
+            "Received: cache_features=False with exploit_optimizer='solve'."
+        )
+    if not isinstance(options, (dict, type(None))):
+        raise ValueError(
+            f"`solve_options` must be a dict. Received: solve_options={options!r}"
+        )
+    options = dict(options or {})
+    SolveOptions.of(options)
+    return options
+
+
+def _checked_optimizer(name: str, optimizer: Any) -> keras.optimizers.Optimizer:
+    if isinstance(optimizer, str):
+        try:
+            optimizer = keras.optimizers.get(optimizer)
+        except ValueError as error:
+            raise ValueError(
+                f"`{name}` must be a Keras optimizer or the name of one. Received: "
+                f"{name}='{optimizer}'"
+            ) from error
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise ValueError(
+            f"`{name}` must be a Keras optimizer or the name of one. Received: "
+            f"{name}={optimizer} (of type {type(optimizer).__name__})"
+        )
+    if isinstance(optimizer, DAlign):
+        raise ValueError(f"DAlign cannot wrap DAlign. Received: {name}={optimizer}")
+    if optimizer.built:
+        raise ValueError(
+            f"`{name}` was built for other variables already. Received: an optimizer "
+            f"with {len(optimizer.variables)} variables. Pass a fresh one."
+        )
+    return optimizer
+
+
+def _fresh_copy(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    config = keras.saving.serialize_keras_object(optimizer)
+    copy = keras.saving.deserialize_keras_object(config)
+    unwrapped = _unwrapped(copy)
+    schedule = unwrapped._learning_rate
+    if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
+        unwrapped.learning_rate = ContinuedSchedule(schedule)
+    return copy
+
+
+def _loss_scaled(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return optimizer
+    return keras.optimizers.LossScaleOptimizer(optimizer, name=optimizer.name)
+
+
+def _unwrapped(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    while isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer = optimizer.inner_optimizer
+    return optimizer

@@ -1,0 +1,450 @@
+"""One training run of two phases, which callbacks see as one `fit`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+from keras.src.trainers.data_adapters.array_slicing import train_validation_split
+from keras.src.trainers.data_adapters.data_adapter_utils import (
+    class_weight_to_sample_weights,
+)
+
+from keras_dalign.head import data
+from keras_dalign.head.alignment_head import EXPLOITING, PHASES
+from keras_dalign.head.features import FeaturePass, FeatureSet, as_inputs, plan_cache
+from keras_dalign.numerics.losses import convex_loss
+from keras_dalign.solving.descent import Iterate, SolveOptions
+from keras_dalign.solving.head_solver import HeadSolver
+from keras_dalign.solving.problem import ConvexProblem
+from keras_dalign.training.switch import switch
+
+if TYPE_CHECKING:
+    from keras_dalign.training.aligned_model import AlignedModel
+
+logger = logging.getLogger("keras_dalign")
+
+# Labels become one row of floats per class while they are checked.
+_CHECKED_AT_ONCE = 8192
+
+
+class TrainingRun:
+    """Explores, switches and exploits with two of Keras's own `fit` loops.
+
+    Each phase trains other variables on other inputs, so each has a loop, a
+    compiled step and an optimizer of its own; what joins them is one list of
+    callbacks, one history and one count of epochs.
+
+    Args:
+        model: The `AlignedModel`, compiled with `DAlign`.
+        keras_fit: `keras.Model.fit`, bound to the model.
+        x, y, sample_weight: Training data, as in Keras.
+        validation_split: Float, as in Keras.
+        validation_data: As in Keras.
+        callbacks: As in Keras.
+        epochs: Int, last epoch of the whole run.
+        initial_epoch: Int, epoch to start at.
+        **arguments: What else both loops are given.
+    """
+
+    def __init__(
+        self,
+        model: AlignedModel,
+        keras_fit: Callable[..., Any],
+        x: Any,
+        y: Any,
+        sample_weight: Any,
+        *,
+        validation_split: float,
+        validation_data: Any,
+        callbacks: Any,
+        epochs: int,
+        initial_epoch: int,
+        **arguments: Any,
+    ) -> None:
+        self.model = model
+        self.keras_fit = keras_fit
+        self.epochs = epochs
+        self.initial_epoch = initial_epoch
+        self.arguments = arguments
+        self.steps = arguments["steps_per_epoch"]
+        self.batch_size = arguments["batch_size"] or 32
+        self.loss = convex_loss(model.loss)
+        self.switch_epoch = self._switch_epoch()
+        self.is_array = data.is_arrays(x)
+        if validation_split and validation_data is None:
+            x, y, sample_weight, validation_data = self._split(
+                x, y, sample_weight, validation_split
+            )
+        self.x, self.y, self.sample_weight = x, y, sample_weight
+        self.validation_data = validation_data
+        self.n_samples = self._checked_size()
+        self.callbacks = _OneRun(
+            model,
+            callbacks,
+            verbose=arguments["verbose"],
+            epochs=epochs,
+            steps=self._steps_per_epoch(),
+        )
+
+    def train(self) -> keras.callbacks.History:
+        """Runs what is left of the run and returns the history."""
+        model = self.model
+        self.callbacks.begin()
+        # A callback such as BackupAndRestore may have resumed a run, in any phase.
+        epoch = model._initial_epoch or self.initial_epoch
+        model._initial_epoch = None
+        if model.phase != EXPLOITING:
+            stopped = epoch < self.switch_epoch and self._explore(epoch)
+            epoch = max(epoch, self.switch_epoch)
+        else:
+            stopped = False
+        if model.optimizer.solves:
+            # The solver's iterations may have passed `epochs` before a resumed run.
+            if model.phase == EXPLOITING or (epoch < self.epochs and not stopped):
+                self._solve(epoch)
+        elif epoch < self.epochs and not stopped:
+            self._exploit(epoch)
+        self.callbacks.end()
+        return model.history
+
+    def _explore(self, epoch: int) -> bool:
+        """Trains the whole model; True if a callback stopped the training."""
+        self.keras_fit(
+            self.x,
+            self.y,
+            sample_weight=self.sample_weight,
+            validation_data=self.validation_data,
+            callbacks=self.callbacks,
+            epochs=self.switch_epoch,
+            initial_epoch=epoch,
+            **self.arguments,
+        )
+        return bool(self.model.stop_training)
+
+    def _features(self, wanted: bool | str, digest: bool) -> FeatureSet | None:
+        """The features, if they are to be kept; switches first if that is to come."""
+        model = self.model
+        plan = plan_cache(model.head, self.n_samples, wanted, self.is_array)
+        self._say(plan.reason)
+        # Inference holds two or three activations where training holds all, so a
+        # batch four times as large fits, and its statistics are more exact.
+        passes: dict[str, Any] = {
+            "batch_size": 4 * self.batch_size,
+            "steps": None if self.is_array else self.steps,
+        }
+        if model.phase != EXPLOITING:
+            report, features = switch(
+                model,
+                self.x,
+                self.y,
+                self.sample_weight,
+                noise=model.optimizer.noise,
+                keep_features=plan.keep,
+                digest=digest,
+                **passes,
+            )
+            self._say(str(report))
+            self._warn_if_too_many(report.n_samples)
+            return features
+        if not plan.keep:
+            return None
+        everything = FeaturePass(model, keep=True, digest=digest)
+        return everything.run(
+            self.x, self.y, self.sample_weight, **passes
+        ).feature_set()
+
+    def _exploit(self, epoch: int) -> None:
+        features = self._features(self.model.optimizer.cache_features, digest=False)
+        arguments = dict(self.arguments)
+        if features is None:
+            x, y, weight = self.x, self.y, self.sample_weight
+            validation_data = self.validation_data
+        else:
+            x, y = as_inputs(features.z), features.y
+            weight = features.sample_weight
+            validation_data = self._validation_features()
+            if not self.is_array:
+                # Steps of the size that the stream took in exploration.
+                arguments["batch_size"] = features.batch_size
+        self.keras_fit(
+            x,
+            y,
+            sample_weight=weight,
+            validation_data=validation_data,
+            callbacks=self.callbacks,
+            epochs=self.epochs,
+            initial_epoch=epoch,
+            **arguments,
+        )
+
+    def _solve(self, epoch: int) -> None:
+        """Exploits with the solver; each of its iterations is an epoch."""
+        model = self.model
+        features = self._features(wanted=True, digest=True)
+        if features is None:
+            raise RuntimeError("The switch kept no features.")
+        weights = self._class_weighted(features)
+        features = dataclasses.replace(features, sample_weight=weights)
+        problem = ConvexProblem.of_head(model.head, features, self.loss)
+        options = SolveOptions.of(model.optimizer.solve_options)
+        solver = HeadSolver(
+            problem, options, features.digests or [], seed=model.head.seed
+        )
+        validation = self._validation_features()
+        model.stop_training = False
+        iterates = solver.iterates(problem.theta_of(model.head), watch=self._say)
+        iterate = next(iterates)
+        first = True
+        while first or iterate.reason is None:
+            self.callbacks.on_epoch_begin(epoch)
+            if iterate.reason is None:
+                iterate = next(iterates)
+            problem.assign(model.head, iterate.theta)
+            logs = self._solver_logs(iterate, features)
+            if validation is not None and self._validates(epoch):
+                logs.update(self._validation_logs(validation))
+            self.callbacks.on_epoch_end(epoch, logs)
+            epoch += 1
+            first = False
+            if model.stop_training:
+                break
+        report = model.switch_report
+        message = solver.message(iterate, None if report is None else report.rank)
+        self._say(message)
+        if iterate.reason in {"stalled", "max_iterations"}:
+            warnings.warn(message, stacklevel=4)
+
+    def _class_weighted(self, features: FeatureSet) -> Any:
+        """The sample weights, or those of the classes."""
+        class_weight = self.arguments["class_weight"]
+        if not class_weight:
+            return features.sample_weight
+        if features.sample_weight is not None:
+            raise ValueError(
+                "Class weights and sample weights cannot be given both. Received: "
+                f"class_weight={class_weight} beside `sample_weight`."
+            )
+        return class_weight_to_sample_weights(features.y, class_weight)
+
+    def _solver_logs(self, iterate: Iterate, features: FeatureSet) -> dict[str, Any]:
+        """The loss minimised, its gap, and the metrics that the model has."""
+        model = self.model
+        model.reset_metrics()
+        weight = features.sample_weight
+        convert = keras.ops.convert_to_tensor
+        found = model.compute_metrics(
+            None,
+            convert(features.y),
+            convert(iterate.logits.astype("float32")),
+            None if weight is None else convert(weight),
+        )
+        logs = {**found, "loss": iterate.value, "gap": iterate.gap}
+        return {key: _as_number(value) for key, value in logs.items()}
+
+    def _validates(self, epoch: int) -> bool:
+        frequency = self.arguments["validation_freq"]
+        if isinstance(frequency, int):
+            return (epoch + 1) % frequency == 0
+        return epoch + 1 in frequency
+
+    def _validation_logs(self, validation: Any) -> dict[str, Any]:
+        is_tuple = isinstance(validation, (list, tuple))
+        x, y, weight = keras.utils.unpack_x_y_sample_weight(
+            tuple(validation) if is_tuple else (validation,)
+        )
+        found = self.model.evaluate(
+            x,
+            y,
+            sample_weight=weight,
+            batch_size=self.arguments["validation_batch_size"] or self.batch_size,
+            steps=self.arguments["validation_steps"],
+            callbacks=self.callbacks,
+            return_dict=True,
+            verbose=0,
+        )
+        return {f"val_{key}": value for key, value in found.items()}
+
+    def _switch_epoch(self) -> int:
+        if self.model.phase == EXPLOITING:
+            return 0
+        optimizer = self.model.optimizer
+        epoch = optimizer.exploration_epochs(self.epochs)
+        if isinstance(optimizer.explore, float) and epoch == self.epochs:
+            warnings.warn(
+                "One epoch leaves none for exploitation: the model only explores. "
+                f"Received: epochs={self.epochs}, explore={optimizer.explore}",
+                stacklevel=4,
+            )
+        return int(epoch)
+
+    def _split(self, x: Any, y: Any, sample_weight: Any, fraction: float) -> Any:
+        if not self.is_array:
+            raise ValueError(
+                "`validation_split` needs arrays. Received: validation_split="
+                f"{fraction} with x of type {type(x).__name__}. Pass validation_data."
+            )
+        (x, y, sample_weight), validation_data = train_validation_split(
+            (x, y, sample_weight), validation_split=fraction
+        )
+        return x, y, sample_weight, validation_data
+
+    def _checked_size(self) -> int | None:
+        """Number of training samples where it is known; bad arrays are refused."""
+        if not self.is_array:
+            return None
+        n = data.n_samples(self.x)
+        head = self.model.head
+        if head.n_samples is not None and n > head.n_samples:
+            raise ValueError(
+                "The alignment head was made for fewer samples than `fit` was given. "
+                f"Received: {n} samples, n_samples={head.n_samples}. Call "
+                f"keras_dalign.align(model, n_samples={n})."
+            )
+        for leaf in keras.tree.flatten(self.x):
+            values = keras.ops.convert_to_numpy(leaf)
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                raise ValueError(
+                    "The inputs must be finite. Received: x with NaN or infinity in "
+                    f"{int((~np.isfinite(values)).sum())} of {values.size} entries"
+                )
+        if self.y is None:
+            raise ValueError("Training needs targets. Received: y=None")
+        y = keras.ops.convert_to_numpy(self.y)
+        for start in range(0, n, _CHECKED_AT_ONCE):
+            self.loss.targets(y[start : start + _CHECKED_AT_ONCE], head.units)
+        return n
+
+    def _steps_per_epoch(self) -> int | None:
+        if self.steps is not None:
+            return self.steps
+        if self.n_samples is not None:
+            return math.ceil(self.n_samples / self.batch_size)
+        try:
+            return len(self.x)
+        except TypeError:
+            return None
+
+    def _validation_features(self) -> Any:
+        """Validation data with features for inputs, where they are arrays."""
+        validation = self.validation_data
+        if not isinstance(validation, (list, tuple)):
+            return validation
+        x, y, weight = keras.utils.unpack_x_y_sample_weight(tuple(validation))
+        if not data.is_arrays(x):
+            return validation
+        everything = FeaturePass(self.model, keep=True)
+        kept = everything.run(x, y, weight, batch_size=4 * self.batch_size)
+        features = kept.feature_set()
+        return keras.utils.pack_x_y_sample_weight(
+            as_inputs(features.z), features.y, features.sample_weight
+        )
+
+    def _warn_if_too_many(self, n: int) -> None:
+        wanted = self.model.head.n_samples
+        if wanted is not None and n > wanted:
+            warnings.warn(
+                "The alignment head was made for fewer samples than the stream held. "
+                f"Received: {n} samples, n_samples={wanted}. Its width of "
+                f"{self.model.head.width} may be too small: align with n_samples={n}.",
+                stacklevel=2,
+            )
+
+    def _say(self, text: object) -> None:
+        logger.info("%s", text)
+        verbose = self.arguments["verbose"]
+        if verbose and keras.config.is_interactive_logging_enabled():
+            sys.stdout.write(f"{text}\n")
+
+
+def _as_number(value: Any) -> Any:
+    """A float where the value is a number, as Keras's own logs have it."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
+class _OneRun(keras.callbacks.CallbackList):
+    """Callbacks that see one run however many loops it takes.
+
+    The loops' own begin and end are swallowed; `begin` and `end` stand for them.
+    """
+
+    def __init__(self, model: AlignedModel, callbacks: Any, **params: Any) -> None:
+        if isinstance(callbacks, keras.callbacks.CallbackList):
+            callbacks = callbacks.callbacks
+        callbacks = list(keras.tree.flatten(callbacks)) if callbacks else []
+        if params["verbose"] and not any(
+            isinstance(known, keras.callbacks.ProgbarLogger) for known in callbacks
+        ):
+            callbacks.append(_ProgressBar())
+        super().__init__(callbacks, add_history=True, model=model, **params)
+        self._aligned_model = model
+        self._last_logs: dict[str, Any] | None = None
+
+    def begin(self) -> None:
+        """The run begins."""
+        super().on_train_begin()
+
+    def end(self) -> None:
+        """The run ends."""
+        super().on_train_end(self._last_logs)
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """A loop begins."""
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """A loop ends."""
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """An epoch ends: its logs say in which phase."""
+        model = self._aligned_model
+        self._last_logs = {**(logs or {}), "phase": PHASES.index(model.phase)}
+        if model.optimizer.solves:
+            # Loggers take their columns from the first epoch, where there is no gap.
+            self._last_logs.setdefault("gap", math.nan)
+        super().on_epoch_end(epoch, self._last_logs)
+
+
+class _ProgressBar(keras.callbacks.ProgbarLogger):
+    """Keras's own, without the phase, which the lines between the phases tell.
+
+    Nor is a gap shown where there is none. The solver's iterations, which have no steps
+    to count, get a line each.
+    """
+
+    # As Keras's own, which it adds itself: steps need not wait for it.
+    async_safe = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._solver_begin: float | None = None
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """An epoch begins."""
+        model = self.model
+        if model.phase == EXPLOITING and model.optimizer.solves:
+            self._solver_begin = time.perf_counter()
+        else:
+            super().on_epoch_begin(epoch, logs)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """An epoch ends."""
+        shown = {key: value for key, value in (logs or {}).items() if key != "phase"}
+        if self._solver_begin is None:
+            shown.pop("gap", None)
+            super().on_epoch_end(epoch, shown)
+            return
+        seconds = time.perf_counter() - self._solver_begin
+        numbers = "".join(f" - {key}: {value:.4g}" for key, value in shown.items())
+        if keras.config.is_interactive_logging_enabled():
+            sys.stdout.write(f"Epoch {epoch + 1} (solve) - {seconds:.2f}s{numbers}\n")
