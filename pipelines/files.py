@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import tempfile
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+# Error numbers: no room on the disk, or none that this user may take.
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 @contextmanager
@@ -24,13 +28,53 @@ def replacing(path: Path) -> Iterator[Path]:
     Yields:
         A path in the same folder, at which there is nothing yet.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as new:
+    with (
+        explaining_a_full_disk(path.parent),
+        tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as new,
+    ):
         temporary = Path(new) / path.name
         yield temporary
         if path.is_dir():
             shutil.rmtree(path)
         temporary.replace(path)
+
+
+@contextmanager
+def explaining_a_full_disk(folder: Path) -> Iterator[None]:
+    """Makes the folder, and says what to do if its disk is full within the block.
+
+    Args:
+        folder: Where the block writes.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OSError: If the disk is full, or whatever else the block raises.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        number = _number(error)
+        if number not in FULL_DISK:
+            raise
+        raise OSError(
+            number,
+            f"The disk is full: {error.strerror or error}. Nothing half-written was "
+            "kept. Make room, and run the stage again",
+            str(folder.resolve()),
+        ) from error
+
+
+def _number(error: BaseException) -> int | None:
+    """The error number, which some libraries keep in the cause of what they raise."""
+    each: BaseException | None = error
+    while each is not None:
+        if isinstance(each, OSError) and each.errno is not None:
+            return each.errno
+        each = each.__cause__
+    return None
 
 
 def write_text(path: Path, text: str) -> None:
