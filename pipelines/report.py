@@ -1,72 +1,43 @@
-"""Stage 4: the table, the figures and the summary of the grid.
+"""Stage 5: tables, figures, verdict and page of the grid.
 
 Goes over the runs that the parameters name, never over the files that happen to be
 there. What was not run is called so. Files in `results/`:
 
-- `table.md`: by data set and method, mean and standard deviation over the seeds;
+- `table.md`: the verdict, and mean and standard deviation by data set and method;
+- `overview.md`: the same, shorter, for the README;
+- `report.html`: all of it, to look at, in one file;
 - `runs.csv`: the numbers of every run;
-- `figures/NAME.png`: loss and test error against epochs;
-- `summary.json`: the means, as DVC metrics, without wall times.
+- `summary.json`: the means and differences, as DVC metrics, without wall times;
+- `figures/`: learning curves and test error; `time-figures/`: what shows wall times.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
-from pipelines import figure, files
+from pipelines import files
 from pipelines.layout import Layout
-from pipelines.params import Params, Run, load, parser
-
-NOT_RUN = "not run"
-_METRICS = (
-    "error_rate",
-    "train_loss",
-    "train_error_rate",
-    "lower_bound",
-    "gap",
+from pipelines.params import Params, load, parser
+from pipelines.reporting import bars, comparison, curves, frontier, page, texts
+from pipelines.reporting.results import (
+    COMPARISON,
+    NUMBERS,
+    PHASES,
+    Result,
+    Results,
+    read,
 )
+from pipelines.reporting.verdict import NOT_RUN, verdict
 
+__all__ = ["NOT_RUN", "cli", "main", "overview", "read", "runs", "summary"]
 
-@dataclass(frozen=True)
-class Result:
-    """What came out of one run.
-
-    Attributes:
-        run: Which run.
-        metrics: What `evaluate` wrote.
-        seconds: Wall time of `fit`, or None if it was not recorded.
-    """
-
-    run: Run
-    metrics: Mapping[str, Any]
-    seconds: float | None
-
-
-@dataclass(frozen=True)
-class Row:
-    """A method on a data set, over all seeds.
-
-    Attributes:
-        n_seeds: Number of seeds.
-        error_rate: Mean test error, in [0, 1].
-        error_rate_std: Its sample standard deviation, or None for one seed.
-        train_loss: Mean training loss.
-        gap: Largest certified gap.
-        seconds: Mean wall time of `fit`, or None if one was not recorded.
-    """
-
-    n_seeds: int
-    error_rate: float
-    error_rate_std: float | None
-    train_loss: float
-    gap: float
-    seconds: float | None
+_SWITCH = ("epoch", "rank", "n", "full", "complete")
+_PARAMETERS = ("base", "total", "exploited")
+_PROVENANCE = ("title", "partial", "source", "data_sha256", "device", "threads")
 
 
 def main(*, params: Params | None = None, root: Path = Path()) -> Path:
@@ -81,183 +52,148 @@ def main(*, params: Params | None = None, root: Path = Path()) -> Path:
     """
     params, layout = params or load(), Layout(root)
     results = read(params, layout)
-    files.write_text(layout.table, table(params, results))
-    files.write_text(layout.csv, table_of_runs(params, results))
-    files.write_json(layout.summary, summary(params, results))
-    for dataset in params.grid.datasets:
-        curves = {
-            method: [result.metrics["curves"] for result in finished]
-            for method in params.grid.methods
-            if (finished := of_method(params, results, dataset, method))
-        }
-        if curves:
-            with files.replacing(layout.figure(dataset)) as path:
-                figure.draw(path, dataset, curves, params.label)
+    files.write_text(layout.table, texts.full(results))
+    files.write_text(overview(layout), texts.overview(results))
+    files.write_text(layout.csv, runs(results))
+    files.write_json(layout.summary, summary(results))
+    files.write_text(layout.html, page.html(results, draw(results, layout)))
     return layout.table
 
 
-def read(params: Params, layout: Layout) -> dict[Run, Result]:
-    """Reads the metrics of all runs of the grid that there are.
+def overview(layout: Layout) -> Path:
+    """Where the part for the README is."""
+    return layout.results / "overview.md"
+
+
+def draw(results: Results, layout: Layout) -> dict[str, Path]:
+    """Draws all figures for which there are results.
 
     Args:
-        params: The parameters.
+        results: The results.
         layout: Where the files are.
 
     Returns:
-        The results by run. Runs without metrics are not in it.
-
-    Raises:
-        ValueError: If a run was made with synthetic data, or the runs of a data set
-            with different data.
+        The figures' paths by name: `errors`, `times`, `curves-DATASET-AUGMENTATION`
+        and `frontier-DATASET`.
     """
-    results: dict[Run, Result] = {}
-    hashes: dict[str, set[str]] = {}
-    for run in params.grid.runs():
-        if not layout.metrics(run).is_file():
-            continue
-        metrics = files.read_json(
-            layout.metrics(run), *_METRICS, "curves", "provenance"
-        )
-        provenance = metrics["provenance"]
-        if provenance.get("synthetic", True):
-            raise ValueError(
-                "Synthetic data do not belong into results. Received: metrics of "
-                f"{run.name} in {layout.metrics(run)}. Delete them, and prepare the "
-                "data set anew."
-            )
-        hashes.setdefault(run.dataset, set()).add(str(provenance.get("data_sha256")))
-        timing = layout.timing(run)
-        seconds = (
-            float(files.read_json(timing, "seconds")["seconds"])
-            if timing.is_file()
-            else None
-        )
-        results[run] = Result(run, metrics, seconds)
-    for dataset, found in hashes.items():
-        if len(found) > 1:
-            raise ValueError(
-                "Runs can be compared on the same data only. Received: runs on "
-                f"{dataset} that were made with {len(found)} versions of it: "
-                f"{', '.join(sorted(found))}. Run them again."
-            )
-    return results
+    # Apart from the others, which DVC hashes: wall times differ in every run.
+    with_times = layout.results / "time-figures"
+    found: dict[str, Path] = {}
+    for dataset, augmentation in results.groups():
+        if results.finished(dataset, augmentation):
+            path = layout.figure(f"{dataset}-{augmentation}")
+            curves.draw(path, results, dataset, augmentation)
+            found[f"curves-{dataset}-{augmentation}"] = path
+    if found:
+        bars.draw_errors(layout.figure("errors"), results)
+        found["errors"] = layout.figure("errors")
+    if any(each.seconds is not None for each in results.by_run.values()) and found:
+        bars.draw_times(with_times / "times.png", results)
+        found["times"] = with_times / "times.png"
+    for dataset in results.frontier:
+        path = with_times / f"frontier-{dataset}.png"
+        frontier.draw(path, results, dataset)
+        found[f"frontier-{dataset}"] = path
+    return found
 
 
-def of_method(
-    params: Params, results: Mapping[Run, Result], dataset: str, method: str
-) -> list[Result]:
-    """The results of a method for all seeds, or none if a seed was not run."""
-    runs = [Run(dataset, method, seed) for seed in params.grid.seeds]
-    return [results[run] for run in runs] if set(runs) <= set(results) else []
+def runs(results: Results) -> str:
+    """The numbers of every run of the grid as CSV.
 
+    Args:
+        results: The results.
 
-def row(results: Sequence[Result]) -> Row:
-    """Means over the seeds of a method, of which there is at least one."""
-    errors = [float(result.metrics["error_rate"]) for result in results]
-    seconds = [result.seconds for result in results if result.seconds is not None]
-    return Row(
-        n_seeds=len(results),
-        error_rate=fmean(errors),
-        error_rate_std=stdev(errors) if len(errors) > 1 else None,
-        train_loss=fmean(float(result.metrics["train_loss"]) for result in results),
-        gap=max(float(result.metrics["gap"]) for result in results),
-        seconds=fmean(seconds) if len(seconds) == len(results) else None,
-    )
-
-
-def table(params: Params, results: Mapping[Run, Result]) -> str:
-    """The table in Markdown, one section for a data set."""
-    lines: list[str] = []
-    for dataset in params.grid.datasets:
-        lines += [
-            f"### {dataset}",
-            "",
-            "| method | test error, % | training loss | certified gap | seconds |",
-            "|---|---|---|---|---|",
-        ]
-        for method in params.grid.methods:
-            cells = _cells(params, results, dataset, method)
-            lines.append(f"| {' | '.join([params.label(method), *cells])} |")
-        lines += ["", _caption(params, results, dataset), ""]
-    return "\n".join(lines)
-
-
-def _cells(
-    params: Params, results: Mapping[Run, Result], dataset: str, method: str
-) -> list[str]:
-    finished = of_method(params, results, dataset, method)
-    if not finished:
-        seeds = params.grid.seeds
-        done = sum(Run(dataset, method, seed) in results for seed in seeds)
-        part = f" ({done} of {len(seeds)} seeds)" if done else ""
-        return [f"{NOT_RUN}{part}", *[NOT_RUN] * 3]
-    means = row(finished)
-    error = f"{100 * means.error_rate:.2f}"
-    if means.error_rate_std is not None:
-        error += f" ± {100 * means.error_rate_std:.2f}"
-    seconds = "not recorded" if means.seconds is None else f"{means.seconds:.1f}"
-    return [error, f"{means.train_loss:.1e}", f"{means.gap:.1e}", seconds]
-
-
-def _caption(params: Params, results: Mapping[Run, Result], dataset: str) -> str:
-    """What the numbers are, and with what they were measured."""
-    n, train = params.prepare[dataset], params.train[dataset]
-    seeds = len(params.grid.seeds)
-    text = (
-        f"{n.n_train} training and {n.n_test} test samples, {train.epochs} epochs, "
-        f"{seeds} seed{'s' * (seeds > 1)}. Test error: mean ± standard deviation. "
-        "Training loss: mean over the seeds, of the final model. Certified gap to the "
-        "global minimum of the training loss: the largest one. Seconds: wall time of "
-        "`fit`, with the test error after every epoch, mean over the seeds."
-    )
-    made_with = {
-        _made_with(result.metrics["provenance"])
-        for run, result in results.items()
-        if run.dataset == dataset
-    }
-    return text + "".join(f" Measured with {each}." for each in sorted(made_with))
-
-
-def _made_with(provenance: Mapping[str, Any]) -> str:
-    versions: Mapping[str, Any] = provenance.get("versions", {})
-    names = ", ".join(f"{name} {number}" for name, number in versions.items())
-    return (
-        f"{names}, on {provenance.get('device')}, {provenance.get('threads')} threads"
-    )
-
-
-def table_of_runs(params: Params, results: Mapping[Run, Result]) -> str:
-    """The numbers of every run of the grid as CSV; empty cells were not run."""
+    Returns:
+        One line a run; empty cells were not run or not recorded.
+    """
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["dataset", "method", "seed", *_METRICS, "seconds"])
-    for run in params.grid.runs():
-        result = results.get(run)
-        numbers: list[Any] = [""] * (len(_METRICS) + 1)
-        if result is not None:
-            numbers = [result.metrics[name] for name in _METRICS]
-            numbers.append("" if result.seconds is None else round(result.seconds, 3))
-        writer.writerow([run.dataset, run.method, run.seed, *numbers])
+    names = [
+        *("dataset", "augmentation", "method", "seed"),
+        *NUMBERS,
+        *("l2", "l2_loss", "l2_gap"),
+        *(f"switch_{name}" for name in _SWITCH),
+        *(f"parameters_{name}" for name in _PARAMETERS),
+        "seconds",
+        *(f"seconds_{name}" for name in PHASES),
+        *("commit", "dirty"),
+        *_PROVENANCE,
+    ]
+    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    for run in results.params.grid.runs():
+        row: dict[str, Any] = {
+            "dataset": run.dataset,
+            "augmentation": run.augmentation,
+            "method": run.method,
+            "seed": run.seed,
+        }
+        if run in results.by_run:
+            row |= _numbers(results.by_run[run])
+        writer.writerow({key: "" if row[key] is None else row[key] for key in row})
     return text.getvalue()
 
 
-def summary(params: Params, results: Mapping[Run, Result]) -> dict[str, Any]:
-    """The means by data set and method, without what was not run and wall times."""
+def _numbers(result: Result) -> dict[str, Any]:
+    metrics, timing = result.metrics, result.timing
+    switch, parameters = metrics.get("switch") or {}, metrics.get("parameters") or {}
+    seconds = {"seconds": result.seconds}
+    seconds |= {f"seconds_{name}": result.phase(name) for name in PHASES}
+    return {
+        **{name: metrics[name] for name in NUMBERS},
+        **{name: metrics.get(name) for name in ("l2", "l2_loss", "l2_gap")},
+        **{f"switch_{name}": switch.get(name) for name in _SWITCH},
+        **{f"parameters_{name}": parameters.get(name) for name in _PARAMETERS},
+        **{k: v if v is None else round(v, 3) for k, v in seconds.items()},
+        **{name: timing.get(name) for name in ("commit", "dirty")},
+        **{name: result.provenance.get(name) for name in _PROVENANCE},
+    }
+
+
+def summary(results: Results) -> dict[str, Any]:
+    """Means, differences and verdict, without what was not run and wall times.
+
+    Args:
+        results: The results.
+
+    Returns:
+        By data set, augmentation and method.
+    """
     found: dict[str, Any] = {}
-    for dataset in params.grid.datasets:
-        for method in params.grid.methods:
-            finished = of_method(params, results, dataset, method)
-            if not finished:
-                continue
-            means = row(finished)
-            found.setdefault(dataset, {})[method] = {
-                "error_rate": means.error_rate,
-                "error_rate_std": means.error_rate_std,
-                "train_loss": means.train_loss,
-                "gap": means.gap,
-                "seeds": means.n_seeds,
-            }
+    for dataset, augmentation in results.groups():
+        for method, finished in results.finished(dataset, augmentation).items():
+            by_augmentation = found.setdefault(dataset, {})
+            by_augmentation.setdefault(augmentation, {})[method] = _means(
+                results, finished
+            )
+    for each in verdict(results):
+        for finding in each.findings:
+            place = found.get(finding.dataset, {}).get(finding.augmentation, {})
+            # Whether a wall time is met may change from run to run.
+            if finding.met is not None and finding.target != "wall time":
+                targets = place[finding.method].setdefault("targets", {})
+                targets[finding.target.replace(" ", "_")] = finding.met
     return found
+
+
+def _means(results: Results, finished: Sequence[Result]) -> dict[str, Any]:
+    run = finished[0].run
+    errors = comparison.spread([each.number("error_rate") for each in finished])
+    means: dict[str, Any] = {
+        "error_rate": errors.mean,
+        "error_rate_std": errors.std,
+        "train_loss": comparison.spread(
+            [each.number("train_loss") for each in finished]
+        ).mean,
+        "gap": max(each.number("gap") for each in finished),
+        "seeds": errors.n,
+    }
+    against = results.difference(run.dataset, run.augmentation, run.method)
+    if against is not None and run.method != COMPARISON:
+        means |= {
+            "difference": against.value,
+            "difference_standard_error": against.standard_error,
+        }
+    return means
 
 
 def cli(arguments: Sequence[str] | None = None) -> None:

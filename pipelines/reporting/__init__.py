@@ -1,0 +1,1 @@
+"""What `report` is made of: results, comparisons, verdict, tables, figures, page."""

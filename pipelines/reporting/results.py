@@ -1,0 +1,239 @@
+"""The results of the runs that the parameters name, checked and by run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pipelines import files
+from pipelines.params import Params, Run
+from pipelines.reporting import comparison
+
+if TYPE_CHECKING:
+    from pipelines.layout import Layout
+    from pipelines.reporting.comparison import Estimate
+
+# The method that the others are compared with: the base with re-estimated batch-norm
+# statistics, and the recipe that is the best for it. Without them every comparison
+# would be in our favour.
+COMPARISON = "base_bn"
+# Wall times are compared with the base as Keras trains it, which is the faster one.
+TIME_REFERENCE = "base"
+# Base training in all its forms. Everything else is held against the targets.
+BASES = ("base", "base_bn", "base_short")
+
+PHASES = ("explore", "switch", "exploit")
+NUMBERS = ("error_rate", "train_loss", "train_error_rate", "lower_bound", "gap")
+AUGMENTATIONS = {
+    "none": "no augmentation",
+    "standard": "standard augmentation",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out of one run.
+
+    Attributes:
+        run: Which run.
+        metrics: What `evaluate` wrote.
+        timing: Wall times, by phase too, and the commit; empty if not recorded.
+    """
+
+    run: Run
+    metrics: Mapping[str, Any]
+    timing: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """With what the run was made."""
+        return self.metrics["provenance"]
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall time, or None if it was not recorded."""
+        seconds = self.timing.get("seconds")
+        return None if seconds is None else float(seconds)
+
+    def phase(self, name: str) -> float | None:
+        """Wall time of a phase; None if not recorded, 0 if the run has none such."""
+        if "phases" not in self.timing:
+            return None
+        return float(self.timing["phases"].get(name, 0.0))
+
+    def number(self, name: str) -> float:
+        """A metric."""
+        return float(self.metrics[name])
+
+
+@dataclass(frozen=True)
+class Results:
+    """The results of a grid.
+
+    Attributes:
+        params: The parameters, which say what belongs to the grid.
+        by_run: The runs that were made.
+        tuning: By data set, what each recipe reached; without what was not run.
+        frontier: By data set, error and time against the share that is explored.
+    """
+
+    params: Params
+    by_run: Mapping[Run, Result]
+    tuning: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    frontier: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def of(self, dataset: str, augmentation: str, method: str) -> list[Result]:
+        """The results for all seeds, in their order, or none if a seed was not run."""
+        runs = self._runs(dataset, augmentation, method)
+        if any(run not in self.by_run for run in runs):
+            return []
+        return [self.by_run[run] for run in runs]
+
+    def done(self, dataset: str, augmentation: str, method: str) -> int:
+        """Number of seeds that were run."""
+        runs = self._runs(dataset, augmentation, method)
+        return sum(run in self.by_run for run in runs)
+
+    def finished(self, dataset: str, augmentation: str) -> dict[str, list[Result]]:
+        """By method, in the grid's order, the results for all seeds where complete."""
+        methods = self.params.grid.methods
+        found = {each: self.of(dataset, augmentation, each) for each in methods}
+        return {method: results for method, results in found.items() if results}
+
+    def groups(self) -> list[tuple[str, str]]:
+        """All pairs of data set and augmentation of the grid."""
+        grid = self.params.grid
+        return [(each, other) for each in grid.datasets for other in grid.augmentations]
+
+    def of_dataset(self, dataset: str) -> list[Result]:
+        """All results on a data set."""
+        return [each for run, each in self.by_run.items() if run.dataset == dataset]
+
+    def title(self, dataset: str) -> str:
+        """What readers are told the data are: of partial data, never the name alone."""
+        made = [each.provenance for each in self.of_dataset(dataset)]
+        made += [
+            found[dataset]["provenance"]
+            for found in (self.tuning, self.frontier)
+            if dataset in found
+        ]
+        if not made:
+            return dataset
+        title = str(made[0].get("title", dataset))
+        marked = not made[0].get("partial", True) or "(" in title
+        return title if marked else f"{title} (partial)"
+
+    def difference(
+        self, dataset: str, augmentation: str, method: str, reference: str = COMPARISON
+    ) -> Estimate | None:
+        """Test error of a method less that of another, or None if one was not run."""
+        return self._compare(
+            comparison.difference,
+            self.of(dataset, augmentation, method),
+            self.of(dataset, augmentation, reference),
+            lambda result: result.number("error_rate"),
+        )
+
+    def time_ratio(
+        self, dataset: str, augmentation: str, method: str
+    ) -> Estimate | None:
+        """Wall time over the base's, or None if one was not run or not recorded."""
+        return self._compare(
+            comparison.ratio,
+            self.of(dataset, augmentation, method),
+            self.of(dataset, augmentation, TIME_REFERENCE),
+            lambda result: result.seconds,
+        )
+
+    def _runs(self, dataset: str, augmentation: str, method: str) -> list[Run]:
+        seeds = self.params.grid.seeds
+        return [Run(dataset, augmentation, method, seed) for seed in seeds]
+
+    @staticmethod
+    def _compare(
+        compare: Callable[[list[float], list[float]], Estimate],
+        results: list[Result],
+        reference: list[Result],
+        number: Callable[[Result], float | None],
+    ) -> Estimate | None:
+        if not (results and reference):
+            return None
+        values, others = map(number, results), map(number, reference)
+        pairs = [(a, b) for a, b in zip(values, others, strict=True)]
+        known = [(a, b) for a, b in pairs if a is not None and b is not None]
+        if len(known) < len(pairs):
+            return None
+        return compare([a for a, _ in known], [b for _, b in known])
+
+
+def read(params: Params, layout: Layout) -> Results:
+    """Reads the results of all runs of the grid that there are.
+
+    Args:
+        params: The parameters. Only runs that they name are looked at, whatever files
+            there are.
+        layout: Where the files are.
+
+    Returns:
+        The results. Runs without metrics are not in them.
+
+    Raises:
+        ValueError: If something was made with synthetic data, or the results of a data
+            set with different data.
+    """
+    by_run: dict[Run, Result] = {}
+    for run in params.grid.runs():
+        if not layout.metrics(run).is_file():
+            continue
+        metrics = files.read_json(layout.metrics(run), *NUMBERS, "curves", "provenance")
+        timing = layout.timing(run)
+        by_run[run] = Result(
+            run,
+            metrics,
+            files.read_json(timing, "seconds") if timing.is_file() else {},
+        )
+    tuning = {
+        name: files.read_json(layout.tuning(name), "augmentations", "provenance")
+        for name in params.tune.datasets
+        if layout.tuning(name).is_file()
+    }
+    frontier = {
+        name: files.read_json(layout.frontier(name), "points", "provenance")
+        for name in params.frontier.datasets
+        if layout.frontier(name).is_file()
+    }
+    made = [(run.dataset, run.name, each.provenance) for run, each in by_run.items()]
+    for noun, found in (("tuning", tuning), ("frontier", frontier)):
+        made += [(key, f"{noun} of {key}", found[key]["provenance"]) for key in found]
+    _check(made)
+    return Results(params, by_run, tuning, frontier)
+
+
+def _check(made: Iterable[tuple[str, str, Mapping[str, Any]]]) -> None:
+    """Refuses synthetic data, and different data under one name."""
+    hashes: dict[str, dict[str, str]] = {}
+    for dataset, name, provenance in made:
+        # What does not say that it is real is not taken to be.
+        if provenance.get("synthetic", True):
+            raise ValueError(
+                "Synthetic data do not belong into results. Received: metrics of "
+                f"{name}. Delete them, and prepare the data set anew."
+            )
+        found = provenance.get("data_sha256")
+        if not found:
+            raise ValueError(
+                "Results must say which data they were made with. Received: metrics of "
+                f"{name} without `data_sha256`. Run its stages again."
+            )
+        hashes.setdefault(dataset, {}).setdefault(str(found), name)
+    for dataset, found_in in hashes.items():
+        if len(found_in) > 1:
+            versions = ", ".join(
+                f"{found[:12]} ({name})" for found, name in sorted(found_in.items())
+            )
+            raise ValueError(
+                "Results can be compared on the same data only. Received: results on "
+                f"{dataset} that were made with {len(found_in)} versions of it: "
+                f"{versions}. Run them again."
+            )

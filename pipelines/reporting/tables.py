@@ -1,0 +1,429 @@
+"""The tables of the report, from the results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from pipelines.reporting import comparison
+from pipelines.reporting.comparison import Estimate, points
+from pipelines.reporting.results import (
+    AUGMENTATIONS,
+    COMPARISON,
+    PHASES,
+    TIME_REFERENCE,
+    Result,
+    Results,
+)
+from pipelines.reporting.table import Table
+from pipelines.reporting.verdict import NOT_RUN, TARGETS, Overall, judged, verdict
+
+NOT_RECORDED = "not recorded"
+REFERENCES = ("base", "base_bn", "base_short")
+
+# A cell from the results of all seeds of a method, and all results.
+_Cell = Callable[[list[Result], Results], str]
+
+
+def heading(results: Results, dataset: str, augmentation: str) -> str:
+    """The title of what belongs to a data set and an augmentation."""
+    words = AUGMENTATIONS.get(augmentation, augmentation)
+    return f"{results.title(dataset)}, {words}"
+
+
+def methods(
+    results: Results, dataset: str, augmentation: str, columns: Sequence[str]
+) -> Table:
+    """One row for every method of the grid.
+
+    Args:
+        results: The results.
+        dataset: Name of the data set.
+        augmentation: Name of the augmentation.
+        columns: Names in `COLUMNS`.
+
+    Returns:
+        The table. Where a seed is missing, the row says that it was not run.
+    """
+    rows = []
+    for method in results.params.grid.methods:
+        finished = results.of(dataset, augmentation, method)
+        if finished:
+            cells = [COLUMNS[name](finished, results) for name in columns]
+        else:
+            done = results.done(dataset, augmentation, method)
+            seeds = len(results.params.grid.seeds)
+            part = f" ({done} of {seeds} seeds)" if done else ""
+            cells = [NOT_RUN + part, *[NOT_RUN] * (len(columns) - 1)]
+        rows.append((results.params.label(method), *cells))
+    return Table(
+        heading(results, dataset, augmentation),
+        ("method", *columns),
+        tuple(rows),
+        _caption(results, dataset, augmentation, columns),
+    )
+
+
+def differences(results: Results, dataset: str, augmentation: str) -> Table:
+    """Test error of every method less that of the base in each of its forms."""
+    grid, params = results.params.grid, results.params
+    references = [each for each in REFERENCES if each in grid.methods]
+    rows = []
+    for method in grid.methods:
+        cells = [
+            "itself"
+            if method == reference
+            else _points(results.difference(dataset, augmentation, method, reference))
+            for reference in references
+        ]
+        rows.append((params.label(method), *cells))
+    return Table(
+        f"{heading(results, dataset, augmentation)}: paired differences",
+        ("method", *(f"less {params.label(each)}" for each in references)),
+        tuple(rows),
+        "Difference in test error, in points, paired by seed, with its 95 % confidence "
+        "interval (Student's t) and its standard error. Below zero, the method is the "
+        "better one.",
+    )
+
+
+def targets(results: Results, augmentation: str) -> Table:
+    """Every method held against every target, data set by data set."""
+    found = [each for each in verdict(results) if each.augmentation == augmentation]
+    params = results.params
+    titles = [results.title(each) for each in params.grid.datasets]
+    # With one data set, a column for all of them would say it again.
+    total = len(titles) > 1
+    rows = [
+        (
+            params.label(each.method),
+            each.target,
+            *(finding.text for finding in each.findings),
+            *([each.text] if total else []),
+        )
+        for each in found
+    ]
+    words = AUGMENTATIONS.get(augmentation, augmentation)
+    return Table(
+        f"Targets, {words}",
+        ("method", "target", *titles, *(["all data sets"] if total else [])),
+        tuple(rows),
+    )
+
+
+def glance(results: Results) -> Table:
+    """The verdict on one row a method and augmentation, one column a target."""
+    found = {
+        (each.augmentation, each.method, each.target): each for each in verdict(results)
+    }
+    rows = []
+    for augmentation in results.params.grid.augmentations:
+        for method in judged(results):
+            cells = [
+                _glance(found.get((augmentation, method, target.name)))
+                for target in TARGETS
+            ]
+            words = AUGMENTATIONS.get(augmentation, augmentation)
+            rows.append((results.params.label(method), words, *cells))
+    return Table(
+        "The verdict at a glance",
+        ("method", "augmentation", *(target.name for target in TARGETS)),
+        tuple(rows),
+        yardstick(results),
+    )
+
+
+def yardstick(results: Results) -> str:
+    """What the targets are, and what the methods are compared with."""
+    label = results.params.label
+    asked = "; ".join(target.asks for target in TARGETS)
+    text = (
+        f"The targets: {asked}. Test error and training loss are compared with "
+        f'"{label(COMPARISON)}", wall time with "{label(TIME_REFERENCE)}".'
+    )
+    missing = [
+        f'"{label(name)}"'
+        for name in (COMPARISON, TIME_REFERENCE)
+        if name not in results.params.grid.methods
+    ]
+    if missing:
+        text += (
+            f" {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not in "
+            f"this grid, so what needs it was {NOT_RUN}."
+        )
+    return text
+
+
+def tuning(results: Results, dataset: str, augmentation: str) -> Table | None:
+    """What each recipe reached on held-out training samples, or None if not run."""
+    found = results.tuning.get(dataset, {})
+    errors: Mapping[str, Mapping[str, float]] = found.get("augmentations", {}).get(
+        augmentation, {}
+    )
+    if not errors:
+        return None
+    params = results.params
+    names = list(dict.fromkeys(name for each in errors.values() for name in each))
+    best = found.get("best", {}).get(augmentation)
+    used = params.train[dataset].recipes.get(augmentation)
+    rows = []
+    for recipe, by_method in errors.items():
+        notes = ["best"] * (recipe == best) + ["used"] * (recipe == used)
+        cells = [
+            f"{100 * by_method[name]:.2f}" if name in by_method else NOT_RUN
+            for name in names
+        ]
+        rows.append((recipe.replace("_", " "), *cells, ", ".join(notes)))
+    return Table(
+        f"{heading(results, dataset, augmentation)}: recipes",
+        ("recipe", *map(params.label, names), "choice"),
+        tuple(rows),
+        f"Error in % on a held-out share of {found.get('validation', 0):g} of the "
+        f"training samples, seed {found.get('seed', 0)}. The best recipe is the best "
+        "for the base; all methods use the same one.",
+    )
+
+
+def provenance(results: Results) -> Table:
+    """With what data, code and machine the runs on each data set were made."""
+    rows = []
+    for dataset in results.params.grid.datasets:
+        made = results.of_dataset(dataset)
+        if not made:
+            rows.append((dataset, *[NOT_RUN] * 6))
+            continue
+        first = made[0].provenance
+        rows.append(
+            (
+                results.title(dataset),
+                str(first.get("source", "not recorded")),
+                "partial" if first.get("partial", True) else "full",
+                str(first["data_sha256"])[:16],
+                "; ".join(machines(made)),
+                "; ".join(commits(made)),
+                str(len(made)),
+            )
+        )
+    return Table(
+        "Provenance",
+        ("data set", "source", "extent", "data sha256", "made with", "code", "runs"),
+        tuple(rows),
+    )
+
+
+def machines(results: Iterable[Result]) -> list[str]:
+    """Versions, device and threads, each combination once."""
+    return sorted({_machine(each.provenance) for each in results})
+
+
+def commits(results: Iterable[Result]) -> list[str]:
+    """The commits that runs were made with, and whether the code was changed since."""
+    found: dict[tuple[str, str], int] = {}
+    for each in results:
+        commit = each.timing.get("commit")
+        dirty = each.timing.get("dirty")
+        name = f"commit {commit[:10]}" if commit else "commit not recorded"
+        state = " with uncommitted changes" if dirty else ""
+        found[name, state] = found.get((name, state), 0) + 1
+    runs = {key: f"{n} run{'s' * (n > 1)}" for key, n in found.items()}
+    return [f"{name}{state} ({runs[name, state]})" for name, state in sorted(found)]
+
+
+def dirty(results: Results) -> int:
+    """Number of runs that were made with uncommitted changes."""
+    return sum(bool(each.timing.get("dirty")) for each in results.by_run.values())
+
+
+def _machine(made: Mapping[str, Any]) -> str:
+    versions: Mapping[str, Any] = made.get("versions", {})
+    names = [f"{name} {number}" for name, number in versions.items()]
+    if made.get("python"):
+        names.append(f"Python {made['python']}")
+    return f"{', '.join(names)}, on {made.get('device')}, {made.get('threads')} threads"
+
+
+def _glance(found: Overall | None) -> str:
+    return "not asked" if found is None else found.text
+
+
+def _points(found: Estimate | None) -> str:
+    if found is None:
+        return NOT_RUN
+    return f"{_interval(found)}{_error(found)}"
+
+
+def _interval(found: Estimate) -> str:
+    text = points(found.value)
+    if found.low is not None and found.high is not None:
+        text += f" [{points(found.low)}, {points(found.high)}]"
+    return text
+
+
+def _error(found: Estimate) -> str:
+    if found.standard_error is None:
+        return " (one seed)"
+    return f", s.e. {100 * found.standard_error:.2f}"
+
+
+def _mean(finished: Iterable[Result], name: str) -> float:
+    return comparison.spread([each.number(name) for each in finished]).mean
+
+
+def _test_error(finished: list[Result], _: Results) -> str:
+    found = comparison.spread([100 * each.number("error_rate") for each in finished])
+    deviation = "" if found.std is None else f" ± {found.std:.2f}"
+    return f"{found.mean:.2f}{deviation}"
+
+
+def _difference(finished: list[Result], results: Results) -> str:
+    run = finished[0].run
+    if run.method == COMPARISON:
+        return "itself"
+    found = results.difference(run.dataset, run.augmentation, run.method)
+    return NOT_RUN if found is None else _interval(found)
+
+
+def _loss(finished: list[Result], _: Results) -> str:
+    return f"{_mean(finished, 'train_loss'):.1e}"
+
+
+def _gap(finished: list[Result], _: Results) -> str:
+    text = f"{max(each.number('gap') for each in finished):.1e}"
+    regularised = [each.metrics.get("l2_gap") for each in finished]
+    known = [float(gap) for gap in regularised if gap is not None]
+    if len(known) == len(finished):
+        text += f" (with L2: {max(known):.1e})"
+    return text
+
+
+def _rank(finished: list[Result], _: Results) -> str:
+    checks = [check for each in finished if (check := each.metrics.get("switch"))]
+    if not checks:
+        return "no switch"
+    # The worst seed speaks for all.
+    worst = min(checks, key=lambda check: check["rank"] / check["n"])
+    if not all(check["full"] for check in checks):
+        return f"{worst['rank']} of {worst['n']}"
+    sampled = "" if all(check["complete"] for check in checks) else ", sampled rows"
+    return f"full ({worst['n']}{sampled})"
+
+
+def _seconds(finished: list[Result], _: Results) -> str:
+    return _mean_seconds([each.seconds for each in finished])
+
+
+def _phase(name: str) -> _Cell:
+    def cell(finished: list[Result], _: Results) -> str:
+        return _mean_seconds([each.phase(name) for each in finished])
+
+    return cell
+
+
+def _mean_seconds(seconds: Sequence[float | None]) -> str:
+    known = [each for each in seconds if each is not None]
+    if len(known) < len(seconds):
+        return NOT_RECORDED
+    return f"{comparison.spread(known).mean:.1f}"
+
+
+def _time(finished: list[Result], results: Results) -> str:
+    run = finished[0].run
+    if run.method == TIME_REFERENCE:
+        return "1"
+    found = results.time_ratio(run.dataset, run.augmentation, run.method)
+    if found is None:
+        reference = results.of(run.dataset, run.augmentation, TIME_REFERENCE)
+        return NOT_RECORDED if reference else NOT_RUN
+    text = f"{found.value:.2f}"
+    if found.low is not None and found.high is not None:
+        text += f" [{found.low:.2f}, {found.high:.2f}]"
+    return text
+
+
+def _parameters(finished: list[Result], _: Results) -> str:
+    found = finished[0].metrics.get("parameters")
+    if not found:
+        return NOT_RECORDED
+    return f"{found['total']:,} ({found['exploited']:,})"
+
+
+COLUMNS: dict[str, _Cell] = {
+    "test error, %": _test_error,
+    "difference [95 % CI]": _difference,
+    "training loss": _loss,
+    "largest certified gap": _gap,
+    "rank at the switch": _rank,
+    "seconds": _seconds,
+    **{f"{name}, s": _phase(name) for name in PHASES},
+    "time / base": _time,
+    "parameters (exploited)": _parameters,
+}
+# The table of results/table.md, that of the page, and that of the README.
+FULL = (
+    "test error, %",
+    "difference [95 % CI]",
+    "training loss",
+    "largest certified gap",
+    "rank at the switch",
+    "seconds",
+    "time / base",
+)
+DETAILED = (
+    *FULL[:6],
+    *(f"{name}, s" for name in PHASES),
+    "time / base",
+    "parameters (exploited)",
+)
+NARROW = (
+    "test error, %",
+    "difference [95 % CI]",
+    "training loss",
+    "largest certified gap",
+    "time / base",
+)
+
+
+def _caption(
+    results: Results, dataset: str, augmentation: str, columns: Sequence[str]
+) -> str:
+    """How the runs were made, and what the numbers are."""
+    params = results.params
+    n, train = params.prepare[dataset], params.train[dataset]
+    recipe = params.recipe(dataset, augmentation)
+    seeds = len(params.grid.seeds)
+    texts = {
+        "test error, %": "Test error: mean ± standard deviation over the seeds.",
+        "difference [95 % CI]": (
+            f'Difference: test error less that of "{params.label(COMPARISON)}", in '
+            "points, paired by seed, with its 95 % confidence interval."
+        ),
+        "training loss": "Training loss: of the final model, mean.",
+        "largest certified gap": (
+            "Certified gap: to the global minimum of the training loss, the largest "
+            "over the seeds."
+        ),
+        "rank at the switch": (
+            "Rank at the switch: of the head's features, against the samples they have "
+            "to fit; the worst seed."
+        ),
+        "seconds": "Seconds: wall time, mean.",
+        "time / base": (
+            f'Time / base: wall time over that of "{params.label(TIME_REFERENCE)}", '
+            "paired by seed, geometric mean"
+            + (" with its 95 % confidence interval." if seeds > 1 else ".")
+        ),
+        "parameters (exploited)": (
+            "Parameters: all, and those that exploitation trains."
+        ),
+    }
+    return " ".join(
+        [
+            (
+                f"{n.n_train:,} training and {n.n_test:,} test samples, {train.epochs} "
+                f"epochs, {recipe.schedule} learning rate from "
+                f"{recipe.learning_rate:g}, "
+                f"{seeds} seed{'s' * (seeds > 1)}."
+            ),
+            *(texts[name] for name in columns if name in texts),
+        ]
+    )

@@ -1,0 +1,328 @@
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("yaml")
+pytest.importorskip("matplotlib")
+
+from fabricated import fabricate, grid, provenance
+
+from pipelines import files, readme, report
+from pipelines.layout import Layout
+from pipelines.params import FILE, Run, load
+from pipelines.reporting import curves, frontier, texts
+from pipelines.reporting.results import read
+from pipelines.reporting.verdict import (
+    TARGETS,
+    ends_in_solve,
+    sentences,
+    verdict,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_of(method, seed=0, dataset="digits", augmentation="none"):
+    return Run(dataset, augmentation, method, seed)
+
+
+def findings(results):
+    """By method and target, whether it is met on the first data set."""
+    return {
+        (each.method, each.target, each.augmentation): each.findings[0]
+        for each in verdict(results)
+    }
+
+
+def test_table_is_what_the_hand_computes(tmp_path):
+    params, layout = grid(tmp_path), Layout(tmp_path)
+    for seed in (0, 1):
+        fabricate(layout, run_of("base", seed), 0.03, seconds=10.0)
+        fabricate(layout, run_of("base_bn", seed), 0.02 + 0.02 * seed)
+    # A method of which a seed is missing was not run.
+    fabricate(layout, run_of("two_phase_random"), 0.5)
+    # Files of a seed that is not in the grid are not looked at.
+    fabricate(layout, run_of("base", 7), 1.0)
+
+    path = report.main(params=params, root=tmp_path)
+
+    lines = path.read_text(encoding="utf-8").splitlines()
+    # Re-estimated: errors 2 and 4 %: mean 3, deviation sqrt(2); seconds 2 and 3, over
+    # 10 each: sqrt(0.06) = 0.245, and log(1.5) / 2 for the error of the logarithm.
+    # Base: differences +1 and -1 points: error 1, times the quantile 12.71.
+    assert (
+        "| base | 3.00 ± 0.00 | 0.00 [-12.71, +12.71] | 1.5e-02 | 4.0e-02 | no switch "
+        "| 10.0 | 1 |"
+    ) in lines
+    assert (
+        "| base, re-estimated | 3.00 ± 1.41 | itself | 1.5e-02 | 4.0e-02 | no switch | "
+        "2.5 | 0.24 [0.02, 3.22] |"
+    ) in lines
+    assert (
+        "| two-phase, random gates | not run (1 of 2 seeds) | not run | not run | "
+        "not run | not run | not run | not run |"
+    ) in lines
+    assert "- **two-phase, random gates**: not run." in lines
+    summary = files.read_json(layout.summary)["digits"]["none"]
+    assert set(summary) == {"base", "base_bn"}
+    assert summary["base"]["error_rate"] == pytest.approx(0.03)
+    assert summary["base"]["gap"] == 0.04
+    assert summary["base"]["difference_standard_error"] == pytest.approx(0.01)
+    assert "seconds" not in json.dumps(summary)
+    rows = list(csv.DictReader(io.StringIO(layout.csv.read_text(encoding="utf-8"))))
+    assert len(rows) == 6
+    assert rows[2]["switch_rank"] == "1200"
+    assert rows[2]["seconds_exploit"] == "0.5"
+    assert rows[2]["commit"] == "0123456789abcdef"
+    assert rows[5]["error_rate"] == rows[5]["commit"] == ""
+
+
+def test_verdict_is_what_the_hand_computes(tmp_path):
+    methods = ("base", "base_bn", "two_phase_random", "solve", "solve_l2")
+    params = grid(tmp_path, methods=methods, augmentations=("none", "standard"))
+    layout = Layout(tmp_path)
+    for run in params.grid.runs():
+        # Paired differences 0 and +1 points: mean 0.5, standard error 0.5.
+        error = 0.05 + 0.01 * run.seed * (run.method == "two_phase_random")
+        solved = {"l2_gap": 2e-6} if run.method == "solve_l2" else {}
+        fabricate(
+            layout,
+            run,
+            error,
+            loss=0.02 if run.method.startswith("base") else 0.01,
+            gap=1e-6 if run.method == "solve" else 0.01,
+            seconds=10.0 if run.method.startswith("base") else 8.0,
+            metrics=solved,
+        )
+    results = read(params, layout)
+    found = findings(results)
+    mine = {k[1:]: v for k, v in found.items() if k[0] == "two_phase_random"}
+    assert {key: each.met for key, each in mine.items()} == {
+        ("test error no worse", "none"): True,
+        ("test error lower", "none"): False,
+        ("training loss lower", "none"): True,
+        ("wall time", "none"): False,
+        ("test error no worse", "standard"): True,
+        ("test error lower", "standard"): False,
+        ("wall time", "standard"): True,
+    }
+    numbers = mine["test error no worse", "none"].numbers
+    assert numbers == "+0.50 points, at most 0.50 allowed"
+    assert found["solve", "certified gap", "none"].met
+    regularised = found["solve_l2", "certified gap", "none"]
+    assert regularised.met is False
+    assert regularised.numbers.startswith("2.0e-06, of the regularised loss")
+    text = sentences(results)
+    assert text[0] == "- **two-phase, random gates**: 4 of 7 targets met."
+    assert (
+        "  - Missed: wall time, no augmentation, on Digits: 0.80 of the base's, at "
+        "most 0.75 allowed."
+    ) in text
+
+
+@pytest.mark.parametrize(("better", "met"), [(1, False), (2, True)])
+def test_lower_error_is_asked_of_half_of_the_data_sets(tmp_path, better, met):
+    names = ("mnist", "semeion", "kmnist")
+    params, layout = grid(tmp_path, datasets=(*names, "digits")), Layout(tmp_path)
+    for run in params.grid.runs():
+        # The fourth data set is not run: it counts for neither side.
+        if run.dataset in names:
+            sign = -1 if names.index(run.dataset) < better else 1
+            change = 0.01 * sign * (run.method == "two_phase_random")
+            fabricate(layout, run, 0.1 + change)
+    (found,) = [
+        each
+        for each in verdict(read(params, layout))
+        if each.target == "test error lower"
+    ]
+    assert found.met is met
+    word = "met" if met else "missed"
+    assert found.text == f"{word}: lower on {better} of 3, 1 not run"
+
+
+def test_which_methods_end_in_solve():
+    assert ends_in_solve({"kind": "two_phase", "exploit_optimizer": "solve"})
+    assert ends_in_solve({"kind": "posthoc_solve"})
+    assert not ends_in_solve({"kind": "two_phase", "gates": "random"})
+    assert len({target.name for target in TARGETS}) == len(TARGETS)
+
+
+def test_nothing_says_not_run(tmp_path):
+    params = grid(tmp_path)
+    text = report.main(params=params, root=tmp_path).read_text(encoding="utf-8")
+    assert f"| base |{' not run |' * 7}" in text.splitlines()
+    layout = Layout(tmp_path)
+    assert not layout.figure("digits-none").exists()
+    assert "not run" in layout.html.read_text(encoding="utf-8")
+    assert files.read_json(layout.summary) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"synthetic": True}, "Synthetic"),
+        ({"data_sha256": "other"}, "same data"),
+        ({"data_sha256": None}, "which data"),
+    ],
+)
+def test_report_refuses(tmp_path, changes, message):
+    params = grid(tmp_path)
+    fabricate(Layout(tmp_path), run_of("base", 0), 0.1)
+    fabricate(Layout(tmp_path), run_of("base", 1), 0.1, **changes)
+    with pytest.raises(ValueError, match=message):
+        report.main(params=params, root=tmp_path)
+
+
+def test_report_refuses_a_synthetic_frontier(tmp_path):
+    section = {"datasets": ["digits"], "method": "two_phase_random", "explore": [0.5]}
+    params, layout = grid(tmp_path, frontier=section), Layout(tmp_path)
+    made = provenance("digits", synthetic=True)
+    files.write_json(layout.frontier("digits"), {"points": [], "provenance": made})
+    with pytest.raises(ValueError, match="frontier of digits"):
+        report.main(params=params, root=tmp_path)
+
+
+@pytest.mark.parametrize("title", ["MNIST (5,000 of 60,000)", "MNIST"])
+def test_partial_data_never_carry_the_name_alone(tmp_path, title):
+    params, layout = grid(tmp_path, datasets=("mnist",)), Layout(tmp_path)
+    for run in params.grid.runs():
+        fabricate(layout, run, 0.1, partial=True, title=title)
+    report.main(params=params, root=tmp_path)
+    wanted = title if "(" in title else "MNIST (partial)"
+    for path in (layout.table, report.overview(layout), layout.html):
+        text = path.read_text(encoding="utf-8")
+        assert wanted in text
+        assert text.count("MNIST") == text.count(wanted)
+
+
+def test_uncommitted_changes_are_told(tmp_path):
+    params, layout = grid(tmp_path), Layout(tmp_path)
+    for run in params.grid.runs():
+        fabricate(layout, run, 0.1, dirty=run.seed == 1)
+    text = report.main(params=params, root=tmp_path).read_text(encoding="utf-8")
+    assert "**3 of 6 runs were made with uncommitted changes.**" in text
+    assert "commit 0123456789 with uncommitted changes (3 runs)" in text
+    html = layout.html.read_text(encoding="utf-8")
+    assert "3 of 6 runs were made with uncommitted changes" in html
+
+
+def test_figures_are_drawn_and_repeat_byte_for_byte(tmp_path):
+    sections = {
+        "frontier": {
+            "datasets": ["digits"],
+            "method": "two_phase_random",
+            "explore": [0.5, 1.0],
+        },
+        "tune": {"datasets": ["digits"]},
+    }
+    params, layout = grid(tmp_path, **sections), Layout(tmp_path)
+    for run in params.grid.runs():
+        fabricate(layout, run, 0.1 + 0.01 * run.seed)
+    rows = [
+        {
+            "seed": s,
+            "explore": x,
+            "seconds": 1.0,
+            "error_rate": 0.1,
+            "train_loss": x / 10,
+        }
+        for s in (0, 1)
+        for x in (1.0, 0.5)
+    ]
+    made = provenance("digits")
+    files.write_json(
+        layout.frontier("digits"),
+        {"points": rows, "base": rows[:1], "base_bn": rows[:1], "provenance": made},
+    )
+    files.write_json(
+        layout.tuning("digits"),
+        {
+            "validation": 0.2,
+            "seed": 0,
+            "augmentations": {"none": {"cosine": {"base": 0.125, "base_bn": 0.12}}},
+            "best": {"none": "cosine"},
+            "provenance": made,
+        },
+    )
+    results = read(params, layout)
+    before = {k: p.read_bytes() for k, p in report.draw(results, layout).items()}
+    after = {k: p.read_bytes() for k, p in report.draw(results, layout).items()}
+    assert set(before) == {"curves-digits-none", "errors", "times", "frontier-digits"}
+    assert all(each.startswith(b"\x89PNG") for each in before.values())
+    assert before == after
+    assert frontier.by_share(rows, "seconds", 2.0) == {0.5: [2.0, 2.0], 1.0: [2.0, 2.0]}
+    assert "| cosine | 12.50 | 12.00 | best, used |" in texts.full(results)
+
+
+def test_curves_of_unequal_length_keep_their_last_value(tmp_path):
+    params, layout = grid(tmp_path), Layout(tmp_path)
+    short = {
+        "epoch": [1, 2],
+        "train_loss": [3.0, 2.0],
+        "phase": [0, 1],
+        "test_epoch": [2],
+        "test_error_rate": [0.25],
+    }
+    fabricate(layout, run_of("solve"), 0.1)
+    fabricate(layout, run_of("solve", 1), 0.1, metrics={"curves": short})
+    params = grid(tmp_path, methods=("base", "solve"))
+    runs = read(params, layout).of("digits", "none", "solve")
+    epochs, values = curves.series(runs, "train_loss")
+    assert epochs.tolist() == [1, 2, 3, 4]
+    assert values.tolist() == [[1.0, 0.5, 0.25, 0.125], [3.0, 2.0, 2.0, 2.0]]
+    epochs, values = curves.series(runs, "error_rate")
+    assert epochs.tolist() == [2, 4]
+    assert values.tolist() == [[0.5, 0.1], [0.25, 0.25]]
+
+
+def test_readme_is_filled_between_its_markers(tmp_path):
+    params, layout = grid(tmp_path), Layout(tmp_path)
+    for run in params.grid.runs():
+        fabricate(layout, run, 0.1)
+    report.main(params=params, root=tmp_path)
+    path = tmp_path / "README.md"
+    empty = "a\n<!-- table quick -->\nold\n<!-- /table quick -->\nz\n"
+    path.write_text(empty, encoding="utf-8")
+    readme.cli(["--root", str(tmp_path)])
+    text = path.read_text(encoding="utf-8")
+    inside = report.overview(layout).read_text(encoding="utf-8")
+    assert text == f"a\n<!-- table quick -->\n{inside}<!-- /table quick -->\nz\n"
+    assert "| two-phase, random gates | 10.00 ± 0.00 |" in inside
+    assert readme.filled(text, root=tmp_path) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("<!-- table quick -->", ValueError, "1 and 0 of them"),
+        ("<!-- /table cpu -->\n<!-- table cpu -->", ValueError, "after it"),
+        ("<!-- table gpu -->\n<!-- /table gpu -->", ValueError, "there are quick"),
+        ("<!-- table cpu -->\n<!-- /table cpu -->", FileNotFoundError, "no report"),
+    ],
+)
+def test_readme_refuses(tmp_path, text, error, message):
+    with pytest.raises(error, match=message):
+        readme.filled(text, root=tmp_path)
+
+
+def test_readme_says_what_the_reports_say():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.filled(text) == text
+
+
+@pytest.mark.parametrize("profile", readme.PROFILES)
+def test_committed_results_are_those_of_the_grid(profile):
+    folder = ROOT / readme.PROFILES[profile]
+    layout = Layout(folder)
+    if not report.overview(layout).exists():
+        pytest.skip(f"no results of the profile {profile} in this checkout")
+    results = report.read(load(folder / FILE.name), layout)
+    assert layout.table.read_text(encoding="utf-8") == texts.full(results)
+    assert report.overview(layout).read_text(encoding="utf-8") == texts.overview(
+        results
+    )
+    assert layout.csv.read_text(encoding="utf-8") == report.runs(results)
+    assert json.loads(layout.summary.read_text()) == report.summary(results)
