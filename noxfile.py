@@ -113,17 +113,25 @@ def quickstart(session: nox.Session) -> None:
 def lock(session: nox.Session) -> None:
     """Check that the committed results belong to the committed code."""
     session.install(*group("lock"))
-    output = session.run(
-        "dvc",
-        "repro",
-        "--dry",
-        "--allow-missing",
-        silent=True,
-        env={"DVC_NO_ANALYTICS": "1"},
-    )
-    if output and "Running stage" in output:
-        session.log(output)
-        session.error("dvc.lock is out of date: run `dvc repro` and commit.")
+    for pipeline in sorted(Path().glob("**/dvc.yaml")):
+        # Of what was never run there are no results.
+        if not pipeline.with_name("dvc.lock").exists():
+            continue
+        output = session.run(
+            "dvc",
+            "repro",
+            "--dry",
+            "--allow-missing",
+            str(pipeline),
+            silent=True,
+            env={"DVC_NO_ANALYTICS": "1"},
+        )
+        if output and "Running stage" in output:
+            session.log(output)
+            session.error(
+                f"{pipeline.with_name('dvc.lock')} is out of date: run `dvc repro "
+                f"{pipeline}` and commit."
+            )
 
 
 @nox.session

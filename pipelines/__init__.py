@@ -1,22 +1,26 @@
-"""The experiments: data sets x methods x seeds, from raw data to a table.
+"""The experiments: data sets x augmentations x methods x seeds, from data to a page.
 
-Four stages, each a module with a `main` to import and a command line:
+Stages, each a module with a `main` to import, and a command `python pipelines STAGE`:
 
-1. `prepare`: reads, splits and checks a data set and writes `data/NAME.npz`;
-2. `train`: one run of a data set, a method and a seed, into `runs/`;
-3. `evaluate`: test error, training loss and gap of a run, into `results/metrics/`;
-4. `report`: the table, the figure and the summary of all runs, into `results/`.
+1. `prepare`: loads, verifies and splits a data set and writes `data/NAME.npz`;
+2. `explore`: trains the base model of a seed, whose weights methods go on from;
+3. `train`: finishes a run of a data set, an augmentation, a method and a seed;
+4. `evaluate`: test error, training loss and gap of a run, into `results/metrics/`;
+5. `report`: tables, figures, verdict and page of all runs, into `results/`.
+
+Beside them, `tune` looks for the base model's best recipe on held-out training samples,
+and `frontier` measures error and time against the share that is explored.
 
 `dvc repro` runs them as dvc.yaml says, `python -m pipelines.quickstart` in one
-process. Both run the grid of params.yaml. Pipelines use the public names of
-`keras_dalign` only.
+process. Both run the grid of a params.yaml: the root's is the profile `quick`, and
+`profiles/` has larger ones; `profiles/README.md` says how to run them. Pipelines use
+the public names of `keras_dalign` only.
 
 How to extend the grid:
 
-- a **data set** is a function in `datasets.LOADERS`, a section under `prepare` and
-  one under `train` in params.yaml, and its name in `grid.datasets`. This is the place
-  of the benchmark on six data sets (MNIST, CIFAR-10, CIFAR-100, KMNIST, SVHN and
-  Semeion), whose residual networks are a function in `base_models.BUILDERS`;
+- a **data set** is an entry of `datasets.KNOWN`, a section under `prepare` and one
+  under `train` in params.yaml, and its name in `grid.datasets`;
+- a **model** is a function in `base_models.BUILDERS`, and named under `train`;
 - a **method** is a section under `methods`, and its name in `grid.methods`; one of a
   new kind is a function in `methods.KINDS`, too.
 """

@@ -1,7 +1,6 @@
 """Base models: plain Keras models that end in logits.
 
-Another one is a function in `BUILDERS`; its settings stand in params.yaml. The
-residual networks of the benchmark (`keras_dalign.models.resnet`) belong here.
+Another one is a function in `BUILDERS`; its settings stand in params.yaml.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from typing import Any
 
 import keras
 
+import keras_dalign as kd
 from pipelines.params import pick
 
 
@@ -38,7 +38,24 @@ def mlp(
     )
 
 
-BUILDERS: dict[str, Callable[..., keras.Model]] = {"mlp": mlp}
+def resnet(
+    input_shape: tuple[int, ...], n_classes: int, *, depth: int, **settings: Any
+) -> keras.Model:
+    """A residual network for small images, `keras_dalign.models.resnet`.
+
+    Args:
+        input_shape: Shape of one image.
+        n_classes: Number of logits.
+        depth: 18, or `6 n + 2`.
+        **settings: What else it takes.
+
+    Returns:
+        A model with outputs `(batch, n_classes)`.
+    """
+    return kd.models.resnet(depth, input_shape, n_classes, **settings)
+
+
+BUILDERS: dict[str, Callable[..., keras.Model]] = {"mlp": mlp, "resnet": resnet}
 
 
 def build(

@@ -1,4 +1,4 @@
-"""Stage 3: test error, training loss and certified gap of a run.
+"""Stage 4: test error, training loss and certified gap of a run.
 
 Needs NumPy only, so that it takes no time, and recomputes the training loss in
 float64 from the logits, independently of the certificate.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,11 +16,14 @@ from pipelines.layout import Layout
 from pipelines.params import Run, parser
 
 
-def main(dataset: str, method: str, seed: int, *, root: Path = Path()) -> Path:
+def main(
+    dataset: str, augmentation: str, method: str, seed: int, *, root: Path = Path()
+) -> Path:
     """Evaluates a run.
 
     Args:
         dataset: Name of its data set.
+        augmentation: Name of its augmentation.
         method: Name of its method.
         seed: Its seed.
         root: The folder of all files.
@@ -33,7 +35,7 @@ def main(dataset: str, method: str, seed: int, *, root: Path = Path()) -> Path:
         ValueError: If the run was made with other data, or its certificate does not
             belong to its logits.
     """
-    layout, run = Layout(root), Run(dataset, method, seed)
+    layout, run = Layout(root), Run(dataset, augmentation, method, seed)
     data, description = datasets.read(layout, dataset)
     provenance = files.read_json(layout.provenance(run), "data_sha256", "synthetic")
     if provenance["data_sha256"] != description["sha256"]:
@@ -52,15 +54,21 @@ def main(dataset: str, method: str, seed: int, *, root: Path = Path()) -> Path:
             f"Received: certified loss {certificate['loss']}, loss of the logits "
             f"{train_loss}"
         )
+    history = files.read_json(
+        layout.history(run), "curves", "parameters", "l2", "switch"
+    )
     metrics = {
         "error_rate": error_rate(on_test, data.y_test),
         "train_loss": train_loss,
         "train_error_rate": error_rate(on_train, data.y_train),
         "lower_bound": certificate["lower_bound"],
         "gap": certificate["gap"],
-        "curves": curves(
-            files.read_json(layout.history(run), "loss", "val_accuracy", "phase")
-        ),
+        "l2": history["l2"],
+        "l2_loss": certificate.get("l2_loss"),
+        "l2_gap": certificate.get("l2_gap"),
+        "parameters": history["parameters"],
+        "switch": history["switch"],
+        "curves": history["curves"],
         "provenance": provenance,
     }
     files.write_json(layout.metrics(run), metrics)
@@ -101,31 +109,11 @@ def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(np.logaddexp(0.0, others)))
 
 
-def curves(history: dict[str, Any]) -> dict[str, list[float]]:
-    """What is drawn, by epoch, to six digits.
-
-    Args:
-        history: The history of `fit`.
-
-    Returns:
-        `train_loss` (Keras's mean over the epoch's steps), `error_rate` (of the test
-        data, after the epoch) and `phase` (0 exploring, 1 exploiting).
-    """
-    series = {
-        "train_loss": history["loss"],
-        "error_rate": [1.0 - accuracy for accuracy in history["val_accuracy"]],
-        "phase": history["phase"],
-    }
-    return {
-        name: [float(f"{value:.6g}") for value in values]
-        for name, values in series.items()
-    }
-
-
 def cli(arguments: Sequence[str] | None = None) -> None:
     """The command line of `main`."""
-    line = parser(__doc__, "dataset", "method", "seed").parse_args(arguments)
-    main(line.dataset, line.method, line.seed, root=line.root)
+    names = ("dataset", "augmentation", "method", "seed")
+    line = parser(__doc__, *names).parse_args(arguments)
+    main(line.dataset, line.augmentation, line.method, line.seed, root=line.root)
 
 
 if __name__ == "__main__":

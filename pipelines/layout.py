@@ -28,6 +28,14 @@ class Layout:
         """What is known of a prepared data set: counts, shapes, hash."""
         return self.root / "data" / f"{dataset}.json"
 
+    def checkpoint(self, run: Run, epoch: int) -> Path:
+        """The weights of an exploration after so many epochs."""
+        return self.run(run) / f"epoch-{epoch:03d}.npz"
+
+    def backup(self, run: Run) -> Path:
+        """What a killed run goes on from; outside of what DVC removes."""
+        return self.root / "backups" / f"{run.name}.npz"
+
     def logits(self, run: Run) -> Path:
         """A run's logits on training and test data."""
         return self.run(run) / "logits.npz"
@@ -79,6 +87,19 @@ class Layout:
     def figure(self, dataset: str) -> Path:
         """The learning curves on a data set."""
         return self.results / "figures" / f"{dataset}.png"
+
+    @property
+    def html(self) -> Path:
+        """The report for people who would rather look than read."""
+        return self.results / "report.html"
+
+    def tuning(self, dataset: str) -> Path:
+        """What each recipe reached on held-out training samples."""
+        return self.results / "tuning" / f"{dataset}.json"
+
+    def frontier(self, dataset: str) -> Path:
+        """Error and time against the share of epochs that is explored."""
+        return self.results / "frontier" / f"{dataset}.json"
 
     def study(self, name: str) -> Path:
         """The rows of a study of the mechanism."""

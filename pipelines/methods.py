@@ -1,4 +1,4 @@
-"""Methods: what is made of a base model, compiled and ready to be fitted.
+"""Methods: how a run ends, given the base training that it shares with others.
 
 A kind of method is a function in `KINDS`; params.yaml names methods and gives each a
 kind and its settings.
@@ -6,81 +6,305 @@ kind and its settings.
 
 from __future__ import annotations
 
+import tempfile
+import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import keras
+import numpy as np
 
 import keras_dalign as kd
-from pipelines.params import TrainParams, pick
+from pipelines.exploration import Exploration, Job, discard, explore, fit, objective
+from pipelines.optimizers import optimizer
+from pipelines.params import pick
+from pipelines.stream import FollowEpoch
+
+if TYPE_CHECKING:
+    from pipelines.recording import Recorder
+
+SOLVE = "solve"
 
 
-def plain(base: keras.Model, train: TrainParams, **_: Any) -> keras.Model:
-    """The base model with the base optimizer."""
-    base.compile(optimizer=_optimizer(train), **_objective())
-    return base
+@dataclass(frozen=True)
+class Trained:
+    """What a method made.
+
+    Attributes:
+        model: The model, from images to logits.
+        epochs: What was noted by epoch; see `recording.Recorder`.
+        phases: Wall time in seconds of `explore`, `switch` and `exploit`, without what
+            measuring the test error took.
+        parameters: Numbers of parameters: `base` (the base model's), `total` and
+            `exploited`.
+        l2: The weight of the L2 term that was minimised with the loss.
+        switch: The rank check at the switch, where there was one.
+    """
+
+    model: keras.Model
+    epochs: list[dict[str, float]]
+    phases: dict[str, float]
+    parameters: dict[str, int]
+    l2: float = 0.0
+    switch: dict[str, Any] | None = field(default=None)
+
+
+def base(
+    job: Job,
+    shared: Callable[[], Exploration],
+    backup: Path,
+    *,
+    epochs: float = 1.0,
+    reestimate: bool = False,
+) -> Trained:
+    """The base model.
+
+    Args:
+        job: What to train on, and how.
+        shared: Reads the base training of the seed.
+        backup: A path beside which a run of its own is backed up.
+        epochs: The share of the epochs that it is trained for. A share below 1 is a
+            run of its own, whose schedule ends with it.
+        reestimate: Whether its batch-norm statistics are re-estimated at the end.
+
+    Returns:
+        The model as Keras trains it, or with re-estimated statistics.
+    """
+    if epochs == 1.0:
+        exploration = shared()
+        model = exploration.model(1.0)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            exploration = explore(job.shortened(epochs), Path(folder), backup)
+            model = exploration.model(1.0)
+        discard(backup)
+    phases = {"explore": exploration.seconds(1.0)}
+    if reestimate:
+        begin = time.perf_counter()
+        kd.reestimate_batch_norm(model, job.data.x_train)
+        phases["switch"] = time.perf_counter() - begin
+    count = model.count_params()
+    return Trained(
+        model,
+        exploration.until(1.0),
+        phases,
+        {"base": count, "total": count, "exploited": 0},
+    )
 
 
 def two_phase(
-    base: keras.Model,
-    train: TrainParams,
+    job: Job,
+    shared: Callable[[], Exploration],
+    backup: Path,
     *,
-    n_samples: int,
-    seed: int,
-    gates: str,
-    explore: float,
-) -> keras.Model:
+    gates: str = "random",
+    explore: float = 0.6,
+    exploit: str = "copy",
+    l2: float | str = 0.0,
+    **head: Any,
+) -> Trained:
     """The base model with an alignment head: explore, switch, exploit.
 
+    With random gates the exploration is that of the base model, which is shared; with
+    learned gates it is a run of its own.
+
     Args:
-        base: The base model; its weights are shared.
-        train: Base training.
-        n_samples: Number of training samples.
-        seed: Seed of the gates.
+        job: What to train on, and how.
+        shared: Reads the base training of the seed.
+        backup: A path beside which a run of its own is backed up.
         gates: `"random"` or `"learned"`.
-        explore: Fraction or number of epochs that are spent in exploration.
+        explore: The share of the epochs that is explored.
+        exploit: `"copy"`, a fresh copy of the optimizer, for the other epochs; or
+            `"solve"`, full batch to a certified gap, on the images as they are.
+        l2: Weight of the L2 term of `"solve"`, or `"auto"`.
+        **head: What else `keras_dalign.align` takes.
 
     Returns:
-        The compiled model.
+        The model after exploitation.
+
+    Raises:
+        RuntimeError: If the model never came to its switch.
     """
-    model = kd.align(base, n_samples=n_samples, gates=gates, seed=seed)
-    optimizer = kd.DAlign(_optimizer(train), explore=explore)
-    model.compile(optimizer=optimizer, **_objective())
-    return model
+    epochs, tau = job.train.epochs, max(1, round(explore * job.train.epochs))
+    first, rest = (
+        optimizer(job.recipe, job.steps, epochs, start=start) for start in (0, tau)
+    )
+    head = {"gates": gates, "seed": job.run.seed, **head}
+    if gates == "random":
+        exploration = shared()
+        entries, seconds = exploration.until(explore), exploration.seconds(explore)
+        trunk = exploration.model(explore)
+    else:
+        trunk = job.base()
+    begin = time.perf_counter()
+    model = kd.align(trunk, n_samples=len(job.data.x_train), **head)
+    model.compile(optimizer=kd.DAlign(first, rest, explore=tau), **objective())
+    if gates != "random":
+        entries = fit(job, model, tau, backup=backup).epochs
+        seconds = sum(entry["seconds"] for entry in entries)
+        begin = time.perf_counter()
+    keras.utils.set_random_seed(job.run.seed)
+    noting = 0.0
+    if exploit == SOLVE:
+        l2 = kd.solve(model, job.data.x_train, job.data.y_train, l2=l2, verbose=0).l2
+    else:
+        recorder = _exploit(job, model, tau)
+        entries, noting = [*entries, *recorder.epochs], recorder.own_seconds
+    spent = time.perf_counter() - begin - noting
+    report = model.switch_report
+    if report is None:
+        raise RuntimeError(f"Training ended without a switch. Received: {job.run.name}")
+    discard(backup)
+    q, bias = model.head.q, model.head.bias
+    return Trained(
+        model,
+        entries,
+        {
+            "explore": seconds,
+            "switch": report.seconds,
+            "exploit": spent - report.seconds,
+        },
+        {
+            "base": trunk.count_params(),
+            "total": model.count_params(),
+            "exploited": int(np.prod(q.shape)) + int(np.prod(bias.shape)),
+        },
+        float(l2),
+        {
+            "epoch": tau,
+            "rank": report.rank.rank,
+            "n": report.rank.rows_checked,
+            "full": report.rank.full,
+            "complete": report.rank.complete,
+            "text": str(report.rank),
+        },
+    )
 
 
-KINDS: dict[str, Callable[..., keras.Model]] = {"plain": plain, "two_phase": two_phase}
-
-
-def compiled(
-    base: keras.Model,
-    settings: Mapping[str, Any],
-    train: TrainParams,
+def last_layer(
+    job: Job,
+    shared: Callable[[], Exploration],
+    backup: Path,  # noqa: ARG001
     *,
-    n_samples: int,
-    seed: int,
-) -> keras.Model:
-    """Applies a method to a base model.
+    explore: float = 0.6,
+) -> Trained:
+    """Exploitation without gated units: the base model's own last layer alone.
+
+    As `two_phase` otherwise: batch-norm statistics are re-estimated, the trunk is a
+    fixed function in inference mode, and the features of images that are not augmented
+    are computed once.
 
     Args:
-        base: The base model.
-        settings: `kind` of the method, and what else it takes.
-        train: Base training.
-        n_samples: Number of training samples.
-        seed: Seed of what the method draws.
+        job: What to train on, and how.
+        shared: Reads the base training of the seed.
+        backup: Not used.
+        explore: The share of the epochs that is explored.
 
     Returns:
-        The compiled model.
+        The model with its last layer trained.
+    """
+    exploration = shared()
+    epochs, tau = job.train.epochs, exploration.epoch(explore)
+    phases = {"explore": exploration.seconds(explore)}
+    model = exploration.model(explore)
+    begin = time.perf_counter()
+    keras.utils.set_random_seed(job.run.seed)
+    kd.reestimate_batch_norm(model, job.data.x_train)
+    last = model.layers[-1]
+    trunk = keras.Model(model.inputs, last.input)
+    trunk.trainable = False
+    phases["switch"] = time.perf_counter() - begin
+    rest = optimizer(job.recipe, job.steps, epochs, start=tau)
+    entries = exploration.until(explore)
+    if job.augment is None:
+        features = trunk.predict(job.data.x_train, batch_size=256, verbose=0)
+        inputs = keras.Input(features.shape[1:])
+        head = keras.Model(inputs, last(inputs))
+        head.compile(optimizer=rest, **objective())
+        history = head.fit(
+            features,
+            job.data.y_train,
+            batch_size=job.train.batch_size,
+            epochs=epochs,
+            initial_epoch=tau,
+            verbose=0,
+        ).history
+        losses, own = history["loss"], 0.0
+        seconds = time.perf_counter() - begin - phases["switch"]
+        entries += [
+            {"epoch": tau + 1 + i, "train_loss": loss, "phase": 1, "seconds": 0.0}
+            for i, loss in enumerate(losses)
+        ]
+    else:
+        inputs = keras.Input(model.inputs[0].shape[1:])
+        whole = keras.Model(inputs, last(trunk(inputs, training=False)))
+        whole.compile(optimizer=rest, **objective())
+        recorder = _exploit(job, whole, tau)
+        own = recorder.own_seconds
+        entries += [entry | {"phase": 1} for entry in recorder.epochs]
+        seconds = time.perf_counter() - begin - phases["switch"] - own
+    phases["exploit"] = seconds
+    trunk.trainable = True
+    return Trained(
+        model,
+        entries,
+        phases,
+        {
+            "base": model.count_params(),
+            "total": model.count_params(),
+            "exploited": last.count_params(),
+        },
+    )
+
+
+# Each takes a job, what reads the shared exploration, a path for a backup, and its
+# settings.
+KINDS: dict[str, Callable[..., Trained]] = {
+    "base": base,
+    "two_phase": two_phase,
+    "last_layer": last_layer,
+}
+
+
+def finish(
+    job: Job,
+    settings: Mapping[str, Any],
+    shared: Callable[[], Exploration],
+    backup: Path,
+) -> Trained:
+    """Finishes a run by a method.
+
+    Args:
+        job: What to train on, and how.
+        settings: `kind` of the method, and what else it takes.
+        shared: Reads the base training of the seed.
+        backup: A path beside which a run of its own is backed up.
+
+    Returns:
+        What the method made.
     """
     kind = pick("kind of method", KINDS, str(settings.get("kind")))
     rest = {key: value for key, value in settings.items() if key != "kind"}
-    return kind(base, train, n_samples=n_samples, seed=seed, **rest)
+    return kind(job, shared, backup, **rest)
 
 
-def _optimizer(train: TrainParams) -> keras.optimizers.Optimizer:
-    return keras.optimizers.Adam(train.learning_rate)
-
-
-def _objective() -> dict[str, Any]:
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    return {"loss": loss, "metrics": ["accuracy"]}
+def _exploit(job: Job, model: keras.Model, start: int) -> Recorder:
+    """Fits the epochs after the first `start`; says what was noted."""
+    epochs = job.train.epochs
+    recorder = job.recorder(epochs, start=start)
+    settings = {"initial_epoch": start, "epochs": epochs, "verbose": 0}
+    if job.augment is None:
+        model.fit(
+            job.data.x_train,
+            job.data.y_train,
+            batch_size=job.train.batch_size,
+            callbacks=[recorder],
+            **settings,
+        )
+    else:
+        stream = job.stream()
+        callbacks = [FollowEpoch(stream), recorder]
+        model.fit(stream, shuffle=False, callbacks=callbacks, **settings)
+    return recorder

@@ -11,6 +11,10 @@ from typing import Any, TypeVar
 
 import yaml
 
+# The base training that methods share, where the name of a method stands otherwise.
+EXPLORATION = "exploration"
+
+HERE = Path("params.yaml")
 FILE = Path(__file__).resolve().parent.parent / "params.yaml"
 
 _T = TypeVar("_T")
@@ -22,18 +26,25 @@ class Run:
 
     Attributes:
         dataset: Name of the data set.
+        augmentation: `"none"` or `"standard"`.
         method: Name of the method.
-        seed: Seed of initial weights and shuffles.
+        seed: Seed of initial weights, shuffles and augmentation.
     """
 
     dataset: str
+    augmentation: str
     method: str
     seed: int
 
     @property
     def name(self) -> str:
         """The run's name in files and stages."""
-        return f"{self.dataset}-{self.method}-{self.seed}"
+        return f"{self.dataset}-{self.augmentation}-{self.method}-{self.seed}"
+
+    @property
+    def exploration(self) -> Run:
+        """The base training of the same seed, which methods may share."""
+        return dataclasses.replace(self, method=EXPLORATION)
 
 
 @dataclass(frozen=True)
@@ -42,19 +53,22 @@ class Grid:
 
     Attributes:
         datasets: Names of data sets.
-        methods: Names of methods.
+        augmentations: `"none"`, `"standard"` or both.
+        methods: Names of methods; the base, with which the others are compared, first.
         seeds: Seeds.
     """
 
     datasets: tuple[str, ...]
+    augmentations: tuple[str, ...]
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
 
     def runs(self) -> list[Run]:
         """All runs. The methods of a seed follow each other, as their times compare."""
         return [
-            Run(dataset, method, seed)
+            Run(dataset, augmentation, method, seed)
             for dataset in self.datasets
+            for augmentation in self.augmentations
             for seed in self.seeds
             for method in self.methods
         ]
@@ -65,9 +79,10 @@ class DataParams:
     """What a prepared data set must be.
 
     Attributes:
-        n_train: Number of training samples.
-        n_test: Number of test samples.
-        split_seed: Seed of the split, for data sets that come without one.
+        n_train: Number of training samples. Fewer than the data set has are drawn by
+            class, and the data are then called partial.
+        n_test: Number of test samples, likewise.
+        split_seed: Seed of the draw, and of the split of data that come without one.
     """
 
     n_train: int
@@ -83,13 +98,67 @@ class TrainParams:
         model: `name` of a builder in `base_models`, and its settings.
         epochs: Number of epochs.
         batch_size: Samples per step.
-        learning_rate: Learning rate of Adam.
+        recipes: By augmentation, the name of an entry of `recipes`: the best for the
+            base model of those that `tune` compares, and the same for all methods.
+        checkpoints: Shares of the epochs after which the base model's weights are
+            kept, for methods to go on from.
+        augment: The standard augmentation: `crop`, the pixels of padding before a
+            random crop, and `flip`, whether images are mirrored at random.
     """
 
     model: Mapping[str, Any]
     epochs: int
     batch_size: int
+    recipes: Mapping[str, str]
+    checkpoints: tuple[float, ...] = (1.0,)
+    augment: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the optimizer does.
+
+    Attributes:
+        learning_rate: The first learning rate.
+        schedule: `"constant"`, or `"cosine"`: to zero over all epochs.
+        optimizer: `"adam"`, or `"sgd"` with Nesterov's momentum of 0.9.
+        weight_decay: Of SGD alone, decoupled.
+    """
+
     learning_rate: float
+    schedule: str = "constant"
+    optimizer: str = "adam"
+    weight_decay: float | None = None
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The search for the base model's best recipe.
+
+    Attributes:
+        datasets: Data sets to search on; all recipes are tried, on every augmentation.
+        validation: Share of the training samples that the recipes are judged on.
+        seed: Seed of that split and of the runs.
+    """
+
+    datasets: tuple[str, ...] = ()
+    validation: float = 0.2
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Error and time against the share of epochs that is explored.
+
+    Attributes:
+        datasets: Data sets to draw it for.
+        method: The method, of kind `two_phase` with random gates.
+        explore: Shares of the epochs; 1 is post hoc.
+    """
+
+    datasets: tuple[str, ...] = ()
+    method: str = ""
+    explore: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,38 +166,61 @@ class Params:
     """All parameters.
 
     Attributes:
+        profile: Name of the profile: `quick`, `cpu` or `letter`.
+        code: From the folder of the parameters to that of the code.
         grid: What is run.
         prepare: Data sets by name.
         train: Base models and training by data set.
+        recipes: What the optimizer does, by name.
         methods: `kind` of `methods.KINDS`, and its settings, by method.
         labels: Names of methods for readers, where they differ.
-        studies: Settings of the studies of the mechanism, by name.
+        tune: The search for the base model's best recipe.
+        frontier: Error and time against the share that is explored.
     """
 
+    profile: str
+    code: str
     grid: Grid
     prepare: Mapping[str, DataParams]
     train: Mapping[str, TrainParams]
+    recipes: Mapping[str, Recipe]
     methods: Mapping[str, Mapping[str, Any]]
     labels: Mapping[str, str] = field(default_factory=dict)
-    studies: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tune: Tuning = field(default_factory=Tuning)
+    frontier: Frontier = field(default_factory=Frontier)
 
     def __post_init__(self) -> None:
         for dataset in self.grid.datasets:
             pick("data set (under `prepare`)", self.prepare, dataset)
-            pick("data set (under `train`)", self.train, dataset)
+            train = pick("data set (under `train`)", self.train, dataset)
+            for augmentation in self.grid.augmentations:
+                pick(
+                    "recipe",
+                    self.recipes,
+                    pick(
+                        f"augmentation (under `train.{dataset}.recipes`)",
+                        train.recipes,
+                        augmentation,
+                    ),
+                )
         for method in self.grid.methods:
             pick("method", self.methods, method)
+
+    def recipe(self, dataset: str, augmentation: str) -> Recipe:
+        """The recipe of a data set, the same for all methods."""
+        return self.recipes[self.train[dataset].recipes[augmentation]]
 
     def label(self, method: str) -> str:
         """What the report calls a method."""
         return self.labels.get(method, method.replace("_", " "))
 
 
-def load(path: Path = FILE) -> Params:
+def load(path: Path | None = None) -> Params:
     """Reads a params.yaml.
 
     Args:
-        path: The file; by default the repository's.
+        path: The file; by default that of the folder one is in, or, where there is
+            none, the repository's.
 
     Returns:
         What it says.
@@ -136,17 +228,26 @@ def load(path: Path = FILE) -> Params:
     Raises:
         ValueError: If a section lacks a key or has one too many.
     """
+    path = path or (HERE if HERE.is_file() else FILE)
     raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(raw, dict):
         raise ValueError(f"{path.name} must be a mapping. Received: {raw!r}")
     known = {each.name for each in dataclasses.fields(Params)}
-    sections = {name: raw[name] for name in raw if name in known}
+    sections: dict[str, Any] = {name: raw[name] for name in raw if name in known}
     if "grid" in sections:
-        grid = _section(Grid, "grid", sections["grid"])
-        sections["grid"] = Grid(*map(tuple, dataclasses.astuple(grid)))
-    for name, kind in (("prepare", DataParams), ("train", TrainParams)):
+        sections["grid"] = _section(Grid, "grid", _tuples(sections["grid"]))
+    one: dict[str, type[Any]] = {"tune": Tuning, "frontier": Frontier}
+    for name, kind in one.items():
+        if name in sections:
+            sections[name] = _section(kind, name, _tuples(sections[name]))
+    many: dict[str, type[Any]] = {
+        "prepare": DataParams,
+        "train": TrainParams,
+        "recipes": Recipe,
+    }
+    for name, kind in many.items():
         sections[name] = {
-            dataset: _section(kind, f"{name}.{dataset}", values)
+            dataset: _section(kind, f"{name}.{dataset}", _tuples(values))
             for dataset, values in sections.get(name, {}).items()
         }
     return _section(Params, path.name, sections)
@@ -175,11 +276,11 @@ def pick(noun: str, choices: Mapping[str, _T], name: str) -> _T:
 
 
 def parser(description: str | None, *names: str) -> argparse.ArgumentParser:
-    """A command line with some of `--dataset`, `--method` and `--seed`.
+    """A command line with some of `--dataset`, `--augmentation`, `--method`, `--seed`.
 
     Args:
         description: The program's description.
-        *names: `"dataset"`, `"method"`, `"seed"`.
+        *names: `"dataset"`, `"augmentation"`, `"method"`, `"seed"`.
 
     Returns:
         A parser, which knows `--root` and `--params`, too.
@@ -192,9 +293,16 @@ def parser(description: str | None, *names: str) -> argparse.ArgumentParser:
         "--root", type=Path, default=Path(), help="folder of data, runs and results"
     )
     line.add_argument(
-        "--params", type=Path, default=FILE, help="params.yaml to use instead"
+        "--params", type=Path, help="params.yaml to use; by default the folder's"
     )
     return line
+
+
+def _tuples(values: Any) -> Any:
+    """The same mapping, with tuples for lists."""
+    if not isinstance(values, dict):
+        return values
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
 def _section(kind: type[_T], name: str, values: Any) -> _T:

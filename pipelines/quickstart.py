@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipelines import evaluate, prepare, report
 from pipelines.layout import Layout
-from pipelines.params import FILE, Params, load, parser
+from pipelines.params import Params, load, parser
 
 OUT = Path("build", "quickstart")
 
@@ -33,7 +33,7 @@ def main(*, params: Params | None = None, root: Path = OUT) -> Path:
     with _silent_stderr():
         import keras  # noqa: PLC0415
 
-        from pipelines import train  # noqa: PLC0415
+        from pipelines import explore, train  # noqa: PLC0415
     params = params or load()
     begin = time.perf_counter()
     for dataset in params.grid.datasets:
@@ -43,15 +43,19 @@ def main(*, params: Params | None = None, root: Path = OUT) -> Path:
         _say(f"run {number} of {len(runs)}: {run.name}")
         # Else what Keras keeps of one model would stay to the end.
         keras.utils.clear_session(free_memory=False)
-        train.main(run.dataset, run.method, run.seed, params=params, root=root)
-        evaluate.main(run.dataset, run.method, run.seed, root=root)
+        key = (run.dataset, run.augmentation, run.method, run.seed)
+        if not Layout(root).run(run.exploration).exists():
+            explore.main(*key[:2], run.seed, params=params, root=root)
+        train.main(*key, params=params, root=root)
+        evaluate.main(*key, root=root)
     table = report.main(params=params, root=root)
     _say(f"{len(runs)} runs in {time.perf_counter() - begin:.0f} s")
     print()
     print(table.read_text(encoding="utf-8"))
     print(f"table:  {table}")
-    for dataset in params.grid.datasets:
-        print(f"figure: {Layout(root).figure(dataset)}")
+    for figure in sorted(Layout(root).figure("").parent.glob("*.png")):
+        print(f"figure: {figure}")
+    print(f"page:   {Layout(root).html}")
     return table
 
 
@@ -77,7 +81,7 @@ def _say(text: str) -> None:
 def cli(arguments: Sequence[str] | None = None) -> None:
     """The command line of `main`."""
     line = parser(__doc__)
-    line.set_defaults(root=OUT, params=FILE)
+    line.set_defaults(root=OUT)
     line.add_argument("--out", dest="root", type=Path, help=f"same as --root: {OUT}")
     given = line.parse_args(arguments)
     main(params=load(given.params), root=given.root)

@@ -1,31 +1,44 @@
-"""Stage 5: one study of the mechanism; `pipelines/studies` has them."""
+"""One study of the mechanism; `pipelines/studies` has them."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from pipelines import files, provenance
 from pipelines.layout import Layout
-from pipelines.params import FILE, Params, load, pick
+from pipelines.params import pick
+
+FILE = Path(__file__).resolve().parent.parent / "profiles" / "studies" / "params.yaml"
+
+Studies = Mapping[str, Mapping[str, Any]]
 
 
-def main(name: str, *, params: Params | None = None, root: Path = Path()) -> Path:
+def load(path: Path = FILE) -> Studies:
+    """Reads the settings of the studies, by name."""
+    studies: Studies = yaml.safe_load(path.read_text(encoding="utf-8"))["studies"]
+    return studies
+
+
+def main(name: str, *, studies: Studies | None = None, root: Path = Path()) -> Path:
     """Runs a study and writes its rows.
 
     Args:
-        name: Name of the study: a module of `pipelines.studies` and a section of
-            `studies` in params.yaml.
-        params: The parameters; those of params.yaml by default.
+        name: Name of the study: a module of `pipelines.studies`, whose settings are
+            among those of the studies.
+        studies: The settings; those of `profiles/studies/params.yaml` by default.
         root: The folder of all files.
 
     Returns:
         The path of the rows.
     """
-    params, layout = params or load(), Layout(root)
-    settings = pick("study", params.studies, name)
+    layout = Layout(root)
+    settings = pick("study", studies or load(), name)
     study = importlib.import_module(f"pipelines.studies.{name}")
     rows = study.run(settings)
     record = {
@@ -44,7 +57,7 @@ def cli(arguments: Sequence[str] | None = None) -> None:
     line.add_argument("--root", type=Path, default=Path(), help="folder of results")
     line.add_argument("--params", type=Path, default=FILE)
     given = line.parse_args(arguments)
-    main(given.study, params=load(given.params), root=given.root)
+    main(given.study, studies=load(given.params), root=given.root)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Stage 6: the figures of the studies of the mechanism."""
+"""The figures of the studies of the mechanism."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,23 +13,22 @@ from matplotlib.figure import Figure
 from pipelines import files
 from pipelines.figure import STYLE
 from pipelines.layout import Layout
-from pipelines.params import Params, load, parser
+from pipelines.study import FILE, Studies, load
 
 _PANELS = {"repeats": 1}
 
 
-def main(*, params: Params | None = None, root: Path = Path()) -> list[Path]:
-    """Draws the studies that the parameters name.
+def main(*, studies: Studies | None = None, root: Path = Path()) -> list[Path]:
+    """Draws all studies.
 
     Args:
-        params: The parameters; those of params.yaml by default.
+        studies: Their settings; those of `profiles/studies/params.yaml` by default.
         root: The folder of all files.
 
     Returns:
         The paths of the figures.
     """
-    params, layout = params or load(), Layout(root)
-    return [draw(name, layout) for name in params.studies]
+    return [draw(name, Layout(root)) for name in studies or load()]
 
 
 def draw(name: str, layout: Layout) -> Path:
@@ -62,8 +62,11 @@ def draw(name: str, layout: Layout) -> Path:
 
 def cli(arguments: Sequence[str] | None = None) -> None:
     """The command line of `main`."""
-    line = parser(__doc__).parse_args(arguments)
-    for path in main(params=load(line.params), root=line.root):
+    line = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    line.add_argument("--root", type=Path, default=Path(), help="folder of results")
+    line.add_argument("--params", type=Path, default=FILE)
+    given = line.parse_args(arguments)
+    for path in main(studies=load(given.params), root=given.root):
         print(path)
 
 

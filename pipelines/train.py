@@ -1,14 +1,13 @@
-"""Stage 2: train one run of the grid, and keep what it says about the data.
+"""Stage 3: finish a run by its method, and keep what it says about the data.
 
-Writes, into the run's folder, the logits on training and test data, the history, the
-certificate and the provenance; and, apart from them, the wall time of `fit`, which
-differs in every run.
+Writes, into the run's folder, the logits on training and test data, what was noted by
+epoch, the certificate and the provenance; and, apart from them, the wall times, which
+differ in every run.
 """
 
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,30 +16,35 @@ import keras
 import numpy as np
 
 import keras_dalign as kd
-from pipelines import base_models, datasets, files, methods, provenance
+from pipelines import datasets, files, methods, provenance
+from pipelines.exploration import Exploration, Job, objective
 from pipelines.layout import Layout
-from pipelines.params import Params, Run, TrainParams, load, parser, pick
+from pipelines.locks import locked
+from pipelines.params import Params, Run, load, parser, pick
+from pipelines.recording import curves
 
 if TYPE_CHECKING:
-    from pipelines.datasets import Dataset
+    from pipelines.methods import Trained
 
 
 def main(
     dataset: str,
+    augmentation: str,
     method: str,
     seed: int,
     *,
     params: Params | None = None,
     root: Path = Path(),
 ) -> Path:
-    """Trains one run.
+    """Finishes one run.
 
     All methods of a seed start at the same weights and see the same shuffles.
 
     Args:
         dataset: Name of a prepared data set.
+        augmentation: `"none"` or `"standard"`.
         method: Name of a method.
-        seed: Seed of weights and shuffles.
+        seed: Seed of weights, shuffles and augmentation.
         params: The parameters; those of params.yaml by default.
         root: The folder of all files.
 
@@ -48,33 +52,50 @@ def main(
         The run's folder.
     """
     params, layout = params or load(), Layout(root)
-    run = Run(dataset, method, seed)
-    train = pick("data set (under `train`)", params.train, dataset)
+    run = Run(dataset, augmentation, method, seed)
     settings = pick("method", params.methods, method)
     data, description = datasets.read(layout, dataset)
-
+    job = Job.of(run, params, data)
     warm_up()
-    keras.utils.set_random_seed(seed)
-    base = base_models.build(train.model, data.x_train.shape[1:], data.n_classes)
-    model = methods.compiled(
-        base, settings, train, n_samples=len(data.x_train), seed=seed
-    )
-    keras.utils.set_random_seed(seed)
-    history, seconds = fit(model, data, train)
+    with locked(layout.backup(run)):
+        trained = methods.finish(
+            job,
+            settings,
+            lambda: Exploration.read(job, layout),
+            layout.backup(run),
+        )
+        made_with = {
+            "dataset": dataset,
+            "augmentation": augmentation,
+            "method": method,
+            "seed": seed,
+            **datasets.cited(description),
+            **provenance.environment(),
+        }
+        _write(layout, run, job, trained, made_with)
+    return layout.run(run)
 
-    x, y = data.x_train, data.y_train
-    certificate = kd.certify(model, x, y)
+
+def _write(
+    layout: Layout, run: Run, job: Job, trained: Trained, made_with: dict[str, Any]
+) -> None:
+    model, data = trained.model, job.data
+    certificate = kd.certify(
+        model,
+        data.x_train,
+        data.y_train,
+        loss=objective()["loss"],
+        l2=trained.l2 or None,
+    )
     logits = {
-        "train": model.predict(x, batch_size=256, verbose=0),
+        "train": model.predict(data.x_train, batch_size=256, verbose=0),
         "test": model.predict(data.x_test, batch_size=256, verbose=0),
     }
-    made_with = {
-        "dataset": dataset,
-        "method": method,
-        "seed": seed,
-        "synthetic": description["synthetic"],
-        "data_sha256": description["sha256"],
-        **provenance.environment(),
+    history = {
+        "curves": curves(trained.epochs),
+        "parameters": trained.parameters,
+        "l2": trained.l2,
+        "switch": trained.switch,
     }
     with files.replacing(layout.run(run)) as folder:
         folder.mkdir()
@@ -82,53 +103,36 @@ def main(
         files.write_json(folder / layout.history(run).name, history)
         files.write_json(folder / layout.certificate(run).name, certificate.to_dict())
         files.write_json(folder / layout.provenance(run).name, made_with)
-    files.write_json(layout.timing(run), {"seconds": seconds, **provenance.code()})
-    return layout.run(run)
-
-
-def fit(
-    model: keras.Model, data: Dataset, train: TrainParams
-) -> tuple[dict[str, list[float]], float]:
-    """Fits a compiled model, with the test error after every epoch.
-
-    Args:
-        model: The model.
-        data: The data.
-        train: Base training.
-
-    Returns:
-        The history by epoch (with `phase` for every model: 0 while exploring), and
-        the wall time of `fit` in seconds.
-    """
-    begin = time.perf_counter()
-    history: dict[str, Any] = model.fit(
-        data.x_train,
-        data.y_train,
-        validation_data=(data.x_test, data.y_test),
-        epochs=train.epochs,
-        batch_size=train.batch_size,
-        verbose=0,
-    ).history
-    seconds = time.perf_counter() - begin
-    curves = {name: [float(v) for v in values] for name, values in history.items()}
-    curves.setdefault("phase", [0.0] * train.epochs)
-    return curves, seconds
+    times = {
+        "seconds": sum(trained.phases.values()),
+        "phases": trained.phases,
+        **provenance.code(),
+    }
+    files.write_json(layout.timing(run), times)
 
 
 @functools.cache
 def warm_up() -> None:
     """Fits a throwaway model, so that no run pays for the framework's first step."""
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(optimizer="adam", loss=loss, metrics=["accuracy"])
+    model.compile(optimizer="adam", **objective())
     x, y = np.zeros((4, 4), "float32"), np.zeros(4, "int64")
-    model.fit(x, y, validation_data=(x, y), batch_size=2, verbose=0)
+    model.fit(x, y, batch_size=2, verbose=0)
+    model.predict(x, verbose=0)
 
 
 def cli(arguments: Sequence[str] | None = None) -> None:
     """The command line of `main`."""
-    line = parser(__doc__, "dataset", "method", "seed").parse_args(arguments)
-    main(line.dataset, line.method, line.seed, params=load(line.params), root=line.root)
+    names = ("dataset", "augmentation", "method", "seed")
+    line = parser(__doc__, *names).parse_args(arguments)
+    main(
+        line.dataset,
+        line.augmentation,
+        line.method,
+        line.seed,
+        params=load(line.params),
+        root=line.root,
+    )
 
 
 if __name__ == "__main__":

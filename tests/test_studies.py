@@ -11,7 +11,6 @@ yaml = pytest.importorskip("yaml")
 
 from pipelines import files, study, study_report  # noqa: E402
 from pipelines.layout import Layout  # noqa: E402
-from pipelines.params import FILE, load  # noqa: E402
 from pipelines.studies import collapse, iterates, repeats, sample, width  # noqa: E402
 
 TINY = {
@@ -54,8 +53,8 @@ TINY = {
 
 
 @pytest.fixture
-def params(tmp_path: Path):
-    raw = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+def studies(tmp_path: Path):
+    raw = yaml.safe_load(study.FILE.read_text(encoding="utf-8"))
     assert set(raw["studies"]) == set(TINY)
     for name, settings in TINY.items():
         # Settings that the committed parameters lack would be of no use.
@@ -63,23 +62,23 @@ def params(tmp_path: Path):
     raw["studies"] = TINY
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(raw), encoding="utf-8")
-    return load(path)
+    return study.load(path)
 
 
-def test_every_study_writes_its_rows_and_its_figure(params, tmp_path):
-    for name in params.studies:
-        study.main(name, params=params, root=tmp_path)
+def test_every_study_writes_its_rows_and_its_figure(studies, tmp_path):
+    for name in studies:
+        study.main(name, studies=studies, root=tmp_path)
         record = files.read_json(Layout(tmp_path).study(name), "rows", "settings")
         assert record["settings"] == TINY[name]
         assert record["rows"]
-    figures = study_report.main(params=params, root=tmp_path)
-    assert [path.stem for path in figures] == list(params.studies)
+    figures = study_report.main(studies=studies, root=tmp_path)
+    assert [path.stem for path in figures] == list(studies)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in figures)
 
 
-def test_a_study_that_does_not_exist(params, tmp_path):
+def test_a_study_that_does_not_exist(studies, tmp_path):
     with pytest.raises(ValueError, match=r"no such study. Received: 'depth'"):
-        study.main("depth", params=params, root=tmp_path)
+        study.main("depth", studies=studies, root=tmp_path)
 
 
 def test_every_study_is_a_module_with_a_section():

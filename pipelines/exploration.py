@@ -1,0 +1,273 @@
+"""The base training of a seed: what methods share, and where each may start.
+
+With random gates, exploration is the training of the base model, bit for bit. So the
+base model is trained once for each data set, augmentation and seed, its weights are
+kept at some epochs, and every method with random gates goes on from one of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+
+from pipelines import base_models, files
+from pipelines.optimizers import optimizer
+from pipelines.recording import Recorder
+from pipelines.stream import FollowEpoch, Stream
+
+if TYPE_CHECKING:
+    from pipelines.datasets import Dataset
+    from pipelines.layout import Layout
+    from pipelines.params import Params, Recipe, Run, TrainParams
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run of the grid trains on, and how.
+
+    Attributes:
+        run: The run.
+        data: Its data.
+        train: Its base model and training.
+        recipe: What its optimizer does.
+        augment: Its augmentation, or None.
+    """
+
+    run: Run
+    data: Dataset
+    train: TrainParams
+    recipe: Recipe
+
+    @classmethod
+    def of(cls, run: Run, params: Params, data: Dataset) -> Job:
+        """The job of a run of the grid."""
+        recipe = params.recipe(run.dataset, run.augmentation)
+        return cls(run, data, params.train[run.dataset], recipe)
+
+    def shortened(self, share: float) -> Job:
+        """The same with a share of the epochs."""
+        epochs = max(1, round(share * self.train.epochs))
+        train = dataclasses.replace(self.train, epochs=epochs)
+        return dataclasses.replace(self, train=train)
+
+    @property
+    def augment(self) -> dict[str, object] | None:
+        """The augmentation of the run, or None."""
+        return None if self.run.augmentation == "none" else dict(self.train.augment)
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch."""
+        return -(-len(self.data.x_train) // self.train.batch_size)
+
+    def stream(self) -> Stream:
+        """The training samples, shuffled and augmented anew every epoch."""
+        data = self.data
+        return Stream(
+            data.x_train,
+            data.y_train,
+            self.train.batch_size,
+            self.run.seed,
+            self.augment,
+        )
+
+    def base(self) -> keras.Model:
+        """The base model, with the first weights of the seed."""
+        keras.utils.set_random_seed(self.run.seed)
+        return base_models.build(
+            self.train.model, self.data.x_train.shape[1:], self.data.n_classes
+        )
+
+    def recorder(
+        self, epochs: int, backup: Path | None = None, *, start: int = 0
+    ) -> Recorder:
+        """What notes losses, seconds and, ten times, the test error."""
+        every = max(1, epochs // 10)
+        tested = {e for e in range(start + 1, epochs + 1) if e % every == 0} | {epochs}
+        return Recorder(self.data.x_test, self.data.y_test, tested, backup)
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """The base training of a seed.
+
+    Attributes:
+        job: What it was trained on.
+        folder: Where its weights lie.
+        epochs: The entries of its `Recorder`.
+    """
+
+    job: Job
+    folder: Path
+    epochs: Sequence[dict[str, float]]
+
+    @classmethod
+    def read(cls, job: Job, layout: Layout) -> Exploration:
+        """Reads what the stage `explore` wrote."""
+        run = job.run.exploration
+        history = files.read_json(layout.history(run), "epochs")["epochs"]
+        seconds = files.read_json(layout.timing(run), "epochs")["epochs"]
+        entries = [
+            {**entry, "seconds": each}
+            for entry, each in zip(history, seconds, strict=True)
+        ]
+        return cls(job, layout.run(run), entries)
+
+    def epoch(self, share: float) -> int:
+        """The epoch at a share of all."""
+        return max(1, round(share * self.job.train.epochs))
+
+    def model(self, share: float) -> keras.Model:
+        """The base model after a share of the epochs.
+
+        Args:
+            share: In (0, 1].
+
+        Returns:
+            The model, not compiled.
+
+        Raises:
+            ValueError: If its weights at that epoch were not kept.
+        """
+        path = _checkpoint(self.folder, self.epoch(share))
+        if not path.exists():
+            kept = sorted(int(each.stem[-3:]) for each in self.folder.glob("epoch-*"))
+            raise ValueError(
+                f"The weights after epoch {self.epoch(share)} were not kept. Received: "
+                f"a share of {share} of {self.job.train.epochs} epochs; kept are those "
+                f"after {kept}. Add the share to `train.{self.job.run.dataset}."
+                "checkpoints`."
+            )
+        model = self.job.base()
+        names = [f"{index:04d}" for index in range(len(model.weights))]
+        model.set_weights(list(files.read_arrays(path, *names)))
+        return model
+
+    def until(self, share: float) -> list[dict[str, float]]:
+        """What was noted in a share of the epochs."""
+        return list(self.epochs[: self.epoch(share)])
+
+    def seconds(self, share: float) -> float:
+        """Wall time of a share of the epochs."""
+        return float(sum(entry["seconds"] for entry in self.until(share)))
+
+
+def explore(
+    job: Job, folder: Path, backup: Path | None = None, shares: Sequence[float] = (1.0,)
+) -> Exploration:
+    """Trains the base model.
+
+    Args:
+        job: What to train on, and how.
+        folder: Where to keep its weights; it is made.
+        backup: A path beside which the run is backed up after every epoch; a run that
+            was killed goes on from there, and gives what it would have given.
+        shares: The shares of the epochs after which the weights are kept.
+
+    Returns:
+        The exploration.
+    """
+    train = job.train
+    model = job.base()
+    model.compile(
+        optimizer=optimizer(job.recipe, job.steps, train.epochs), **objective()
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = backup.with_suffix(".weights") if backup else folder
+    kept.mkdir(parents=True, exist_ok=True)
+    epochs = {max(1, round(share * train.epochs)) for share in shares}
+    recorder = fit(
+        job,
+        model,
+        train.epochs,
+        [_Checkpoints(kept, epochs)],
+        backup=backup,
+    )
+    if kept != folder:
+        for path in kept.iterdir():
+            shutil.move(path, folder / path.name)
+        kept.rmdir()
+    return Exploration(job, folder, recorder.epochs)
+
+
+def fit(
+    job: Job,
+    model: keras.Model,
+    epochs: int,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    *,
+    backup: Path | None = None,
+) -> Recorder:
+    """Fits a compiled model on the stream of a job, from the first epoch.
+
+    Args:
+        job: What to train on.
+        model: The model.
+        epochs: Number of epochs.
+        callbacks: More callbacks.
+        backup: A path beside which the run is backed up after every epoch; one that
+            was killed goes on from there. `discard` removes what is there.
+
+    Returns:
+        What was noted, before a kill as well.
+    """
+    stream = job.stream()
+    records = backup.with_suffix(".json") if backup else None
+    recorder = job.recorder(epochs, records)
+    resuming: list[keras.callbacks.Callback] = []
+    if backup is not None:
+        # What is not built is not restored either.
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+        folder = str(backup.with_suffix(""))
+        resuming = [keras.callbacks.BackupAndRestore(folder, delete_checkpoint=False)]
+    model.fit(
+        stream,
+        epochs=epochs,
+        # The stream shuffles; Keras would draw the order of batches from elsewhere.
+        shuffle=False,
+        verbose=0,
+        callbacks=[FollowEpoch(stream), recorder, *callbacks, *resuming],
+    )
+    if records is not None and not recorder.epochs:
+        # All epochs had been trained before the kill.
+        recorder.resume(epochs)
+    return recorder
+
+
+def discard(backup: Path) -> None:
+    """Removes the backup of a run that is kept elsewhere by now."""
+    backup.with_suffix(".json").unlink(missing_ok=True)
+    shutil.rmtree(backup.with_suffix(""), ignore_errors=True)
+
+
+def objective() -> dict[str, Any]:
+    """The loss of all methods."""
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    return {"loss": loss}
+
+
+def _checkpoint(folder: Path, epoch: int) -> Path:
+    return folder / f"epoch-{epoch:03d}.npz"
+
+
+class _Checkpoints(keras.callbacks.Callback):
+    """Keeps the weights after some of the epochs."""
+
+    def __init__(self, folder: Path, epochs: set[int]) -> None:
+        super().__init__()
+        self._folder, self._epochs = folder, epochs
+
+    def on_epoch_end(self, epoch: int, logs: object = None) -> None:  # noqa: ARG002
+        """Keras's hook."""
+        if epoch + 1 in self._epochs:
+            weights: list[np.ndarray] = self.model.get_weights()
+            arrays = {f"{index:04d}": array for index, array in enumerate(weights)}
+            files.write_arrays(_checkpoint(self._folder, epoch + 1), arrays)

@@ -1,0 +1,70 @@
+"""Stage 2: train the base model, for all methods that start from it.
+
+Writes its weights at the epochs that `checkpoints` in the parameters names, and what
+was noted by epoch. A run that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipelines import datasets, exploration, files, provenance
+from pipelines.exploration import Job
+from pipelines.layout import Layout
+from pipelines.locks import locked
+from pipelines.params import EXPLORATION, Params, Run, load, parser
+from pipelines.train import warm_up
+
+
+def main(
+    dataset: str,
+    augmentation: str,
+    seed: int,
+    *,
+    params: Params | None = None,
+    root: Path = Path(),
+) -> Path:
+    """Trains the base model of a seed.
+
+    Args:
+        dataset: Name of a prepared data set.
+        augmentation: `"none"` or `"standard"`.
+        seed: Seed of weights, shuffles and augmentation.
+        params: The parameters; those of params.yaml by default.
+        root: The folder of all files.
+
+    Returns:
+        The folder of its weights.
+    """
+    params, layout = params or load(), Layout(root)
+    run = Run(dataset, augmentation, EXPLORATION, seed)
+    data, _ = datasets.read(layout, dataset)
+    job = Job.of(run, params, data)
+    warm_up()
+    backup = layout.backup(run)
+    with locked(backup), files.replacing(layout.run(run)) as folder:
+        explored = exploration.explore(job, folder, backup, job.train.checkpoints)
+        # Wall times differ in every run, and the rest does not.
+        entries = [{**entry, "seconds": 0.0} for entry in explored.epochs]
+        files.write_json(folder / layout.history(run).name, {"epochs": entries})
+    exploration.discard(backup)
+    seconds = [entry["seconds"] for entry in explored.epochs]
+    files.write_json(layout.timing(run), {"epochs": seconds, **provenance.code()})
+    return layout.run(run)
+
+
+def cli(arguments: Sequence[str] | None = None) -> None:
+    """The command line of `main`."""
+    line = parser(__doc__, "dataset", "augmentation", "seed").parse_args(arguments)
+    main(
+        line.dataset,
+        line.augmentation,
+        line.seed,
+        params=load(line.params),
+        root=line.root,
+    )
+
+
+if __name__ == "__main__":
+    cli()

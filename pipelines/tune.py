@@ -1,0 +1,127 @@
+"""The search for the base model's best recipe, on held-out training samples.
+
+Every recipe trains the base model once for each augmentation; it is judged by the error
+on a share of the training samples that it did not see, with re-estimated batch-norm
+statistics. Test data take no part. `train.DATASET.recipes` in the parameters has to
+name the best, and all methods use it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipelines import datasets, exploration, files, methods, provenance
+from pipelines.evaluate import error_rate
+from pipelines.exploration import Job
+from pipelines.layout import Layout
+from pipelines.params import Params, Run, load, parser, pick
+from pipelines.train import warm_up
+
+if TYPE_CHECKING:
+    from pipelines.datasets import Dataset
+
+# What is measured for each recipe; the best is the best of the first.
+_JUDGES = ("base_bn", "base", "two_phase_random")
+
+
+def main(dataset: str, *, params: Params | None = None, root: Path = Path()) -> Path:
+    """Tries all recipes on a data set.
+
+    Args:
+        dataset: Name of a prepared data set.
+        params: The parameters; those of params.yaml by default.
+        root: The folder of all files.
+
+    Returns:
+        The path of the errors.
+    """
+    params, layout = params or load(), Layout(root)
+    whole, description = datasets.read(layout, dataset)
+    tuning = params.tune
+    data = held_out(whole, tuning.validation, tuning.seed)
+    train = dataclasses.replace(
+        pick("data set (under `train`)", params.train, dataset),
+        checkpoints=(0.6, 1.0),
+    )
+    warm_up()
+    errors: dict[str, dict[str, dict[str, float]]] = {}
+    for augmentation in params.grid.augmentations:
+        for name, recipe in params.recipes.items():
+            run = Run(dataset, augmentation, f"tune-{name}", tuning.seed)
+            job = Job(run, data, train, recipe)
+            errors.setdefault(augmentation, {})[name] = _errors(job, params)
+    best = {
+        augmentation: min(found, key=lambda name: found[name][_JUDGES[0]])
+        for augmentation, found in errors.items()
+    }
+    files.write_json(
+        layout.tuning(dataset),
+        {
+            "validation": tuning.validation,
+            "seed": tuning.seed,
+            "augmentations": errors,
+            "best": best,
+            "provenance": {
+                **datasets.cited(description),
+                **provenance.environment(),
+            },
+        },
+    )
+    return layout.tuning(dataset)
+
+
+def held_out(data: Dataset, share: float, seed: int) -> Dataset:
+    """The training samples alone, split by class into training and held-out ones.
+
+    Args:
+        data: The data; their test samples are left out.
+        share: The share to hold out.
+        seed: Seed of the split.
+
+    Returns:
+        Data whose test samples are the held-out ones.
+    """
+    rng = np.random.default_rng(seed)
+    held = np.zeros(len(data.y_train), bool)
+    for label in range(data.n_classes):
+        members = rng.permutation(np.flatnonzero(data.y_train == label))
+        held[members[: round(share * len(members))]] = True
+    return dataclasses.replace(
+        data,
+        x_train=data.x_train[~held],
+        y_train=data.y_train[~held],
+        x_test=data.x_train[held],
+        y_test=data.y_train[held],
+    )
+
+
+def _errors(job: Job, params: Params) -> dict[str, float]:
+    """The errors on held-out samples of one recipe."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        explored = exploration.explore(
+            job, path / "weights", shares=job.train.checkpoints
+        )
+        found = {}
+        for method in _JUDGES:
+            settings: dict[str, Any] = dict(params.methods[method])
+            trained = methods.finish(job, settings, lambda: explored, path / "run")
+            logits = trained.model.predict(job.data.x_test, batch_size=256, verbose=0)
+            found[method] = error_rate(logits, job.data.y_test)
+    return found
+
+
+def cli(arguments: Sequence[str] | None = None) -> None:
+    """The command line of `main`."""
+    line = parser(__doc__, "dataset").parse_args(arguments)
+    main(line.dataset, params=load(line.params), root=line.root)
+
+
+if __name__ == "__main__":
+    cli()

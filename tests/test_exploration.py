@@ -1,0 +1,230 @@
+from dataclasses import replace
+
+import keras
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn")
+pytest.importorskip("yaml")
+
+import grids
+
+import keras_dalign as kd
+from pipelines import (
+    datasets,
+    exploration,
+    explore,
+    methods,
+    prepare,
+    train,
+)
+from pipelines.exploration import Exploration, Job, objective
+from pipelines.layout import Layout
+from pipelines.locks import locked
+from pipelines.optimizers import optimizer
+from pipelines.params import EXPLORATION, Recipe, Run
+from pipelines.recording import Recorder
+from pipelines.stream import FollowEpoch
+
+
+@pytest.fixture
+def params(tmp_path):
+    return grids.tiny(tmp_path / "params.yaml")
+
+
+@pytest.fixture
+def layout(params, tmp_path):
+    prepare.main("digits", params=params, root=tmp_path)
+    return Layout(tmp_path)
+
+
+def job_of(params, layout, augmentation="none", method=EXPLORATION):
+    data, _ = datasets.read(layout, "digits")
+    return Job.of(Run("digits", augmentation, method, 0), params, data)
+
+
+def weights(folder):
+    return {
+        path.name: [array for _, array in sorted(np.load(path).items())]
+        for path in sorted(folder.glob("epoch-*"))
+    }
+
+
+@pytest.mark.parametrize("augmentation", ["none", "standard"])
+def test_a_killed_exploration_goes_on_and_gives_the_same(
+    params, layout, tmp_path, monkeypatch, augmentation
+):
+    job = job_of(params, layout, augmentation)
+    shares = (0.25, 0.5, 1.0)
+    whole = exploration.explore(job, tmp_path / "whole", shares=shares)
+
+    backup = tmp_path / "backup.npz"
+    noted = Recorder.on_epoch_end
+
+    def killed(self, epoch, logs=None):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        noted(self, epoch, logs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "on_epoch_end", killed)
+        with pytest.raises(KeyboardInterrupt):
+            exploration.explore(job, tmp_path / "first", backup, shares)
+    epochs = []
+    with monkeypatch.context() as patch:
+        begin = FollowEpoch.on_epoch_begin
+
+        def watched(self, epoch, logs=None):
+            epochs.append(epoch)
+            begin(self, epoch, logs)
+
+        patch.setattr(FollowEpoch, "on_epoch_begin", watched)
+        again = exploration.explore(job, tmp_path / "again", backup, shares)
+
+    # It did not begin anew.
+    assert epochs == [2, 3]
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "again")
+    assert list(expected) == ["epoch-001.npz", "epoch-002.npz", "epoch-004.npz"]
+    assert list(found) == list(expected)
+    for name, arrays in expected.items():
+        for a, b in zip(arrays, found[name], strict=True):
+            np.testing.assert_array_equal(a, b)
+    for one, two in zip(whole.epochs, again.epochs, strict=True):
+        assert {**one, "seconds": 0} == {**two, "seconds": 0}
+    exploration.discard(backup)
+    assert not list(tmp_path.glob("backup*"))
+
+
+def test_the_shared_exploration_is_that_of_random_gates(params, layout, tmp_path):
+    job = job_of(params, layout)
+    shared = exploration.explore(job, tmp_path / "weights", shares=(0.5, 1.0))
+
+    model = kd.align(job.base(), n_samples=150, gates="random", seed=0)
+    adam = optimizer(job.recipe, job.steps, job.train.epochs)
+    model.compile(optimizer=kd.DAlign(adam, explore=2), **objective())
+    stream = job.stream()
+    model.fit(
+        stream, epochs=2, verbose=0, callbacks=[FollowEpoch(stream)], shuffle=False
+    )
+
+    assert model.phase == "exploring"
+    base = shared.model(0.5)
+    *trunk, kernel, bias = base.weights
+    assert kernel.path.startswith("logits")
+    linear = model.head.explored_variables
+    for variable, own in zip(
+        [*trunk, kernel, bias], [*model.trunk.weights, *linear], strict=True
+    ):
+        np.testing.assert_array_equal(
+            keras.ops.convert_to_numpy(variable),
+            keras.ops.convert_to_numpy(own),
+            err_msg=variable.path,
+        )
+
+
+def test_what_was_not_kept_is_named(params, layout, tmp_path):
+    job = job_of(params, layout)
+    shared = exploration.explore(job, tmp_path / "weights", shares=(0.5, 1.0))
+    with pytest.raises(ValueError, match=r"after epoch 3 .* kept are .* \[2, 4\]"):
+        shared.model(0.75)
+    assert len(shared.until(0.5)) == 2
+    assert 0 < shared.seconds(0.5) < shared.seconds(1.0)
+
+
+def test_a_stage_writes_what_is_read(params, layout, tmp_path):
+    folder = explore.main("digits", "none", 0, params=params, root=tmp_path)
+    shared = Exploration.read(job_of(params, layout, method="base"), layout)
+    assert shared.folder == folder
+    assert [entry["epoch"] for entry in shared.epochs] == [1, 2, 3, 4]
+    assert all(entry["seconds"] > 0 for entry in shared.epochs)
+    before = weights(folder)
+    explore.main("digits", "none", 0, params=params, root=tmp_path)
+    for name, arrays in weights(folder).items():
+        for a, b in zip(arrays, before[name], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_two_processes_do_not_share_a_run(params, layout, tmp_path):
+    run = Run("digits", "none", "base", 0)
+    explore.main("digits", "none", 0, params=params, root=tmp_path)
+    with (
+        locked(layout.backup(run)),
+        pytest.raises(RuntimeError, match="Another process works on this run"),
+    ):
+        train.main("digits", "none", "base", 0, params=params, root=tmp_path)
+    train.main("digits", "none", "base", 0, params=params, root=tmp_path)
+
+
+def test_the_test_error_takes_none_of_the_time(params, layout, monkeypatch):
+    job = job_of(params, layout)
+    model = job.base()
+    model.compile(optimizer(job.recipe, job.steps, 2), **objective())
+    predict = model.predict
+
+    def slow(*args, **kwargs):
+        import time
+
+        time.sleep(0.5)
+        return predict(*args, **kwargs)
+
+    monkeypatch.setattr(model, "predict", slow)
+    train_only = replace(job, train=replace(job.train, epochs=2))
+    entries = exploration.fit(train_only, model, 2).epochs
+    assert all("test_error_rate" in entry for entry in entries)
+    assert entries[1]["seconds"] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"), [("constant", [0.1] * 3), ("cosine", [0.1, 0.05, 0.0])]
+)
+def test_schedules(schedule, expected):
+    made = optimizer(Recipe(0.1, schedule), 5, 2)
+    made.build([keras.Variable([0.0])])
+    found = []
+    for step in (0, 5, 10):
+        made.iterations.assign(step)
+        found.append(float(made.learning_rate))
+    assert found == pytest.approx(expected, abs=1e-7)
+    # It goes on where another one ended.
+    later = optimizer(Recipe(0.1, schedule), 5, 2, start=1)
+    assert float(later.learning_rate) == pytest.approx(expected[1])
+
+
+def test_unknown_optimizers_and_schedules_are_listed():
+    with pytest.raises(ValueError, match=r"no such schedule.*constant, cosine"):
+        optimizer(Recipe(0.1, "linear"), 5, 2)
+    with pytest.raises(ValueError, match=r"no such optimizer.*adam, sgd"):
+        optimizer(Recipe(0.1, optimizer="adamm"), 5, 2)
+
+
+def test_a_killed_run_with_learned_gates_goes_on(params, layout, tmp_path, monkeypatch):
+    job = job_of(params, layout, method="two_phase_learned")
+    settings = params.methods["two_phase_learned"]
+
+    def finished(backup):
+        trained = methods.finish(job, settings, lambda: None, backup)
+        assert trained.switch["epoch"] == 2
+        assert trained.switch["full"]
+        assert trained.phases["switch"] > 0
+        return trained.model.get_weights(), trained.epochs
+
+    expected, whole = finished(tmp_path / "whole.npz")
+    noted = Recorder.on_epoch_end
+    for moment in (1, 3):
+
+        def killed(self, epoch, logs=None, moment=moment):
+            if epoch == moment:
+                raise KeyboardInterrupt
+            noted(self, epoch, logs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Recorder, "on_epoch_end", killed)
+            with pytest.raises(KeyboardInterrupt):
+                finished(tmp_path / "killed.npz")
+    found, epochs = finished(tmp_path / "killed.npz")
+    assert not list(tmp_path.glob("killed*"))
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert [entry["train_loss"] for entry in epochs] == [
+        entry["train_loss"] for entry in whole
+    ]
