@@ -13,21 +13,21 @@
 `solve` does the third step by a full-batch solver, for a model that is trained already,
 too. `certify` says how far from that minimum a model is, at most.
 
-Data flow one way, and modules import only what lies below them:
+Data flow one way: the subpackages are layers, and import only those above them in this
+list.
 
-- *numbers*: `losses`, `gram`, `subspace`, `union`, `ridge`, `rounding` and `data` know
-  NumPy and no model;
-- *training*: `surgery` builds an `aligned_model` from a trunk and an `alignment_head`;
-  `training_run` drives its phases with `dalign` as optimizer; `switch` stands between
-  the phases and uses `batch_norm`, `features` and `rank`;
-- *solving*: `problem` is the convex problem of a head on kept features, `descent`
+- `numerics`: losses, Gram matrices, subspaces, ranks (`union` is the matroid union that
+  explains them), column spaces: arrays, and no model;
+- `head`: the `alignment_head`, `batch_norm`, `features` and the `objective`;
+- `solving`: `problem` is the convex problem of a head on kept features, `descent`
   minimises it, `l2_path` chooses its L2 weight, `head_solver` says how it went;
-  `solver` does all that for a model;
-- *conditions*: `precision` makes float64 copies of models, `engines` differentiate them
-  on each backend, `jacobian` multiplies by the result; on it stand `structure`,
-  `alignment` (with `column_space`) and `gradient_bound`;
-- *promises*: `certificate` (with `repeats`, the identical inputs) and `forecast`;
-  `monitor` draws all of it over training.
+- `training`: `surgery` builds an `aligned_model`; `training_run` drives its phases with
+  `dalign` as optimizer; `switch` stands between the phases;
+- `conditions`: `precision` makes float64 copies of models, `engines` differentiate them
+  on each backend, `jacobian` multiplies by the result (`jacobian_builder` chooses the
+  kind); on it stand `structure`, `alignment` and `gradient_bound`;
+- `promises`: `certificate`, `forecast` and `solver`, for models and data as users have
+  them; `monitor` draws it all over training.
 """
 
 from importlib.metadata import version

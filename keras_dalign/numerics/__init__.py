@@ -1,0 +1,1 @@
+"""Layer 1. Losses, Gram matrices, subspaces, ranks: arrays, and no model."""

@@ -1,0 +1,1 @@
+"""Layer 6. What can be promised: certificates, forecasts, solutions, curves."""

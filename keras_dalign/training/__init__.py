@@ -1,0 +1,1 @@
+"""Layer 4. Two-phase training: surgery, the model, the optimizer, the switch."""
