@@ -32,6 +32,7 @@ TINY = {
     "iterates": {
         "n": 12,
         "widths": [2],
+        "two_phase_widths": [2],
         "depth": 1,
         "steps": 4,
         "explore": 2,

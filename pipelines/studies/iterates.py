@@ -23,19 +23,20 @@ def run(settings: Mapping[str, Any]) -> list[Row]:
     """Loss and residual along the training on random labels.
 
     Args:
-        settings: `n`, `widths`, `depth`, `steps`, `explore` (steps of exploration of
-            the two-phase run), `moments` (how many are looked at), `learning_rate`,
+        settings: `n`, `widths`, `two_phase_widths` (of those that are trained in two
+            phases as well), `depth`, `steps`, `explore` (steps of exploration of the
+            two-phase runs), `moments` (how many are looked at), `learning_rate`,
             `seeds`.
 
     Returns:
-        A row for each network and moment. The narrowest network comes twice: as it is,
-        and trained in two phases.
+        A row for each network and moment.
     """
     rows = []
     for seed in range(settings["seeds"]):
         x, y = sample.digits(settings["n"], "random", seed)
         plans = [(width, False) for width in settings["widths"]]
-        for width, two_phases in [*plans, (min(settings["widths"]), True)]:
+        plans += [(width, True) for width in settings["two_phase_widths"]]
+        for width, two_phases in plans:
             model = sample.network(width, settings["depth"], seed)
             optimizer: Any = keras.optimizers.Adam(settings["learning_rate"])
             if two_phases:
