@@ -736,3 +736,17 @@ def test_behind_a_named_layer_no_loss_is_inherited():
     base.compile("sgd", loss=SPARSE(from_logits=True))
     assert kd.align(base, n_samples=20, layer="logits").inherited_loss is None
     assert kd.align(base, n_samples=20).inherited_loss is not None
+
+
+def test_a_training_step_of_the_model_s_own_is_not_dropped_in_silence():
+    class Special(keras.Model):
+        def train_step(self, *args, **kwargs):
+            return super().train_step(*args, **kwargs)
+
+    inputs = keras.Input((4,))
+    outputs = keras.layers.Dense(3)(keras.layers.Dense(5, activation="relu")(inputs))
+    with pytest.warns(UserWarning, match="Special, which overrides train_step"):
+        kd.align(Special(inputs, outputs), n_samples=4)
+    # None of Keras's own kinds of models has one.
+    kd.align(keras.Model(inputs, outputs), n_samples=4)
+    kd.align(keras.Sequential([inputs, keras.layers.Dense(3)]), n_samples=4)

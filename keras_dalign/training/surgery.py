@@ -74,6 +74,10 @@ def align(
     Raises:
         ValueError: If the model cannot be aligned; the message says what to do.
 
+    Warns:
+        UserWarning: If a softmax or sigmoid is dropped, the width is too small, or the
+            model's class overrides how Keras trains, which is not carried over.
+
     Example:
 
     ```python
@@ -123,9 +127,32 @@ def align(
     )
     aligned = AlignedModel(trunk, head, name=model.name, dtype=model.dtype_policy)
     aligned.inherited_loss = _loss_of_logits(getattr(model, "loss", None), output)
-    for message in [*output.warnings, *_width_warnings(head, n_samples)]:
+    messages = [
+        *output.warnings,
+        *_width_warnings(head, n_samples),
+        *_training_warnings(model),
+    ]
+    for message in messages:
         warnings.warn(message, stacklevel=2)
     return aligned
+
+
+def _training_warnings(model: keras.Model) -> list[str]:
+    """Says so if the model trains in a way of its own, which it will not any more."""
+    own = [
+        name
+        for name in ("train_step", "compute_loss", "fit")
+        if getattr(type(model), name) is not getattr(keras.Model, name)
+    ]
+    if not own:
+        return []
+    text = (
+        "The model's own way to train is not carried over: the aligned model explores "
+        f"with Keras's. Received: {type(model).__name__}, which overrides "
+        f"{', '.join(own)}. Train it first, and call keras_dalign.solve on the aligned "
+        "model, if that matters."
+    )
+    return [text]
 
 
 def output_layer(model: keras.Model) -> tuple[keras.Model, keras.layers.Dense]:
