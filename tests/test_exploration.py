@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("sklearn")
+pytest.importorskip("filelock")
 pytest.importorskip("yaml")
 
 import grids
