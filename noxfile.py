@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -114,8 +115,8 @@ def lock(session: nox.Session) -> None:
     """Check that the committed results belong to the committed code."""
     session.install(*group("lock"))
     for pipeline in sorted(Path().glob("**/dvc.yaml")):
-        # Of what was never run there are no results.
-        if not pipeline.with_name("dvc.lock").exists():
+        lock_file = pipeline.with_name("dvc.lock")
+        if not lock_file.exists():
             continue
         output = session.run(
             "dvc",
@@ -126,10 +127,13 @@ def lock(session: nox.Session) -> None:
             silent=True,
             env={"DVC_NO_ANALYTICS": "1"},
         )
-        if output and "Running stage" in output:
-            session.log(output)
+        would_run = re.findall(r"Running stage '(?:.*:)?(.+)'", str(output))
+        locked = re.findall(r"^  (\S+):$", lock_file.read_text(), re.MULTILINE)
+        # What was never run has no results that could be out of date.
+        stale = sorted(set(would_run) & set(locked))
+        if stale:
             session.error(
-                f"{pipeline.with_name('dvc.lock')} is out of date: run `dvc repro "
+                f"{lock_file} is out of date: {', '.join(stale)}. Run `dvc repro "
                 f"{pipeline}` and commit."
             )
 

@@ -325,4 +325,8 @@ def test_locks_have_no_stages_beside_the_pipeline_s(folder):
         check=True,
     )
     locked = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"]
-    assert set(locked) == {name.split(":")[-1] for name in result.stdout.split()}
+    stages = {name.split(":")[-1] for name in result.stdout.split()}
+    # The larger profiles may have been run in part.
+    assert set(locked) <= stages
+    if folder == ".":
+        assert set(locked) == stages
