@@ -86,7 +86,7 @@ def test_stages_from_raw_data_to_report(params, tmp_path):
     }
     assert len(explored) == 1
     text = report.main(params=params, root=tmp_path).read_text(encoding="utf-8")
-    assert "digits (150 of 1,200)" in text
+    assert "digits (210 of 1,797)" in text
     # Nothing temporary stays.
     assert not list(tmp_path.rglob(".*"))
     assert [path.suffix for path in (tmp_path / "backups").iterdir()] == [
