@@ -24,7 +24,6 @@ from pipelines.layout import Layout
 from pipelines.params import Params, load, parser
 from pipelines.reporting import bars, comparison, curves, frontier, page, texts
 from pipelines.reporting.results import (
-    COMPARISON,
     NUMBERS,
     PHASES,
     Result,
@@ -188,7 +187,7 @@ def _means(results: Results, finished: Sequence[Result]) -> dict[str, Any]:
         "seeds": errors.n,
     }
     against = results.difference(run.dataset, run.augmentation, run.method)
-    if against is not None and run.method != COMPARISON:
+    if against is not None and run.method != results.reference:
         means |= {
             "difference": against.value,
             "difference_standard_error": against.standard_error,

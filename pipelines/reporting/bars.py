@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 
 from pipelines import figure
 from pipelines.reporting import comparison, tables
-from pipelines.reporting.results import COMPARISON, PHASES, Results
+from pipelines.reporting.results import PHASES, Results
 from pipelines.reporting.verdict import NOT_RUN
 
 _COLUMNS = 3
@@ -31,8 +31,8 @@ def draw_errors(path: Path, results: Results) -> None:
         results,
         _errors,
         "Test error, %: mean and standard deviation; small dots are seeds.\n"
-        f'The band is the mean of "{results.params.label(COMPARISON)}" ± one standard '
-        "error",
+        f'The band is the mean of "{results.params.label(results.reference)}" ± '
+        "one standard error",
     )
 
 
@@ -125,7 +125,7 @@ def _errors(axes: Axes, results: Results, dataset: str, augmentation: str) -> No
             capsize=3,
             linewidth=1.6,
         )
-        if method == COMPARISON:
+        if method == results.reference:
             half = (found.std or 0.0) / math.sqrt(found.n)
             axes.axvline(found.mean, color=color, linewidth=0.8, alpha=0.6, zorder=0)
             axes.axvspan(

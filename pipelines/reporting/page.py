@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pipelines import figure
 from pipelines.reporting import tables
-from pipelines.reporting.results import AUGMENTATIONS, COMPARISON, Results
+from pipelines.reporting.results import AUGMENTATIONS, Results
 from pipelines.reporting.verdict import (
     NOT_RUN,
     Overall,
@@ -286,7 +286,7 @@ def _figure(path: Path, text: str) -> str:
 
 def _table(table: Table, results: Results, *, numbers: bool = True) -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.header)
-    reference = results.params.label(COMPARISON)
+    reference = results.params.label(results.reference)
     rows, before = "", None
     for name, *cells in table.rows:
         row = '<tr class="reference">' if name == reference else "<tr>"

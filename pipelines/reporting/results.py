@@ -124,14 +124,24 @@ class Results:
         marked = not made[0].get("partial", True) or "(" in title
         return title if marked else f"{title} (partial)"
 
+    @property
+    def reference(self) -> str:
+        """What the others are compared with; the base where none is re-estimated."""
+        known = COMPARISON in self.params.grid.methods
+        return COMPARISON if known else TIME_REFERENCE
+
     def difference(
-        self, dataset: str, augmentation: str, method: str, reference: str = COMPARISON
+        self,
+        dataset: str,
+        augmentation: str,
+        method: str,
+        reference: str | None = None,
     ) -> Estimate | None:
         """Test error of a method less that of another, or None if one was not run."""
         return self._compare(
             comparison.difference,
             self.of(dataset, augmentation, method),
-            self.of(dataset, augmentation, reference),
+            self.of(dataset, augmentation, reference or self.reference),
             lambda result: result.number("error_rate"),
         )
 

@@ -9,7 +9,6 @@ from pipelines.reporting import comparison
 from pipelines.reporting.comparison import Estimate, points
 from pipelines.reporting.results import (
     AUGMENTATIONS,
-    COMPARISON,
     PHASES,
     TIME_REFERENCE,
     Result,
@@ -139,11 +138,11 @@ def yardstick(results: Results) -> str:
     asked = "; ".join(target.asks for target in TARGETS)
     text = (
         f"The targets: {asked}. Test error and training loss are compared with "
-        f'"{label(COMPARISON)}", wall time with "{label(TIME_REFERENCE)}".'
+        f'"{label(results.reference)}", wall time with "{label(TIME_REFERENCE)}".'
     )
     missing = [
         f'"{label(name)}"'
-        for name in (COMPARISON, TIME_REFERENCE)
+        for name in dict.fromkeys((results.reference, TIME_REFERENCE))
         if name not in results.params.grid.methods
     ]
     if missing:
@@ -277,7 +276,7 @@ def _test_error(finished: list[Result], _: Results) -> str:
 
 def _difference(finished: list[Result], results: Results) -> str:
     run = finished[0].run
-    if run.method == COMPARISON:
+    if run.method == results.reference:
         return "itself"
     found = results.difference(run.dataset, run.augmentation, run.method)
     return NOT_RUN if found is None else _interval(found)
@@ -394,8 +393,9 @@ def _caption(
     texts = {
         "test error, %": "Test error: mean ± standard deviation over the seeds.",
         "difference [95 % CI]": (
-            f'Difference: test error less that of "{params.label(COMPARISON)}", in '
-            "points, paired by seed, with its 95 % confidence interval."
+            "Difference: test error less that of "
+            f'"{params.label(results.reference)}", in points, paired by seed, '
+            "with its 95 % confidence interval."
         ),
         "training loss": "Training loss: of the final model, mean.",
         "largest certified gap": (

@@ -11,7 +11,6 @@ from pipelines.reporting.comparison import points
 from pipelines.reporting.results import (
     AUGMENTATIONS,
     BASES,
-    COMPARISON,
     Results,
 )
 
@@ -125,7 +124,7 @@ def _lower_loss(
     results: Results, dataset: str, augmentation: str, method: str
 ) -> tuple[bool | None, str]:
     ours = results.of(dataset, augmentation, method)
-    base = results.of(dataset, augmentation, COMPARISON)
+    base = results.of(dataset, augmentation, results.reference)
     if not (ours and base):
         return None, ""
     loss, reference = (
