@@ -290,21 +290,39 @@ def finish(
     return kind(job, shared, backup, **rest)
 
 
+class _Seed(keras.callbacks.Callback):
+    """Sets the seed at an epoch, so that its shuffle is that of any other run.
+
+    PyTorch's loader of arrays draws the order as the epoch begins, after Keras has
+    built what a resumed run did not build yet, which draws numbers as well.
+    """
+
+    def __init__(self, seed: int, epoch: int) -> None:
+        super().__init__()
+        self._seed, self._epoch = seed, epoch
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
+        """Keras's hook."""
+        if epoch == self._epoch:
+            keras.utils.set_random_seed(self._seed)
+
+
 def _exploit(job: Job, model: keras.Model, start: int) -> Recorder:
     """Fits the epochs after the first `start`; says what was noted."""
     epochs = job.train.epochs
     recorder = job.recorder(epochs, start=start)
     settings = {"initial_epoch": start, "epochs": epochs, "verbose": 0}
+    callbacks = [_Seed(job.run.seed, start), recorder]
     if job.augment is None:
         model.fit(
             job.data.x_train,
             job.data.y_train,
             batch_size=job.train.batch_size,
-            callbacks=[recorder],
+            callbacks=callbacks,
             **settings,
         )
     else:
         stream = job.stream()
-        callbacks = [FollowEpoch(stream), recorder]
+        callbacks = [FollowEpoch(stream), *callbacks]
         model.fit(stream, shuffle=False, callbacks=callbacks, **settings)
     return recorder
