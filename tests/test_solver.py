@@ -356,10 +356,12 @@ def test_an_error_leaves_the_model_as_it_was(monkeypatch):
     model = kd.align(base, n_samples=96)
     before = weights(model)
 
-    def certify(*_, **__):
+    def certify_features(*_, **__):
         raise ValueError("no certificate")
 
-    monkeypatch.setattr("keras_dalign.promises.solver.certify", certify)
+    monkeypatch.setattr(
+        "keras_dalign.promises.solver.certify_features", certify_features
+    )
     with pytest.raises(ValueError, match="no certificate"):
         solve(model, x, y, verbose=0)
     assert_equal(before, weights(model))

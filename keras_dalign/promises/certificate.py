@@ -27,7 +27,7 @@ from keras_dalign.conditions.gradient_bound import gradient_bound as bound_by_gr
 from keras_dalign.conditions.jacobian_builder import jacobian
 from keras_dalign.head import data
 from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
-from keras_dalign.head.features import FeatureSet
+from keras_dalign.head.features import FeatureSet, as_inputs
 from keras_dalign.head.objective import (
     check_outputs,
     check_some_weight,
@@ -43,6 +43,7 @@ from keras_dalign.solving.problem import ConvexProblem
 
 if TYPE_CHECKING:
     from keras_dalign.numerics.losses import Array, ConvexLoss, Indices
+    from keras_dalign.training.aligned_model import AlignedModel
 
 # A gap may come out negative by the rounding of the logits: within this many units in
 # the last place of each logit (float accumulation in the layers below), to first order.
@@ -249,13 +250,13 @@ def certify(
             )
         # First the inputs: what a model makes of NaN is no clear error.
         names = digests(x_batch)
-        tally.add(names, predictor.outputs(x_batch), y_batch, w_batch)
+        inputs = x_batch
         if regularised is not None:
-            regularised.add(x_batch, y_batch, w_batch)
-    certificate = tally.certificate()
-    if regularised is not None:
-        value, gap = regularised.certificate(tally.normalizer)
-        certificate = dataclasses.replace(certificate, l2=l2, l2_loss=value, l2_gap=gap)
+            features = regularised.features(x_batch)
+            regularised.add(features, y_batch, w_batch)
+            inputs = as_inputs(features)
+        tally.add(names, predictor.outputs(inputs), y_batch, w_batch)
+    certificate = _certificate(tally, regularised)
     if gradient_bound:
         bound = _gradient_bound(
             model,
@@ -269,6 +270,60 @@ def certify(
         )
         certificate = dataclasses.replace(certificate, gradient_bound=bound)
     return certificate
+
+
+def certify_features(
+    model: AlignedModel,
+    features: FeatureSet,
+    *,
+    loss: ConvexLoss,
+    l2: float | None = None,
+    batch_size: int = 256,
+) -> Certificate:
+    """The certificate of the samples whose features were kept, without the trunk.
+
+    Args:
+        model: The model that made the features, exploiting.
+        features: All of them, with the digests of the inputs.
+        loss: The loss.
+        l2: As for `certify`.
+        batch_size: Samples per prediction.
+
+    Returns:
+        What `certify` says of the same samples.
+
+    Raises:
+        ValueError: If the features came without digests or targets, or as `certify`.
+    """
+    if features.digests is None or features.y is None:
+        raise ValueError(
+            "A certificate needs the digests of the inputs and the targets. Received: "
+            "features without them. Keep them: FeaturePass(model, keep=True, "
+            "digest=True)."
+        )
+    regularised = None if l2 is None else _Regularised(model, loss, l2)
+    tally = _Tally(loss, keep=False)
+    predictor = BatchPredictor(model)
+    kept = (features.z, features.y, features.sample_weight)
+    for start in range(0, len(features.digests), batch_size):
+        rows = slice(start, start + batch_size)
+        z, y, weights = keras.tree.map_structure(
+            lambda leaf, rows=rows: None if leaf is None else leaf[rows], kept
+        )
+        tally.add(features.digests[rows], predictor.outputs(as_inputs(z)), y, weights)
+        if regularised is not None:
+            regularised.add(z, y, weights)
+    return _certificate(tally, regularised)
+
+
+def _certificate(tally: _Tally, regularised: _Regularised | None) -> Certificate:
+    certificate = tally.certificate()
+    if regularised is None:
+        return certificate
+    value, gap = regularised.certificate(tally.normalizer)
+    return dataclasses.replace(
+        certificate, l2=regularised.l2, l2_loss=value, l2_gap=gap
+    )
 
 
 class _Tally:
@@ -378,17 +433,20 @@ class _Regularised:
         self._head = exploiting_head(model, "A certificate with `l2`")
         self._trunk = BatchPredictor(model.trunk)
         self._loss = loss
-        self._l2 = float(l2)
+        self.l2 = float(l2)
         self._sum = 0.0
         self._gradient: Any = 0.0
         self._change: Any = 0.0
 
-    def add(self, x: Any, y: Any, sample_weight: Any) -> None:
-        n = data.n_samples(x)
+    def features(self, x: Any) -> Any:
+        return self._trunk.features(x)
+
+    def add(self, z: Any, y: Any, sample_weight: Any) -> None:
+        n = data.n_samples(z)
         weights = sample_weights(sample_weight, n)
         if not weights.any():
             return
-        features = FeatureSet(self._trunk.features(x), single_array(y, "y"), weights, n)
+        features = FeatureSet(z, single_array(y, "y"), weights, n)
         problem = ConvexProblem.of_head(self._head, features, self._loss)
         theta = problem.theta_of(self._head)
         value, gradient = problem.value_and_gradient(theta)
@@ -399,9 +457,9 @@ class _Regularised:
     def certificate(self, normalizer: float) -> tuple[float, float]:
         """The loss with the L2 term, and the most that it is above its minimum."""
         change = self._change
-        value = self._sum / normalizer + 0.5 * self._l2 * float(change @ change)
-        gradient = self._gradient / normalizer + self._l2 * change
-        gap = float(gradient @ gradient) / (2.0 * self._l2)
+        value = self._sum / normalizer + 0.5 * self.l2 * float(change @ change)
+        gradient = self._gradient / normalizer + self.l2 * change
+        gap = float(gradient @ gradient) / (2.0 * self.l2)
         if not np.isfinite(value + gap):
             raise ValueError(
                 "The regularised loss overflows float64: weights, outputs or targets "

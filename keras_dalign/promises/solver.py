@@ -17,7 +17,7 @@ from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
 from keras_dalign.head.features import FeaturePass, FeatureSet
 from keras_dalign.head.objective import loss_of
 from keras_dalign.numerics.html_table import html_table
-from keras_dalign.promises.certificate import Certificate, certify
+from keras_dalign.promises.certificate import Certificate, certify_features
 from keras_dalign.solving.descent import Iterate, SolveOptions
 from keras_dalign.solving.head_solver import HeadSolver
 from keras_dalign.solving.problem import ConvexProblem
@@ -200,14 +200,8 @@ def solve(
         say(f"solve by {solver.method}: {solver.why}")
         last = _follow(model, solver, say)
         rank = None if model.switch_report is None else model.switch_report.rank
-        certificate = certify(
-            model,
-            x,
-            y,
-            loss=convex,
-            sample_weight=sample_weight,
-            l2=solver.l2 or None,
-            **passes,
+        certificate = certify_features(
+            model, features, loss=convex, l2=solver.l2 or None, batch_size=batch_size
         )
     except Exception:
         model.set_weights(before)

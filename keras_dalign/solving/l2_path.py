@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 # From strong to weak, for a loss that is a mean; for a sum they are as many times
 # larger as there are samples.
 _WEIGHTS = tuple(10.0**-k for k in range(8))
-# The path ends when the held-out loss has risen so many times in a row.
-_RISES = 2
 _HELD_OUT = 0.2
 # A point of the path need not be as exact as the last one: a part of the first loss.
 _PATH_TOLERANCE = 1e-3
@@ -113,7 +111,7 @@ def choose_l2(
     loss = trained.loss_of(trained.logits(start))
     tol = max(tol, _PATH_TOLERANCE * loss)
     trials: list[L2Trial] = []
-    best = rises = 0
+    best = 0
     theta = best_theta = start
     for weight in _WEIGHTS:
         l2 = weight * unit
@@ -130,10 +128,9 @@ def choose_l2(
         if watch is not None:
             watch(trials[-1])
         if trials[-1].held_out_loss <= trials[best].held_out_loss:
-            best, best_theta, rises = len(trials) - 1, theta, 0
+            best, best_theta = len(trials) - 1, theta
         else:
-            rises += 1
-        if rises == _RISES:
+            # Weaker weights take ever more iterations, and fit what is held out less.
             break
     return L2Choice(trials[best].l2, best_theta, tuple(trials))
 
