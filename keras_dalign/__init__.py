@@ -21,7 +21,8 @@ list.
 - `head`: the `alignment_head`, `batch_norm`, `features` and the `objective`;
 - `solving`: `problem` is the convex problem of a head on kept features, `descent`
   minimises it, `l2_path` chooses its L2 weight, `head_solver` says how it went;
-- `training`: `surgery` builds an `aligned_model`; `training_run` drives its phases with
+- `training`: `surgery` builds an `aligned_model`, and `feature_map` chooses what its
+  gated units see; `training_run` drives its phases with
   `dalign` as optimizer; `switch` stands between the phases;
 - `conditions`: `precision` makes float64 copies of models, `engines` differentiate them
   on each backend, `jacobian` multiplies by the result (`jacobian_builder` chooses the

@@ -16,7 +16,9 @@ from keras_dalign.head.alignment_head import AlignmentHead
 from keras_dalign.numerics.losses import convex_loss
 from keras_dalign.numerics.rank import default_width
 from keras_dalign.training.aligned_model import AlignedModel
+from keras_dalign.training.feature_map import pooled_less
 
+AUTO = "auto"
 _BY_HAND = (
     "Build the model by hand instead: keras_dalign.AlignedModel(trunk, "
     "keras_dalign.AlignmentHead(units, n_samples=...))."
@@ -36,7 +38,7 @@ def align(
     *,
     gates: str = "random",
     layer: str | keras.layers.Layer | None = None,
-    features: str | keras.layers.Layer | None = None,
+    features: str | keras.layers.Layer | None = AUTO,
     width: int | None = None,
     slope: float = 20.0,
     seed: int | None = None,
@@ -56,9 +58,11 @@ def align(
         gates: `"random"` or `"learned"`, see `AlignmentHead`.
         layer: The output layer, or its name, if it is not to be detected. What
             stands behind it is dropped.
-        features: A layer of the model, or its name, whose output feeds the gated
-            units instead of the output layer's input: for instance a feature map
-            that is pooled less (it is flattened).
+        features: What feeds the gated units. `"auto"`: where the model ends in a
+            global average pooling and gates are random, the feature map in front of
+            it, averaged over a coarse grid only, see `feature_map.pooled_less`;
+            else, and with None, the output layer's input. Or a layer of the model, or
+            its name, whose output is taken (and flattened).
         width: Gated units per output. Defaults to `ceil(2 * n_samples / (p + 1))`
             for `p` features.
         slope: Positive float, see `AlignmentHead`.
@@ -97,7 +101,7 @@ def align(
         graph = _copied(graph)
         layer, features = _name(layer), _name(features)
     output = _find_output(graph, layer)
-    gated = None if features is None else _feature_tensor(graph, features)
+    gated = _gated(graph, output, features, n_samples, gates)
     dense = output.dense
     if len(output.features.shape) != 2:
         raise ValueError(
@@ -533,6 +537,20 @@ def _last_node(graph: keras.Model, layer: keras.layers.Layer) -> Any:
             f"layer '{layer.name}', model '{graph.name}'"
         )
     return calls[-1]
+
+
+def _gated(
+    graph: keras.Model, output: _Output, features: Any, n_samples: int, gates: str
+) -> keras.KerasTensor | None:
+    """What feeds the gated units, if it is not the output layer's input."""
+    if features is None:
+        return None
+    names = {known.name for known in graph.layers}
+    if features != AUTO or AUTO in names:
+        return _feature_tensor(graph, features)
+    if gates != "random":
+        return None
+    return pooled_less(output.features, n_samples, names)
 
 
 def _feature_tensor(graph: keras.Model, features: Any) -> keras.KerasTensor:
