@@ -169,6 +169,8 @@ def measure(
             "gap": iterate.gap,
             "start error": 100 * float(np.mean(at_start)),
             "test error": curve[-1][2],
+            "start test loss": test.loss_of(test.logits(start)),
+            "test loss": test.loss_of(test.logits(iterate.theta)),
             "curve": curve,
         }
 
@@ -238,6 +240,8 @@ def summary(runs: list[Run]) -> list[list[str]]:
                 f"{max(run['gap'] for run in of_key):.1e}",
                 f"{common.mean(of_key, 'start error'):.2f}",
                 common.plus_minus(of_key, "test error"),
+                f"{common.mean(of_key, 'start test loss'):.3g}",
+                f"{common.mean(of_key, 'test loss'):.3g}",
             ]
         )
     return rows
@@ -319,6 +323,8 @@ def main() -> None:
         "largest gap",
         "test error before, %",
         "test error, %",
+        "test loss before",
+        "test loss",
     ]
     common.write(
         options.out,

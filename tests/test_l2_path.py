@@ -33,7 +33,7 @@ def test_a_fifth_of_every_class_is_held_out():
 
 
 def test_the_weight_of_the_least_held_out_loss_wins():
-    of = noisy()
+    of = noisy(noise=2.0)
     seen = []
     choice = choose_l2(of, np.zeros(of.size), tol=1e-8, seed=3, watch=seen.append)
     assert tuple(seen) == choice.trials
@@ -79,6 +79,20 @@ def test_validation_samples_instead():
     )
     expected = other.loss_of(other.logits(last.theta))
     assert choice.trials[0].held_out_loss == pytest.approx(expected, rel=1e-2)
+
+
+def test_samples_the_trunk_has_seen_do_not_vouch_for_weak_weights():
+    # No noise: the weaker the weight, the lower the loss of any sample.
+    of = noisy(n=600, noise=0.0)
+    seen = choose_l2(of, np.zeros(of.size), tol=1e-10)
+    assert seen.l2 == seen.trials[-1].l2 == 1e-3
+    new = choose_l2(
+        of, np.zeros(of.size), tol=1e-10, validation=noisy(n=600, noise=0.0)
+    )
+    assert new.l2 < 1e-4
+    np.testing.assert_array_equal(
+        [trial.l2 for trial in new.trials[:4]], [trial.l2 for trial in seen.trials]
+    )
 
 
 def test_squared_error_has_no_error_rate():

@@ -145,10 +145,11 @@ def solve(
     With `l2` the objective is `loss + l2 / 2 * ||change of (q, b)||^2`, where the
     change counts from the model at the switch: its optimum is unique, and certified by
     strong convexity. With little or noisy data the plain minimum costs test error that
-    this one does not. `l2="auto"` holds out a fifth of the samples (their features,
-    which the trunk was trained on: an optimistic judge; or takes `validation_data`),
-    follows a path of weights from strong to weak, takes the one with the least held-out
-    loss, and refits on all samples.
+    this one does not. `l2="auto"` follows a path of weights from strong to weak, takes
+    the one with the least loss on samples held out, and refits on all samples. By
+    default these are a fifth of the samples, which the trunk was trained on: an
+    optimistic judge, so that the path ends at 1e-3. With `validation_data` these are
+    the judge, and it ends at 1e-7.
 
     Memory: the gates, `n * C * m` floats in float64 for `C` outputs of width `m`, the
     features, and no more than that again for the method.
