@@ -142,6 +142,8 @@ def measure(
     tested = FeaturePass(model, keep=True).run(data.x_test, data.y_test).feature_set()
     test = ConvexProblem.of_head(model.head, tested, loss)
     start = problem.theta_of(model.head)
+    at_start = test.logits(start)
+    start_error = 100 * float(np.mean(at_start.argmax(axis=1) != data.y_test))
     for l2 in weights:
         options = SolveOptions(
             l2=l2,
@@ -153,7 +155,6 @@ def measure(
         for iterate in solver.iterates(start):
             wrong = test.logits(iterate.theta).argmax(axis=1) != data.y_test
             curve.append([iterate.loss, iterate.gap, 100 * float(np.mean(wrong))])
-        at_start = test.logits(start).argmax(axis=1) != data.y_test
         yield {
             "data": name,
             "gates": gates,
@@ -167,9 +168,9 @@ def measure(
             "reason": iterate.reason,
             "loss": iterate.loss,
             "gap": iterate.gap,
-            "start error": 100 * float(np.mean(at_start)),
+            "start error": start_error,
             "test error": curve[-1][2],
-            "start test loss": test.loss_of(test.logits(start)),
+            "start test loss": test.loss_of(at_start),
             "test loss": test.loss_of(test.logits(iterate.theta)),
             "curve": curve,
         }
