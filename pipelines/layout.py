@@ -93,9 +93,9 @@ class Layout:
         """The report for people who would rather look than read."""
         return self.results / "report.html"
 
-    def tuning(self, dataset: str) -> Path:
-        """What each recipe reached on held-out training samples."""
-        return self.results / "tuning" / f"{dataset}.json"
+    def tuning(self, dataset: str, augmentation: str, recipe: str) -> Path:
+        """What a recipe reached on held-out training samples."""
+        return self.results / "tuning" / f"{dataset}-{augmentation}-{recipe}.json"
 
     def frontier(self, dataset: str) -> Path:
         """Error and time against the share of epochs that is explored."""

@@ -136,12 +136,14 @@ class Tuning:
     """The search for the base model's best recipe.
 
     Attributes:
-        datasets: Data sets to search on; all recipes are tried, on every augmentation.
+        datasets: Data sets to search on, with every augmentation.
+        recipes: The recipes to try.
         validation: Share of the training samples that the recipes are judged on.
         seed: Seed of that split and of the runs.
     """
 
     datasets: tuple[str, ...] = ()
+    recipes: tuple[str, ...] = ()
     validation: float = 0.2
     seed: int = 0
 
@@ -205,6 +207,8 @@ class Params:
                 )
         for method in self.grid.methods:
             pick("method", self.methods, method)
+        for recipe in self.tune.recipes:
+            pick("recipe", self.recipes, recipe)
 
     def recipe(self, dataset: str, augmentation: str) -> Recipe:
         """The recipe of a data set, the same for all methods."""
@@ -276,11 +280,11 @@ def pick(noun: str, choices: Mapping[str, _T], name: str) -> _T:
 
 
 def parser(description: str | None, *names: str) -> argparse.ArgumentParser:
-    """A command line with some of `--dataset`, `--augmentation`, `--method`, `--seed`.
+    """A command line with the names that a stage takes, as `--dataset`.
 
     Args:
         description: The program's description.
-        *names: `"dataset"`, `"augmentation"`, `"method"`, `"seed"`.
+        *names: `"dataset"`, `"augmentation"`, `"method"`, `"recipe"`, `"seed"`.
 
     Returns:
         A parser, which knows `--root` and `--params`, too.

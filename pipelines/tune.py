@@ -1,9 +1,9 @@
 """The search for the base model's best recipe, on held-out training samples.
 
-Every recipe trains the base model once for each augmentation; it is judged by the error
-on a share of the training samples that it did not see, with re-estimated batch-norm
-statistics. Test data take no part. `train.DATASET.recipes` in the parameters has to
-name the best, and all methods use it.
+A recipe trains the base model, and is judged by the error on a share of the training
+samples that it did not see, with re-estimated batch-norm statistics. Test data take no
+part. `train.DATASET.recipes` in the parameters has to name the best of those that
+`tune.recipes` lists, and all methods use it.
 """
 
 from __future__ import annotations
@@ -26,15 +26,24 @@ from pipelines.train import warm_up
 if TYPE_CHECKING:
     from pipelines.datasets import Dataset
 
-# What is measured for each recipe; the best is the best of the first.
-_JUDGES = ("base_bn", "base", "two_phase_random")
+# What is measured for each recipe; the best one is the best for the first of them.
+JUDGES = ("base_bn", "base", "two_phase_random")
 
 
-def main(dataset: str, *, params: Params | None = None, root: Path = Path()) -> Path:
-    """Tries all recipes on a data set.
+def main(
+    dataset: str,
+    augmentation: str,
+    recipe: str,
+    *,
+    params: Params | None = None,
+    root: Path = Path(),
+) -> Path:
+    """Tries a recipe.
 
     Args:
         dataset: Name of a prepared data set.
+        augmentation: `"none"` or `"standard"`.
+        recipe: Name of a recipe.
         params: The parameters; those of params.yaml by default.
         root: The folder of all files.
 
@@ -42,38 +51,29 @@ def main(dataset: str, *, params: Params | None = None, root: Path = Path()) -> 
         The path of the errors.
     """
     params, layout = params or load(), Layout(root)
+    tuning, settings = params.tune, pick("recipe", params.recipes, recipe)
     whole, description = datasets.read(layout, dataset)
-    tuning = params.tune
-    data = held_out(whole, tuning.validation, tuning.seed)
     train = dataclasses.replace(
         pick("data set (under `train`)", params.train, dataset),
         checkpoints=(0.6, 1.0),
     )
+    run = Run(dataset, augmentation, f"tune-{recipe}", tuning.seed)
+    data = held_out(whole, tuning.validation, tuning.seed)
     warm_up()
-    errors: dict[str, dict[str, dict[str, float]]] = {}
-    for augmentation in params.grid.augmentations:
-        for name, recipe in params.recipes.items():
-            run = Run(dataset, augmentation, f"tune-{name}", tuning.seed)
-            job = Job(run, data, train, recipe)
-            errors.setdefault(augmentation, {})[name] = _errors(job, params)
-    best = {
-        augmentation: min(found, key=lambda name: found[name][_JUDGES[0]])
-        for augmentation, found in errors.items()
-    }
+    path = layout.tuning(dataset, augmentation, recipe)
     files.write_json(
-        layout.tuning(dataset),
+        path,
         {
             "validation": tuning.validation,
             "seed": tuning.seed,
-            "augmentations": errors,
-            "best": best,
+            "errors": _errors(Job(run, data, train, settings), params),
             "provenance": {
                 **datasets.cited(description),
                 **provenance.environment(),
             },
         },
     )
-    return layout.tuning(dataset)
+    return path
 
 
 def held_out(data: Dataset, share: float, seed: int) -> Dataset:
@@ -109,7 +109,7 @@ def _errors(job: Job, params: Params) -> dict[str, float]:
             job, path / "weights", shares=job.train.checkpoints
         )
         found = {}
-        for method in _JUDGES:
+        for method in JUDGES:
             settings: dict[str, Any] = dict(params.methods[method])
             trained = methods.finish(job, settings, lambda: explored, path / "run")
             logits = trained.model.predict(job.data.x_test, batch_size=256, verbose=0)
@@ -119,8 +119,14 @@ def _errors(job: Job, params: Params) -> dict[str, float]:
 
 def cli(arguments: Sequence[str] | None = None) -> None:
     """The command line of `main`."""
-    line = parser(__doc__, "dataset").parse_args(arguments)
-    main(line.dataset, params=load(line.params), root=line.root)
+    line = parser(__doc__, "dataset", "augmentation", "recipe").parse_args(arguments)
+    main(
+        line.dataset,
+        line.augmentation,
+        line.recipe,
+        params=load(line.params),
+        root=line.root,
+    )
 
 
 if __name__ == "__main__":

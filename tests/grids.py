@@ -34,7 +34,7 @@ methods:
   solve: {kind: two_phase, explore: 0.5, exploit: solve}
   solve_l2: {kind: two_phase, explore: 0.5, exploit: solve, l2: 0.001}
   last_layer: {kind: last_layer, explore: 0.5}
-tune: {datasets: [digits], validation: 0.2, seed: 0}
+tune: {datasets: [digits], recipes: [constant, cosine], validation: 0.2, seed: 0}
 frontier: {datasets: [digits], method: solve, explore: [0.5, 1.0]}
 """
 

@@ -204,6 +204,25 @@ def test_one_sample_and_one_output():
             assert run(of, method=method, tol=1e-8)[-1].reason == "gap"
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("tol", [1e-6, 1e-12])
+def test_steps_in_single_precision_reach_the_same_minimum(loss, tol, monkeypatch):
+    of = problem(loss, n=60, d=8, width=6)
+    start = np.random.default_rng(0).standard_normal(of.size)
+    arguments = {"method": "newton", "tol": tol, "l2": 0.01}
+    exact = run(of, start, **arguments)
+    monkeypatch.setattr("keras_dalign.solving.problem._MANY_FEATURES", 1)
+    rough = run(of, start, **arguments)
+    assert rough[-1].reason == "gap"
+    assert rough[-1].gap <= tol
+    assert rough[-1].value == pytest.approx(exact[-1].value, abs=2 * tol)
+    assert len(rough) <= len(exact) + 2
+    # The last word is in float64.
+    value, gradient = of.value_and_gradient(rough[-1].theta, 0.01)
+    assert rough[-1].value == pytest.approx(value, rel=1e-14)
+    assert gradient @ gradient / 0.02 == pytest.approx(rough[-1].gap, rel=1e-6)
+
+
 def test_an_iterate_is_never_changed_later():
     of = wide()
     way = [

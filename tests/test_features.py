@@ -4,7 +4,7 @@ import pytest
 from small import convnet, cross_entropy, digit_images, digits, mlp
 
 import keras_dalign as kd
-from keras_dalign.head import features
+from keras_dalign.head import data, features
 from keras_dalign.head.features import FeaturePass, as_inputs, from_inputs, plan_cache
 from keras_dalign.numerics.repeats import digests
 
@@ -30,16 +30,21 @@ def test_moments_are_those_of_the_population():
     assert kept.sample_weight is None
 
 
-def test_chunks_and_batches_see_the_same(monkeypatch):
+def test_arrays_and_streams_see_the_same():
     x, y = digits(90)
     model = model_of(mlp())
     whole = FeaturePass(model, keep=True).run(x, y, y * 1.0, batch_size=7)
-    monkeypatch.setattr(features, "_BATCHES_AT_ONCE", 2)
-    chunks = FeaturePass(model, keep=True).run(x, y, y * 1.0, batch_size=7)
-    for left, right in zip(whole.moments(), chunks.moments(), strict=True):
-        # The trunk is float32, and rounds as the size of its batches has it.
-        np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(chunks.feature_set().sample_weight, y * 1.0)
+    # Of 13 batches the last has six samples, and is filled up.
+    parts = data.batches(x, y, y * 1.0, batch_size=7)
+    streamed = FeaturePass(model, keep=True).run(parts, steps=13)
+    for left, right in zip(whole.moments(), streamed.moments(), strict=True):
+        np.testing.assert_array_equal(left, right)
+    np.testing.assert_array_equal(whole.feature_set().z, streamed.feature_set().z)
+    np.testing.assert_array_equal(streamed.feature_set().sample_weight, y * 1.0)
+    assert whole.n == streamed.n == 90
+    z = model.trunk.predict(x, verbose=0)
+    # The trunk is float32, and rounds as the size of its batches has it.
+    np.testing.assert_allclose(whole.feature_set().z, z, rtol=1e-5, atol=1e-6)
 
 
 def test_the_sample_of_rows_is_uniform(monkeypatch):

@@ -49,7 +49,9 @@ def test_the_weight_of_the_least_held_out_loss_wins():
         of.subset(np.flatnonzero(~held_out)),
         of.subset(np.flatnonzero(held_out)),
     )
-    for trial in choice.trials:
+    *finished, given_up = choice.trials
+    assert given_up.held_out_loss > choice.trials[-2].held_out_loss
+    for trial in finished:
         *_, last = descend(
             some, np.zeros(of.size), method="lbfgs", tol=1e-7, l2=trial.l2
         )
@@ -58,6 +60,23 @@ def test_the_weight_of_the_least_held_out_loss_wins():
         assert trial.train_loss == pytest.approx(last.loss, rel=2e-2, abs=2e-3)
         error = np.mean(logits.argmax(axis=1) != rest.targets.argmax(axis=1))
         assert trial.held_out_error == pytest.approx(error, abs=0.05)
+
+
+def test_a_weight_that_cannot_win_is_given_up():
+    of = noisy(noise=2.0)
+    choice = choose_l2(of, np.zeros(of.size), tol=1e-12)
+    last = choice.trials[-1]
+    some = of.reweighted((~hold_out(of, 0)).astype(float))
+    before = descend(some, choice.theta, method="newton", tol=1e-12, l2=last.l2)
+    whole = list(before)
+    assert last.iterations < len(whole) - 1
+    there = whole[last.iterations]
+    assert last.train_loss == there.loss
+    # What it lacks is more than what is left to gain, and stays so to the end.
+    best = choice.trials[-2].held_out_loss
+    assert last.held_out_loss - best > there.gap
+    rest = of.reweighted(hold_out(of, 0).astype(float))
+    assert rest.loss_of(whole[-1].logits) > best
 
 
 def test_the_path_of_a_sum_is_that_of_the_mean():

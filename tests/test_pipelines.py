@@ -25,6 +25,7 @@ from pipelines import (  # noqa: E402
 )
 from pipelines.layout import Layout  # noqa: E402
 from pipelines.params import FILE, Params, Run, load  # noqa: E402
+from pipelines.reporting import results  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = [".", "profiles/cpu", "profiles/letter"]
@@ -149,12 +150,23 @@ def test_tuning_holds_out_training_samples(params, tmp_path):
 def test_tuning_tries_every_recipe(params, tmp_path):
     params = replace(params, grid=replace(params.grid, augmentations=("none",)))
     prepared(params, tmp_path)
-    found = files.read_json(tune.main("digits", params=params, root=tmp_path))
+    layout = Layout(tmp_path)
+    assert results.read_tuning(params, layout, "digits") == {}
+    tune.main("digits", "none", "constant", params=params, root=tmp_path)
+    # Nothing is the best before all were tried.
+    assert results.read_tuning(params, layout, "digits")["best"] == {}
+    tune.main("digits", "none", "cosine", params=params, root=tmp_path)
+    found = results.read_tuning(params, layout, "digits")
     errors = found["augmentations"]["none"]
     assert set(errors) == {"constant", "cosine"}
     least = min(each["base_bn"] for each in errors.values())
     assert errors[found["best"]["none"]]["base_bn"] == least
     assert all(0 < each["two_phase_random"] <= 1 for each in errors.values())
+
+
+def test_a_recipe_to_try_must_be_there(tmp_path):
+    with pytest.raises(ValueError, match=r"no such recipe\. Received: 'sine'"):
+        grids.tiny(tmp_path / "params.yaml", tune={"recipes": ["sine"]})
 
 
 def test_frontier_has_a_point_for_every_share_and_seed(params, tmp_path):
@@ -303,12 +315,15 @@ def test_profiles_are_complete(folder):
 @pytest.mark.parametrize("folder", PROFILES)
 def test_recipes_are_the_best_for_the_base(folder):
     params, layout = load(ROOT / folder / "params.yaml"), Layout(ROOT / folder)
-    tuned = [name for name in params.tune.datasets if layout.tuning(name).exists()]
-    if not tuned:
+    found = {
+        name: results.read_tuning(params, layout, name) for name in params.tune.datasets
+    }
+    if not any(found.values()):
         pytest.skip("nothing was tuned")
-    for name in tuned:
-        found = files.read_json(layout.tuning(name), "best")
-        assert dict(params.train[name].recipes) == found["best"]
+    for name, tuning in found.items():
+        used = params.train[name].recipes
+        best = tuning.get("best", {})
+        assert {each: used[each] for each in best} == best
 
 
 @pytest.mark.parametrize("folder", [*PROFILES, "profiles/studies"])

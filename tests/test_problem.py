@@ -84,6 +84,22 @@ def test_products_are_those_with_the_explicit_features(units):
     np.testing.assert_allclose(of.logits(theta), of.offset + of.product(theta))
 
 
+def test_rough_products_are_in_single_precision_where_there_are_many_features(
+    monkeypatch,
+):
+    of = problem("softmax", n=30)
+    assert of.rough_dtype == np.float64
+    monkeypatch.setattr("keras_dalign.solving.problem._MANY_FEATURES", of.d)
+    assert of.rough_dtype == np.float32
+    rng = np.random.default_rng(1)
+    theta, u = rng.standard_normal(of.size), rng.standard_normal((of.n, of.units))
+    for product, vector in ((of.product, theta), (of.transposed_product, u)):
+        exact, rough = product(vector), product(vector, of.rough_dtype)
+        assert rough.dtype == exact.dtype == np.float64
+        np.testing.assert_allclose(rough, exact, atol=1e-5 * np.abs(exact).max())
+        assert (rough != exact).any()
+
+
 def test_one_sample():
     of = problem(n=1)
     theta = np.ones(of.size)

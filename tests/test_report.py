@@ -216,7 +216,7 @@ def test_figures_are_drawn_and_repeat_byte_for_byte(tmp_path):
             "method": "two_phase_random",
             "explore": [0.5, 1.0],
         },
-        "tune": {"datasets": ["digits"]},
+        "tune": {"datasets": ["digits"], "recipes": ["cosine"]},
     }
     params, layout = grid(tmp_path, **sections), Layout(tmp_path)
     for run in params.grid.runs():
@@ -238,12 +238,11 @@ def test_figures_are_drawn_and_repeat_byte_for_byte(tmp_path):
         {"points": rows, "base": rows[:1], "base_bn": rows[:1], "provenance": made},
     )
     files.write_json(
-        layout.tuning("digits"),
+        layout.tuning("digits", "none", "cosine"),
         {
             "validation": 0.2,
             "seed": 0,
-            "augmentations": {"none": {"cosine": {"base": 0.125, "base_bn": 0.12}}},
-            "best": {"none": "cosine"},
+            "errors": {"base": 0.125, "base_bn": 0.12},
             "provenance": made,
         },
     )

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from keras_dalign.head import data
+from keras_dalign.head.batch_predictor import BatchPredictor
 from keras_dalign.numerics.losses import convex_loss
 from keras_dalign.numerics.memory import free_gib
 from keras_dalign.numerics.repeats import digests
@@ -16,8 +17,6 @@ from keras_dalign.numerics.repeats import digests
 if TYPE_CHECKING:
     from keras_dalign.head.alignment_head import AlignmentHead
     from keras_dalign.training.aligned_model import AlignedModel
-
-_BATCHES_AT_ONCE = 64
 
 # Rows kept for the rank check when the features themselves are not.
 _SAMPLE_ROWS = 8192
@@ -97,24 +96,13 @@ class FeaturePass:
         Raises:
             ValueError: If features are non-finite or targets do not fit the loss.
         """
-        trunk = self.model.trunk
-        is_array = data.is_arrays(x)
-        # Chunks of many batches: Keras compiles `predict` once for all their sizes.
-        size = batch_size * (_BATCHES_AT_ONCE if is_array else 1)
+        predictor = BatchPredictor(self.model.trunk)
         for inputs, targets, weights in data.batches(
-            x, y, sample_weight, batch_size=size, steps=steps
+            x, y, sample_weight, batch_size=batch_size, steps=steps
         ):
-            n = data.n_samples(inputs)
             if self.digests is not None:
                 self.digests.extend(digests(inputs))
-            if is_array:
-                even = data.even_batch_size(n, batch_size)
-                z = trunk.predict(inputs, batch_size=even, verbose=0)
-            else:
-                # Replicas of a distribution strategy each predict the whole batch.
-                z = keras.tree.map_structure(
-                    lambda leaf, n=n: leaf[:n], trunk.predict_on_batch(inputs)
-                )
+            z = predictor.predict(inputs)
             self._add(keras.tree.map_structure(_as_float, z), targets, weights)
         return self
 

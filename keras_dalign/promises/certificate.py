@@ -27,6 +27,7 @@ from keras_dalign.conditions.gradient_bound import gradient_bound as bound_by_gr
 from keras_dalign.conditions.jacobian_builder import jacobian
 from keras_dalign.head import data
 from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
+from keras_dalign.head.batch_predictor import BatchPredictor
 from keras_dalign.head.features import FeatureSet, as_inputs
 from keras_dalign.head.objective import (
     check_outputs,
@@ -38,7 +39,7 @@ from keras_dalign.head.objective import (
 from keras_dalign.numerics.html_table import html_table
 from keras_dalign.numerics.repeats import PassRecord, Repeats, digests
 from keras_dalign.numerics.rounding import rounded
-from keras_dalign.promises.predict import BatchPredictor, exploiting_head
+from keras_dalign.promises.exploiting_head import exploiting_head
 from keras_dalign.solving.problem import ConvexProblem
 
 if TYPE_CHECKING:

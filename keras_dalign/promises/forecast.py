@@ -25,6 +25,7 @@ import scipy.linalg
 import scipy.optimize
 
 from keras_dalign.head import data
+from keras_dalign.head.batch_predictor import BatchPredictor
 from keras_dalign.head.features import FeatureSet
 from keras_dalign.head.objective import (
     check_some_weight,
@@ -39,7 +40,7 @@ from keras_dalign.numerics.repeats import Repeats, digests
 from keras_dalign.numerics.ridge import GramFactor
 from keras_dalign.numerics.rounding import rounded
 from keras_dalign.numerics.target_logits import target_logits
-from keras_dalign.promises.predict import BatchPredictor, exploiting_head
+from keras_dalign.promises.exploiting_head import exploiting_head
 from keras_dalign.solving.problem import ConvexProblem
 
 if TYPE_CHECKING:

@@ -1,6 +1,7 @@
 """Full-batch minimisation of a head's convex problem, until the gap is small.
 
-Three methods, all in float64:
+Three methods, all in float64, but for the inner products of Newton's method, which are
+in float32 where that takes less time: what a step comes to is measured in float64.
 
 - `"lbfgs"`: limited-memory BFGS (Nocedal & Wright, Numerical Optimization, 2006,
   chapter 7);
@@ -199,6 +200,8 @@ def descend(
     The gap is the loss minus `lower_bound`; with an L2 term, which makes the problem
     strongly convex, it is `||gradient||^2 / (2 l2)` if that is smaller. Both are upper
     bounds on the distance to the infimum. The value never rises, but for rounding.
+    Where Newton's steps are computed in float32, their iterates are measured as exactly
+    as that; the last one is measured in float64, from its parameters.
 
     Args:
         problem: The problem.
@@ -244,6 +247,8 @@ def descend(
         if reason is None and iteration == max_iterations:
             reason = "max_iterations"
         if reason is not None:
+            if reason != "gap":
+                walk.recompute()
             yield walk.iterate(iteration, reason)
             return
         before = walk.iterate(iteration, None)
@@ -463,11 +468,14 @@ class _Newton:
         gradient = walk.gradient
         square = float(gradient @ gradient)
         enough = self._enough(square)
+        # A step need not be exact: where it ends is measured in float64. A quadratic
+        # has only one.
+        dtype = np.dtype("float64") if self.quadratic else problem.rough_dtype
         x, logits_x = np.zeros_like(gradient), np.zeros_like(walk.logits)
         residual = -gradient
         d = residual.copy()
         for _ in range(_MAX_CG_STEPS_QUADRATIC if self.quadratic else _MAX_CG_STEPS):
-            logits_d = problem.product(d)
+            logits_d = problem.product(d, dtype)
             cotangents = problem.loss_curvature(walk.logits, logits_d)
             curvature = float(np.vdot(cotangents, logits_d)) + l2 * float(d @ d)
             if not curvature > EPS**2 * square:
@@ -475,7 +483,7 @@ class _Newton:
             length = square / curvature
             x += length * d
             logits_x += length * logits_d
-            product = problem.transposed_product(cotangents)
+            product = problem.transposed_product(cotangents, dtype)
             if l2:
                 product += l2 * d
             walk.hessian_products += 1
@@ -496,7 +504,8 @@ class _Newton:
         if not self.quadratic:
             norm = math.sqrt(square)
             part = min(0.5, math.sqrt(norm / self.first)) if self.first else 0.5
-            limit = (part * norm) ** 2
+            # With an L2 term no step has to go farther than to a gap of `tol / 2`.
+            limit = max((part * norm) ** 2, walk.l2 * walk.tol)
             return lambda new, _: new <= limit
         # One Newton step is all there is to do: the residual is the gradient behind it,
         # and the value falls by half of `- gradient . x`.

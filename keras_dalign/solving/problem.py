@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 _BLOCK_BYTES = 2**22
 _MIN_BLOCK_ROWS = 64
 
+# From so many on, products in single precision take less time, casts included.
+_MANY_FEATURES = 256
+
 
 class ConvexProblem:
     """Loss, gradient and curvature of a head's exploitation, for all samples at once.
@@ -154,18 +157,31 @@ class ConvexProblem:
         """Bytes held: the gates and the features."""
         return self._gates.nbytes + self.features.nbytes + self.offset.nbytes
 
-    def product(self, theta: Array) -> Array:
-        """`Phi theta`, shape `(n, C)`."""
+    @property
+    def rough_dtype(self) -> np.dtype[Any]:
+        """In what products are computed that need not be exact.
+
+        Single precision where it takes less time: features and gates are cast block by
+        block, which only many features make up for.
+        """
+        return np.dtype("float32" if self.d >= _MANY_FEATURES else "float64")
+
+    def product(self, theta: Array, dtype: npt.DTypeLike = np.float64) -> Array:
+        """`Phi theta`, shape `(n, C)`, float64, computed in a dtype."""
         out = np.empty((self.n, self.units))
+        theta = theta.astype(dtype, copy=False)
         for rows in self._blocks():
             out[rows] = self._block_product(rows, theta)
         return out
 
-    def transposed_product(self, cotangents: Array) -> Array:
-        """`Phi^T u` for `u` of shape `(n, C)`; shape `(size,)`."""
-        q = np.zeros((self.d, self.units * self.width))
+    def transposed_product(
+        self, cotangents: Array, dtype: npt.DTypeLike = np.float64
+    ) -> Array:
+        """`Phi^T u` for `u` of shape `(n, C)`; `(size,)`, float64, from a dtype."""
+        q = np.zeros((self.d, self.units * self.width), dtype)
+        cast = cotangents.astype(dtype, copy=False)
         for rows in self._blocks():
-            self._add_block_transposed(rows, cotangents[rows], q)
+            self._add_block_transposed(rows, cast[rows], q)
         return np.concatenate([q.ravel(), cotangents.sum(axis=0)])
 
     def logits(self, theta: Array) -> Array:
@@ -303,15 +319,17 @@ class ConvexProblem:
     def _block_product(self, rows: slice, theta: Array) -> Array:
         q = theta[: -self.units].reshape(self.d, self.units * self.width)
         shape = (-1, self.units, self.width)
-        projections = (self.features[rows] @ q).reshape(shape)
-        gates = self._gates[rows].reshape(shape)
+        features = self.features[rows].astype(q.dtype, copy=False)
+        projections = (features @ q).reshape(shape)
+        gates = self._gates[rows].astype(q.dtype, copy=False).reshape(shape)
         summed: Array = np.einsum("icm,icm->ic", gates, projections)
         return summed + theta[-self.units :]
 
     def _add_block_transposed(self, rows: slice, cotangents: Array, q: Array) -> None:
-        gates = self._gates[rows].reshape(-1, self.units, self.width)
+        gates = self._gates[rows].astype(q.dtype, copy=False)
+        gates = gates.reshape(-1, self.units, self.width)
         weighted = (gates * cotangents[:, :, None]).reshape(len(gates), -1)
-        q += self.features[rows].T @ weighted
+        q += self.features[rows].astype(q.dtype, copy=False).T @ weighted
 
 
 def _check_memory(n: int, units: int, width: int) -> None:

@@ -204,9 +204,9 @@ def read(params: Params, layout: Layout) -> Results:
             files.read_json(timing, "seconds") if timing.is_file() else {},
         )
     tuning = {
-        name: files.read_json(layout.tuning(name), "augmentations", "provenance")
+        name: found
         for name in params.tune.datasets
-        if layout.tuning(name).is_file()
+        if (found := read_tuning(params, layout, name))
     }
     frontier = {
         name: files.read_json(layout.frontier(name), "points", "provenance")
@@ -218,6 +218,37 @@ def read(params: Params, layout: Layout) -> Results:
         made += [(key, f"{noun} of {key}", found[key]["provenance"]) for key in found]
     _check(made)
     return Results(params, by_run, tuning, frontier)
+
+
+def read_tuning(params: Params, layout: Layout, dataset: str) -> dict[str, Any]:
+    """Reads what the recipes reached on a data set.
+
+    Args:
+        params: The parameters. Only recipes that they name are looked at.
+        layout: Where the files are.
+        dataset: Name of the data set.
+
+    Returns:
+        `augmentations`, the errors by augmentation and recipe; `best`, by augmentation
+        the recipe of the least error, where all were tried; and what the files have in
+        common. Empty if none was tried.
+    """
+    errors: dict[str, dict[str, Any]] = {}
+    common: dict[str, Any] = {}
+    for augmentation in params.grid.augmentations:
+        for recipe in params.tune.recipes:
+            path = layout.tuning(dataset, augmentation, recipe)
+            if path.is_file():
+                common = files.read_json(path, "errors", "provenance")
+                errors.setdefault(augmentation, {})[recipe] = common.pop("errors")
+    if not errors:
+        return {}
+    best = {
+        augmentation: min(found, key=lambda name: found[name][COMPARISON])
+        for augmentation, found in errors.items()
+        if len(found) == len(params.tune.recipes)
+    }
+    return {**common, "augmentations": errors, "best": best}
 
 
 def _check(made: Iterable[tuple[str, str, Mapping[str, Any]]]) -> None:

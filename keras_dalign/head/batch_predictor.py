@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import numpy as np
 
 from keras_dalign.head import data
-from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
 from keras_dalign.head.objective import check_single
-
-if TYPE_CHECKING:
-    from keras_dalign.training.aligned_model import AlignedModel
 
 
 class BatchPredictor:
@@ -42,10 +38,9 @@ class BatchPredictor:
             ValueError: If there are several outputs, or none per sample, or they are
                 not finite.
         """
-        outputs, n = self._predict(x)
-        leaves = keras.tree.flatten(outputs)
+        leaves = keras.tree.flatten(self.predict(x))
         check_single(len(leaves))
-        array = np.asarray(leaves[0])
+        array, n = leaves[0], data.n_samples(x)
         if array.ndim != 2 or len(array) != n:
             raise ValueError(
                 "The model must give one row of outputs per sample, shape (n, C). "
@@ -71,8 +66,7 @@ class BatchPredictor:
         Raises:
             ValueError: If they are not finite.
         """
-        features, _ = self._predict(x)
-        features = keras.tree.map_structure(np.asarray, features)
+        features = self.predict(x)
         if not all(np.isfinite(leaf).all() for leaf in keras.tree.flatten(features)):
             raise ValueError(
                 "The trunk's features are not finite. Received: NaN or infinity. Check "
@@ -80,7 +74,19 @@ class BatchPredictor:
             )
         return features
 
-    def _predict(self, x: Any) -> tuple[Any, int]:
+    def predict(self, x: Any) -> Any:
+        """Whatever the model puts out.
+
+        Not `keras.Model.predict`: on TensorFlow, ending its iterator takes up to half a
+        second, whatever the data.
+
+        Args:
+            x: Inputs of `n` samples.
+
+        Returns:
+            The outputs, arrays in the model's structure; where they have a row per
+            sample, `n` of them.
+        """
         n = data.n_samples(x)
         self._rows = max(self._rows, n)
         rows = self._rows
@@ -95,37 +101,7 @@ class BatchPredictor:
                 return leaf[:n]
             return leaf
 
-        return keras.tree.map_structure(cut, outputs), n
-
-
-def exploiting_head(model: AlignedModel, purpose: str) -> AlignmentHead:
-    """The head of a model that exploits.
-
-    Args:
-        model: The model.
-        purpose: What needs it, for the error.
-
-    Returns:
-        The head.
-
-    Raises:
-        ValueError: If the model has no alignment head, or still explores.
-    """
-    head = getattr(model, "head", None)
-    if not isinstance(head, AlignmentHead) or not hasattr(model, "trunk"):
-        raise ValueError(
-            f"{purpose} needs a model with an alignment head: call "
-            f"`keras_dalign.align` first. Received: {type(model).__name__} "
-            f"'{model.name}'"
-        )
-    if head.phase != EXPLOITING:
-        raise ValueError(
-            f"{purpose} needs a model whose gates are set: before the switch there is "
-            "no convex problem to speak of. Train it with `DAlign` up to the switch, "
-            "or call `keras_dalign.solve`. Received: a model in the phase "
-            f"'{head.phase}'"
-        )
-    return head
+        return keras.tree.map_structure(cut, outputs)
 
 
 def _padded(x: Any, n: int, rows: int) -> Any:
