@@ -1,7 +1,7 @@
 """Error and time against the share of epochs that is explored, without augmentation.
 
-One method, started from the base training of each seed at several epochs; at the last
-one it is post hoc, on the finished base.
+One method, started from the base training of a seed at several epochs; at the last one
+it is post hoc, on the finished base.
 """
 
 from __future__ import annotations
@@ -23,14 +23,21 @@ from pipelines.train import warm_up
 if TYPE_CHECKING:
     from pipelines.methods import Trained
 
-_BASES = ("base", "base_bn")
+BASES = ("base", "base_bn")
 
 
-def main(dataset: str, *, params: Params | None = None, root: Path = Path()) -> Path:
-    """Measures the frontier of a data set.
+def main(
+    dataset: str,
+    seed: int,
+    *,
+    params: Params | None = None,
+    root: Path = Path(),
+) -> Path:
+    """Measures the frontier of a data set, from the base training of one seed.
 
     Args:
-        dataset: Name of a prepared data set, whose explorations are there.
+        dataset: Name of a prepared data set.
+        seed: Seed of an exploration that is there.
         params: The parameters; those of params.yaml by default.
         root: The folder of all files.
 
@@ -40,25 +47,25 @@ def main(dataset: str, *, params: Params | None = None, root: Path = Path()) -> 
     params, layout = params or load(), Layout(root)
     data, description = datasets.read(layout, dataset)
     warm_up()
-    found: dict[str, list[dict[str, Any]]] = {"points": []}
-    for seed in params.grid.seeds:
-        run = Run(dataset, "none", params.frontier.method, seed)
-        job = Job.of(run, params, data)
-        explored = Exploration.read(job, layout)
-        for share in params.frontier.explore:
-            settings = {**params.methods[params.frontier.method], "explore": share}
-            point = _point(job, settings, explored, layout)
-            found["points"].append({"seed": seed, "explore": share, **point})
-        for name in _BASES:
-            point = _point(job, dict(params.methods[name]), explored, layout)
-            found.setdefault(name, []).append({"seed": seed, **point})
+    method = params.frontier.method
+    job = Job.of(Run(dataset, "none", method, seed), params, data)
+    explored = Exploration.read(job, layout)
+    found: dict[str, Any] = {"points": []}
+    for share in params.frontier.explore:
+        settings = {**params.methods[method], "explore": share}
+        point = _point(job, settings, explored, layout)
+        found["points"].append({"seed": seed, "explore": share, **point})
+    for name in BASES:
+        point = _point(job, dict(params.methods[name]), explored, layout)
+        found[name] = [{"seed": seed, **point}]
     made_with = {
         **datasets.cited(description),
-        "method": params.frontier.method,
+        "method": method,
         **provenance.environment(),
     }
-    files.write_json(layout.frontier(dataset), {**found, "provenance": made_with})
-    return layout.frontier(dataset)
+    path = layout.frontier(dataset, seed)
+    files.write_json(path, {**found, "provenance": made_with})
+    return path
 
 
 def _point(
@@ -84,8 +91,8 @@ def _point(
 
 def cli(arguments: Sequence[str] | None = None) -> None:
     """The command line of `main`."""
-    line = parser(__doc__, "dataset").parse_args(arguments)
-    main(line.dataset, params=load(line.params), root=line.root)
+    line = parser(__doc__, "dataset", "seed").parse_args(arguments)
+    main(line.dataset, line.seed, params=load(line.params), root=line.root)
 
 
 if __name__ == "__main__":

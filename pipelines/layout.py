@@ -97,9 +97,9 @@ class Layout:
         """What a recipe reached on held-out training samples."""
         return self.results / "tuning" / f"{dataset}-{augmentation}-{recipe}.json"
 
-    def frontier(self, dataset: str) -> Path:
+    def frontier(self, dataset: str, seed: int) -> Path:
         """Error and time against the share of epochs that is explored."""
-        return self.results / "frontier" / f"{dataset}.json"
+        return self.results / "frontier" / f"{dataset}-{seed}.json"
 
     def study(self, name: str) -> Path:
         """The rows of a study of the mechanism."""

@@ -170,8 +170,10 @@ def test_a_recipe_to_try_must_be_there(tmp_path):
 
 
 def test_frontier_has_a_point_for_every_share_and_seed(params, tmp_path):
-    prepared(params, tmp_path, "none")
-    found = files.read_json(frontier.main("digits", params=params, root=tmp_path))
+    layout = prepared(params, tmp_path, "none")
+    assert results.read_frontier(params, layout, "digits") == {}
+    frontier.main("digits", 0, params=params, root=tmp_path)
+    found = results.read_frontier(params, layout, "digits")
     assert [point["explore"] for point in found["points"]] == [0.5, 1.0]
     half, whole = found["points"]
     assert half["gap"] <= 1e-6

@@ -180,7 +180,9 @@ def test_report_refuses_a_synthetic_frontier(tmp_path):
     section = {"datasets": ["digits"], "method": "two_phase_random", "explore": [0.5]}
     params, layout = grid(tmp_path, frontier=section), Layout(tmp_path)
     made = provenance("digits", synthetic=True)
-    files.write_json(layout.frontier("digits"), {"points": [], "provenance": made})
+    for seed in params.grid.seeds:
+        path = layout.frontier("digits", seed)
+        files.write_json(path, {"points": [], "provenance": made})
     with pytest.raises(ValueError, match="frontier of digits"):
         report.main(params=params, root=tmp_path)
 
@@ -233,10 +235,14 @@ def test_figures_are_drawn_and_repeat_byte_for_byte(tmp_path):
         for x in (1.0, 0.5)
     ]
     made = provenance("digits")
-    files.write_json(
-        layout.frontier("digits"),
-        {"points": rows, "base": rows[:1], "base_bn": rows[:1], "provenance": made},
-    )
+    for seed in (0, 1):
+        own = [row for row in rows if row["seed"] == seed]
+        files.write_json(
+            layout.frontier("digits", seed),
+            {"points": own, "base": own[:1], "base_bn": own[:1], "provenance": made},
+        )
+        # Of one seed alone nothing is drawn.
+        assert len(read(params, layout).frontier) == seed
     files.write_json(
         layout.tuning("digits", "none", "cosine"),
         {

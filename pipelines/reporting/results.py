@@ -209,9 +209,9 @@ def read(params: Params, layout: Layout) -> Results:
         if (found := read_tuning(params, layout, name))
     }
     frontier = {
-        name: files.read_json(layout.frontier(name), "points", "provenance")
+        name: found
         for name in params.frontier.datasets
-        if layout.frontier(name).is_file()
+        if (found := read_frontier(params, layout, name))
     }
     made = [(run.dataset, run.name, each.provenance) for run, each in by_run.items()]
     for noun, found in (("tuning", tuning), ("frontier", frontier)):
@@ -249,6 +249,29 @@ def read_tuning(params: Params, layout: Layout, dataset: str) -> dict[str, Any]:
         if len(found) == len(params.tune.recipes)
     }
     return {**common, "augmentations": errors, "best": best}
+
+
+def read_frontier(params: Params, layout: Layout, dataset: str) -> dict[str, Any]:
+    """Reads the frontier of a data set, if all seeds were run.
+
+    Args:
+        params: The parameters.
+        layout: Where the files are.
+        dataset: Name of the data set.
+
+    Returns:
+        The points of all seeds, those of the bases by name, and `provenance`. Empty if
+        one was not run.
+    """
+    paths = [layout.frontier(dataset, seed) for seed in params.grid.seeds]
+    if not all(path.is_file() for path in paths):
+        return {}
+    parts = [files.read_json(path, "points", "provenance") for path in paths]
+    lists = [name for name in parts[0] if name != "provenance"]
+    joined: dict[str, Any] = {
+        name: [point for part in parts for point in part[name]] for name in lists
+    }
+    return {**joined, "provenance": parts[0]["provenance"]}
 
 
 def _check(made: Iterable[tuple[str, str, Mapping[str, Any]]]) -> None:
