@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import common
 from benchmarks.common import ROOT, Target
@@ -39,7 +40,7 @@ def main() -> None:
         seconds_of_rest = elapsed([whole.repro(SEEDS)])
         metrics = one.metrics()
         differing = sum(whole.metrics()[key] != metrics[key] for key in metrics)
-        found = {
+        found: dict[str, Any] = {
             "stages run by one": one.stages_run(),
             "stages run by two": [worker.stages_run() for worker in workers],
             "stages run after two": whole.stages_run(),
@@ -74,7 +75,11 @@ def main() -> None:
         body=[about, common.table(["", "stages run", "seconds"], rows)],
         targets=[
             Target("metrics that differ from those of one worker", differing, 0),
-            Target("stages left to run after two workers", whole.stages_run(), 0),
+            Target(
+                "stages left to run after two workers",
+                float(found["stages run after two"]),
+                0,
+            ),
         ],
         settings={"grid": _GRID, "seeds": SEEDS},
         measurements=found,
