@@ -98,8 +98,11 @@ class Clone:
         self.path = path
         self.log = path.with_suffix(".log")
         subprocess.run(["git", "clone", "-q", str(ROOT), str(path)], check=True)
-        self._dvc("config", "--local", "core.analytics", "false").wait()
-        self._dvc("cache", "dir", "--local", str(cache)).wait()
+        for words in (
+            ("config", "--local", "core.analytics", "false"),
+            ("cache", "dir", "--local", str(cache)),
+        ):
+            elapsed([self._dvc(*words)])
 
     def repro(self, seeds: Sequence[int]) -> subprocess.Popen[bytes]:
         """Begins to reproduce all runs of these seeds."""
@@ -111,12 +114,23 @@ class Clone:
         return self.log.read_text(encoding="utf-8").count("Running stage")
 
     def metrics(self) -> dict[str, bytes]:
-        """The metrics by run."""
-        return {
+        """The metrics by run.
+
+        Returns:
+            The bytes of each file by its name.
+
+        Raises:
+            RuntimeError: If there are none: nothing would be compared.
+        """
+        folder = self.path / "results" / "metrics"
+        found = {
             path.name: path.read_bytes()
             for seed in SEEDS
-            for path in (self.path / "results" / "metrics").glob(f"{_GRID}{seed}.json")
+            for path in folder.glob(f"{_GRID}{seed}.json")
         }
+        if not found:
+            raise RuntimeError(f"There are no metrics. Received: {_GRID}, {SEEDS}")
+        return found
 
     def _dvc(self, *words: str) -> subprocess.Popen[bytes]:
         tools = Path(sys.executable).parent
