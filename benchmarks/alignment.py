@@ -16,7 +16,7 @@ import resource
 import threading
 import time
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import keras
 import numpy as np
@@ -25,8 +25,11 @@ import scipy.linalg
 import keras_dalign as kd
 from benchmarks import common
 from benchmarks.common import Target
-from keras_dalign.conditions.alignment import AlignmentReport, check_alignment
+from keras_dalign.conditions.alignment import check_alignment
 from keras_dalign.conditions.precision import float64_context, in_float64
+
+if TYPE_CHECKING:
+    from keras_dalign.conditions.alignment_report import AlignmentReport
 
 DATA = common.ROOT.parent / "shared" / "data" / "mnist.npz"
 N_DENSE = 200

@@ -25,8 +25,8 @@ from benchmarks import common
 from benchmarks.common import Data, Target
 from keras_dalign.head.features import FeaturePass
 from keras_dalign.numerics.losses import SoftmaxCrossEntropy
-from keras_dalign.solving.descent import SolveOptions
 from keras_dalign.solving.head_solver import HeadSolver
+from keras_dalign.solving.options import SolveOptions
 from keras_dalign.solving.problem import ConvexProblem
 from keras_dalign.training.switch import switch
 

@@ -19,8 +19,9 @@ list.
 - `numerics`: losses, Gram matrices, subspaces, ranks (`union` is the matroid union that
   explains them), column spaces: arrays, and no model;
 - `head`: the `alignment_head`, `batch_norm`, `features` and the `objective`;
-- `solving`: `problem` is the convex problem of a head on kept features, `descent`
-  minimises it, `l2_path` chooses its L2 weight, `head_solver` says how it went;
+- `solving`: `problem` is the convex problem of a head on kept features; `descent`
+  minimises it by the steps of `lbfgs`, `newton` or `direct`, which move a `walk`;
+  `l2_path` chooses its L2 weight, `head_solver` says how it went;
 - `training`: `surgery` builds an `aligned_model`, and `feature_map` chooses what its
   gated units see; `training_run` drives its phases with
   `dalign` as optimizer; `switch` stands between the phases;

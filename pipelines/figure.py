@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from PIL import Image
 
 from pipelines import files
 
@@ -28,6 +30,8 @@ _METHODS = {
 }
 # For methods that are not named above.
 _OTHERS = ("#7a5c00", "#6a3d9a", "#8b1a1a", "#00686b")
+
+_COLORS_OF_A_PNG = 128
 
 STYLE = {
     "axes.axisbelow": True,
@@ -76,8 +80,21 @@ def drawing(path: Path, **settings: Any) -> Iterator[Figure]:
         # A Figure of its own draws without a window system.
         figure = Figure(layout="constrained", **settings)
         yield figure
-        with files.replacing(path) as temporary:
-            # Without the version of matplotlib, which would only be noise in a diff.
-            figure.savefig(
-                temporary, dpi=160, format="png", metadata={"Software": None}
-            )
+        write(figure, path)
+
+
+def write(figure: Figure, path: Path) -> None:
+    """Writes a figure as a PNG.
+
+    Of few colours, which lines and bars can do with: a third of the bytes.
+
+    Args:
+        figure: The figure.
+        path: Where to write it. The same figure gives the same bytes.
+    """
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=160, format="png")
+    with Image.open(drawn) as image:
+        few = image.convert("RGB").quantize(_COLORS_OF_A_PNG, dither=Image.Dither.NONE)
+    with files.replacing(path) as temporary:
+        few.save(temporary, format="png", optimize=True)

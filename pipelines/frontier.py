@@ -23,7 +23,7 @@ from pipelines.train import warm_up
 if TYPE_CHECKING:
     from pipelines.methods import Trained
 
-BASES = ("base", "base_bn")
+_BASES = ("base", "base_bn")
 
 
 def main(
@@ -55,7 +55,7 @@ def main(
         settings = {**params.methods[method], "explore": share}
         point = _point(job, settings, explored, layout)
         found["points"].append({"seed": seed, "explore": share, **point})
-    for name in BASES:
+    for name in _BASES:
         point = _point(job, dict(params.methods[name]), explored, layout)
         found[name] = [{"seed": seed, **point}]
     made_with = {

@@ -11,7 +11,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from pipelines import files
-from pipelines.figure import STYLE
+from pipelines.figure import STYLE, write
 from pipelines.layout import Layout
 from pipelines.study import FILE, Studies, load
 
@@ -55,8 +55,7 @@ def draw(name: str, layout: Layout) -> Path:
             ncols=min(3, len(axes[0].lines)),
             frameon=False,
         )
-        with files.replacing(layout.study_figure(name)) as path:
-            drawing.savefig(path, dpi=160, format="png", metadata={"Software": None})
+        write(drawing, layout.study_figure(name))
     return layout.study_figure(name)
 
 

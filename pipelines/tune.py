@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pipelines.datasets import Dataset
 
 # What is measured for each recipe; the best one is the best for the first of them.
-JUDGES = ("base_bn", "base", "two_phase_random")
+_JUDGES = ("base_bn", "base", "two_phase_random")
 
 
 def main(
@@ -109,7 +109,7 @@ def _errors(job: Job, params: Params) -> dict[str, float]:
             job, path / "weights", shares=job.train.checkpoints
         )
         found = {}
-        for method in JUDGES:
+        for method in _JUDGES:
             settings: dict[str, Any] = dict(params.methods[method])
             trained = methods.finish(job, settings, lambda: explored, path / "run")
             logits = trained.model.predict(job.data.x_test, batch_size=256, verbose=0)

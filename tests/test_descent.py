@@ -6,7 +6,8 @@ import scipy.optimize
 from test_problem import LOSSES, dense, problem
 
 from keras_dalign.numerics.losses import SquaredError
-from keras_dalign.solving.descent import SolveOptions, choose_method, descend
+from keras_dalign.solving.descent import choose_method, descend
+from keras_dalign.solving.options import SolveOptions
 from keras_dalign.solving.problem import ConvexProblem
 
 # Every method with every loss that it is for.
@@ -204,14 +205,20 @@ def test_one_sample_and_one_output():
             assert run(of, method=method, tol=1e-8)[-1].reason == "gap"
 
 
+@pytest.fixture
+def many_features(monkeypatch):
+    """Any number of features counts as many: products may be in single precision."""
+    return lambda: monkeypatch.setattr("keras_dalign.solving.problem._MANY_FEATURES", 1)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("tol", [1e-6, 1e-12])
-def test_steps_in_single_precision_reach_the_same_minimum(loss, tol, monkeypatch):
+def test_steps_in_single_precision_reach_the_same_minimum(loss, tol, many_features):
     of = problem(loss, n=60, d=8, width=6)
     start = np.random.default_rng(0).standard_normal(of.size)
     arguments = {"method": "newton", "tol": tol, "l2": 0.01}
     exact = run(of, start, **arguments)
-    monkeypatch.setattr("keras_dalign.solving.problem._MANY_FEATURES", 1)
+    many_features()
     rough = run(of, start, **arguments)
     assert rough[-1].reason == "gap"
     assert rough[-1].gap <= tol
@@ -221,6 +228,76 @@ def test_steps_in_single_precision_reach_the_same_minimum(loss, tol, monkeypatch
     value, gradient = of.value_and_gradient(rough[-1].theta, 0.01)
     assert rough[-1].value == pytest.approx(value, rel=1e-14)
     assert gradient @ gradient / 0.02 == pytest.approx(rough[-1].gap, rel=1e-6)
+    # Iterates are measured in the precision of the moment; a quadratic in float64.
+    for iterate in rough:
+        value = of.value_and_gradient(iterate.theta, 0.01)[0]
+        accuracy = 1e-9 if loss == "squared" else 1e-4
+        assert iterate.value == pytest.approx(value, rel=accuracy)
+
+
+def test_lbfgs_in_single_precision_takes_as_many_iterations(many_features):
+    of = wide()
+    exact = run(of, method="lbfgs", tol=1e-10)
+    many_features()
+    rough = run(of, method="lbfgs", tol=1e-10)
+    assert rough[-1].reason == "gap"
+    assert abs(len(rough) - len(exact)) <= 2
+    assert rough[-1].loss == of.loss_of(of.logits(rough[-1].theta))
+    # Not for want of single precision.
+    assert (rough[1].logits != exact[1].logits).any()
+
+
+@pytest.mark.parametrize("method", ["lbfgs", "newton"])
+def test_where_single_precision_gets_no_farther_it_goes_on_in_float64(
+    method, many_features, monkeypatch
+):
+    of = wide()
+    many_features()
+    product = ConvexProblem.transposed_product
+
+    def useless(self, cotangents, dtype=np.float64):
+        return (-1.0 if dtype == np.float32 else 1.0) * product(self, cotangents, dtype)
+
+    monkeypatch.setattr(ConvexProblem, "transposed_product", useless)
+    way = run(of, method=method, tol=1e-10)
+    assert way[-1].reason == "gap"
+    assert way[-1].loss <= 1e-10
+
+
+@pytest.mark.parametrize("kind", ["noise", "nothing"])
+def test_a_gradient_that_is_rounding_is_computed_in_float64(
+    kind, many_features, monkeypatch
+):
+    of = problem(n=60, d=8, width=6)
+    arguments = {"method": "newton", "tol": 1e-9, "l2": 1e-3}
+    exact = run(of, **arguments)
+    many_features()
+    product = ConvexProblem.transposed_product
+    noise = np.random.default_rng(0).standard_normal(of.size)
+
+    def rounded(self, cotangents, dtype=np.float64):
+        found = product(self, cotangents, dtype)
+        if dtype == np.float32:
+            found = found + 1e-4 * noise if kind == "noise" else 0.0 * found
+        return found
+
+    monkeypatch.setattr(ConvexProblem, "transposed_product", rounded)
+    way = run(of, **arguments)
+    assert way[-1].reason == "gap"
+    assert way[-1].value == pytest.approx(exact[-1].value, abs=2e-9)
+    # Where it gets no farther it soon stops trying.
+    assert len(way) <= len(exact) + 4
+
+
+@pytest.mark.parametrize("method", ["lbfgs", "newton"])
+def test_what_stalled_is_measured_from_its_parameters(method, many_features):
+    of = problem("binary", n=60, d=2, width=2, units=1)
+    of.targets = np.random.default_rng(0).integers(0, 2, (60, 1)).astype(float)
+    many_features()
+    last = run(of, method=method, tol=1e-9, max_iterations=500)[-1]
+    assert last.reason == "stalled"
+    np.testing.assert_array_equal(last.logits, of.logits(last.theta))
+    assert last.loss == of.loss_of(last.logits)
 
 
 def test_an_iterate_is_never_changed_later():

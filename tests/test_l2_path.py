@@ -3,7 +3,8 @@ import pytest
 from test_problem import problem
 
 from keras_dalign.solving.descent import descend
-from keras_dalign.solving.l2_path import choose_l2, hold_out
+from keras_dalign.solving.l2_path import choose_l2, hold_out, principal_components
+from keras_dalign.solving.problem import ConvexProblem
 
 
 def noisy(n=120, seed=0, loss="softmax", noise=1.0):
@@ -112,6 +113,68 @@ def test_samples_the_trunk_has_seen_do_not_vouch_for_weak_weights():
     np.testing.assert_array_equal(
         [trial.l2 for trial in new.trials[:4]], [trial.l2 for trial in seen.trials]
     )
+
+
+def flat(share, seed=0):
+    """Ten features of 200 samples, four of which hold only a share of the squares."""
+    of = noisy(n=200, seed=seed)
+    rng = np.random.default_rng([seed, 2])
+    features = rng.standard_normal((200, 10))
+    features[:, 6:] *= np.sqrt(share * 6 / 4)
+    features[:, -1] = 1.0
+    turned = np.linalg.qr(rng.standard_normal((9, 9)))[0]
+    features[:, :-1] = features[:, :-1] @ turned
+    gates = rng.standard_normal((10, of.units, of.width))
+    return ConvexProblem(
+        features, gates, of.w, of.slope, of.offset, of.targets, None, of.loss
+    )
+
+
+def test_principal_components_hold_what_they_should():
+    features = flat(1e-4).features
+    values = np.linalg.svd(features, compute_uv=False) ** 2
+    for hold in (0.5, 0.95, 1.0):
+        basis = principal_components(features, hold)
+        k = basis.shape[1]
+        np.testing.assert_allclose(basis.T @ basis, np.eye(k), atol=1e-12)
+        held = np.sum((features @ basis) ** 2) / np.sum(features**2)
+        assert held >= hold - 1e-12
+        # As few as it takes.
+        assert values[: k - 1].sum() / values.sum() < hold
+    assert principal_components(features, 0.95).shape == (10, 7)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_many_features_are_tried_by_their_principal_components(learned, monkeypatch):
+    of = flat(1e-4)
+    if learned:
+        of.center = np.random.default_rng(5).standard_normal(of.size)
+    arguments = {"tol": 1e-8, "seed": 1}
+    every = choose_l2(of, of.center, **arguments)
+    monkeypatch.setattr("keras_dalign.solving.l2_path._MANY_FEATURES", of.d)
+    sizes = []
+    monkeypatch.setattr(
+        "keras_dalign.solving.l2_path.descend",
+        lambda trained, *args, **kwargs: (
+            sizes.append(trained.d) or descend(trained, *args, **kwargs)
+        ),
+    )
+    some = choose_l2(of, of.center, **arguments)
+    assert set(sizes) == {7}
+    assert some.l2 == every.l2
+    for one, other in zip(some.trials, every.trials, strict=True):
+        assert one.held_out_loss == pytest.approx(other.held_out_loss, rel=1e-2)
+    # In the coordinates of all features, near the minimum there.
+    assert some.theta.shape == (of.size,)
+    values = [
+        of.value_and_gradient(theta, every.l2)[0]
+        for theta in (some.theta, every.theta, of.center)
+    ]
+    assert values[0] - values[1] < 0.01 * (values[2] - values[1])
+    # Samples of their own can vouch for weights that small features matter for.
+    sizes.clear()
+    choose_l2(of, of.center, tol=1e-6, validation=flat(1e-4, seed=1))
+    assert set(sizes) == {of.d}
 
 
 def test_squared_error_has_no_error_rate():

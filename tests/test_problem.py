@@ -100,6 +100,33 @@ def test_rough_products_are_in_single_precision_where_there_are_many_features(
         assert (rough != exact).any()
 
 
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_restricted_to_a_subspace(k):
+    of = problem()
+    rng = np.random.default_rng(3)
+    basis = np.linalg.qr(rng.standard_normal((of.d, k)))[0]
+    some = of.restricted(basis)
+    assert some.size == k * of.units * of.width + of.units
+    theta = rng.standard_normal(some.size)
+    there = of.unrestricted(basis, theta)
+    assert there.shape == (of.size,)
+    # Changes of `q` lie in the subspace; loss and L2 term are those of all features.
+    change = (there - of.center)[: -of.units].reshape(of.d, -1)
+    np.testing.assert_allclose(basis @ (basis.T @ change), change, atol=1e-12)
+    np.testing.assert_allclose(some.logits(theta), of.logits(there), atol=1e-12)
+    value, gradient = some.value_and_gradient(theta, 0.3)
+    expected, whole = of.value_and_gradient(there, 0.3)
+    assert value == pytest.approx(expected, rel=1e-12)
+    q = basis.T @ whole[: -of.units].reshape(of.d, -1)
+    np.testing.assert_allclose(
+        gradient, np.concatenate([q.ravel(), whole[-of.units :]]), atol=1e-12
+    )
+    factors = (np.arange(of.n) % 2).astype(float)
+    assert some.reweighted(factors).loss_of(some.logits(theta)) == pytest.approx(
+        of.reweighted(factors).loss_of(of.logits(there))
+    )
+
+
 def test_one_sample():
     of = problem(n=1)
     theta = np.ones(of.size)

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from keras_dalign.numerics.gram import explicit_features, gram_matrix
 from keras_dalign.numerics.rank import check_rank, default_width
-from keras_dalign.numerics.subspace import numerical_rank
+from keras_dalign.numerics.subspace import numerical_rank, visible_rank
 from keras_dalign.numerics.union import union_rank, union_rank_exact
 
 SLOPE = 4.0
@@ -92,6 +92,22 @@ def test_numerical_rank_sees_what_a_gram_matrix_would_lose():
     assert numerical_rank(matrix, rtol=1e-6) == 2
     squared = np.linalg.eigvalsh(matrix.T @ matrix)
     assert np.count_nonzero(squared > 5000 * np.finfo(float).eps * squared[-1]) < 4
+
+
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40), (1, 5), (5, 1), (300, 300)])
+@pytest.mark.parametrize("visible", [1e-4, 1e-9])
+def test_visible_rank_counts_what_a_gram_matrix_can_show(shape, visible):
+    n, d = shape
+    rng = np.random.default_rng(0)
+    full = min(shape)
+    values = np.ones(full)
+    values[full // 2 :] = visible
+    values[0] = 1.0
+    left = np.linalg.qr(rng.standard_normal((n, full)))[0]
+    right = np.linalg.qr(rng.standard_normal((d, full)))[0]
+    matrix = (left * values) @ right.T
+    assert visible_rank(matrix) == np.count_nonzero(values > 1e-6)
+    assert visible_rank(np.zeros(shape)) == 0
 
 
 def test_numerical_rank_uses_every_row():

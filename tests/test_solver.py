@@ -337,9 +337,9 @@ def test_an_interrupt_keeps_what_was_reached(monkeypatch):
     start = brute_force_loss(model, x, y)
     original, interrupted = ConvexProblem.transposed_product, _Interrupted(6)
 
-    def transposed_product(self, u):
+    def transposed_product(self, *arguments):
         interrupted(self)
-        return original(self, u)
+        return original(self, *arguments)
 
     monkeypatch.setattr(ConvexProblem, "transposed_product", transposed_product)
     with pytest.raises(KeyboardInterrupt):

@@ -19,8 +19,8 @@ from keras_dalign.numerics.subspace import (
     EPS,
     finite_matrix,
     first_equal,
-    numerical_rank,
     visible,
+    visible_rank,
 )
 from keras_dalign.numerics.union import union_rank
 
@@ -304,7 +304,7 @@ def check_rank(
     width = int(np.count_nonzero(weights))
 
     cut = visible(features)
-    feature_rank = numerical_rank(features, cut)
+    feature_rank = visible_rank(features)
     # Samples that are not here may add directions. The rank is evidence about them only
     # if those that are here are already dependent.
     rank_bound = feature_rank if feature_rank < given or given == n else min(n, dim)

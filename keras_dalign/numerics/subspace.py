@@ -124,6 +124,25 @@ def visible(features: Array) -> float:
     return math.sqrt(max(features.shape) * EPS)
 
 
+def visible_rank(features: Array) -> int:
+    """How many directions of the rows show in a Gram matrix in float64.
+
+    Counts the eigenvalues of the smaller Gram matrix above what rounding makes of a
+    zero, `visible` squared: a fraction of the time that `numerical_rank` takes, which
+    sees smaller ones.
+
+    Args:
+        features: Shape `(n, d)`, finite.
+
+    Returns:
+        The number of them.
+    """
+    n, d = features.shape
+    gram = features.T @ features if n >= d else features @ features.T
+    values = np.linalg.eigvalsh(gram)
+    return int(np.count_nonzero(values > visible(features) ** 2 * values[-1]))
+
+
 def finite_matrix(value: npt.ArrayLike, name: str) -> Array:
     """Returns the value as a float64 matrix, or says what is wrong with it."""
     matrix = np.asarray(value, dtype=np.float64)

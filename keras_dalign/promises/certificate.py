@@ -279,6 +279,7 @@ def certify_features(
     *,
     loss: ConvexLoss,
     l2: float | None = None,
+    problem: ConvexProblem | None = None,
     batch_size: int = 256,
 ) -> Certificate:
     """The certificate of the samples whose features were kept, without the trunk.
@@ -288,6 +289,8 @@ def certify_features(
         features: All of them, with the digests of the inputs.
         loss: The loss.
         l2: As for `certify`.
+        problem: The head's problem on these features, which `l2` takes; None to set it
+            up batch by batch.
         batch_size: Samples per prediction.
 
     Returns:
@@ -312,8 +315,10 @@ def certify_features(
             lambda leaf, rows=rows: None if leaf is None else leaf[rows], kept
         )
         tally.add(features.digests[rows], predictor.outputs(as_inputs(z)), y, weights)
-        if regularised is not None:
+        if regularised is not None and problem is None:
             regularised.add(z, y, weights)
+    if regularised is not None and problem is not None:
+        regularised.add_problem(problem)
     return _certificate(tally, regularised)
 
 
@@ -448,7 +453,9 @@ class _Regularised:
         if not weights.any():
             return
         features = FeatureSet(z, single_array(y, "y"), weights, n)
-        problem = ConvexProblem.of_head(self._head, features, self._loss)
+        self.add_problem(ConvexProblem.of_head(self._head, features, self._loss))
+
+    def add_problem(self, problem: ConvexProblem) -> None:
         theta = problem.theta_of(self._head)
         value, gradient = problem.value_and_gradient(theta)
         self._sum += value * problem.normalizer

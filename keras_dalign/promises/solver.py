@@ -18,14 +18,15 @@ from keras_dalign.head.features import FeaturePass, FeatureSet
 from keras_dalign.head.objective import loss_of
 from keras_dalign.numerics.html_table import html_table
 from keras_dalign.promises.certificate import Certificate, certify_features
-from keras_dalign.solving.descent import Iterate, SolveOptions
 from keras_dalign.solving.head_solver import HeadSolver
+from keras_dalign.solving.options import SolveOptions
 from keras_dalign.solving.problem import ConvexProblem
 from keras_dalign.training.switch import switch
 
 if TYPE_CHECKING:
     from keras_dalign.numerics.losses import ConvexLoss
     from keras_dalign.solving.l2_path import L2Trial
+    from keras_dalign.solving.walk import Iterate
     from keras_dalign.training.aligned_model import AlignedModel
 
 logger = logging.getLogger("keras_dalign")
@@ -202,7 +203,12 @@ def solve(
         last = _follow(model, solver, say)
         rank = None if model.switch_report is None else model.switch_report.rank
         certificate = certify_features(
-            model, features, loss=convex, l2=solver.l2 or None, batch_size=batch_size
+            model,
+            features,
+            loss=convex,
+            l2=solver.l2 or None,
+            problem=problem,
+            batch_size=batch_size,
         )
     except Exception:
         model.set_weights(before)

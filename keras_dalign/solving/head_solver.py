@@ -10,12 +10,14 @@ import numpy as np
 from keras_dalign.numerics.rank import RankCheck, check_rank
 from keras_dalign.numerics.repeats import Repeats
 from keras_dalign.numerics.subspace import first_equal
-from keras_dalign.solving.descent import Iterate, SolveOptions, choose_method, descend
+from keras_dalign.solving.descent import choose_method, descend
 from keras_dalign.solving.l2_path import L2Trial, choose_l2
 
 if TYPE_CHECKING:
     from keras_dalign.numerics.gram import Array
+    from keras_dalign.solving.options import SolveOptions
     from keras_dalign.solving.problem import ConvexProblem
+    from keras_dalign.solving.walk import Iterate
 
 _MAX_LISTED = 10
 _CHECKED_ROWS = 1024

@@ -282,6 +282,33 @@ class ConvexProblem:
             self.center,
         )
 
+    def restricted(self, basis: Array) -> ConvexProblem:
+        """The problem of changes from the center that lie in a subspace.
+
+        Gates stay what they are, and are shared; what they gate are the features'
+        coordinates in the subspace. Good for products and the loss; there are no gates
+        `r` in those coordinates.
+
+        Args:
+            basis: Orthonormal columns, shape `(d, k)`.
+
+        Returns:
+            The problem, of `k` features, centred at the origin.
+        """
+        other = copy.copy(self)
+        other.offset = self.logits(self.center)
+        other.features = self.features @ basis
+        other.d = basis.shape[1]
+        other.size = other.d * self.units * self.width + self.units
+        other.center = np.zeros(other.size)
+        del other.r, other.w
+        return other
+
+    def unrestricted(self, basis: Array, theta: Array) -> Array:
+        """Parameters `(size,)` for those of `restricted(basis)`."""
+        changes = basis @ theta[: -self.units].reshape(basis.shape[1], -1)
+        return self.center + np.concatenate([changes.ravel(), theta[-self.units :]])
+
     def reweighted(self, factors: Array) -> ConvexProblem:
         """The same samples with other weights; features and gates are shared.
 

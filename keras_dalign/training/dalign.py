@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_dalign.head.alignment_head import EXPLOITING, EXPLORING
-from keras_dalign.solving.descent import SolveOptions
+from keras_dalign.solving.options import SolveOptions
 
 # What `exploit_optimizer` is called when it is the solver.
 SOLVE = "solve"

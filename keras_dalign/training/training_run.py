@@ -22,12 +22,13 @@ from keras_dalign.head import data
 from keras_dalign.head.alignment_head import EXPLOITING, PHASES
 from keras_dalign.head.features import FeaturePass, FeatureSet, as_inputs, plan_cache
 from keras_dalign.numerics.losses import convex_loss
-from keras_dalign.solving.descent import Iterate, SolveOptions
 from keras_dalign.solving.head_solver import HeadSolver
+from keras_dalign.solving.options import SolveOptions
 from keras_dalign.solving.problem import ConvexProblem
 from keras_dalign.training.switch import switch
 
 if TYPE_CHECKING:
+    from keras_dalign.solving.walk import Iterate
     from keras_dalign.training.aligned_model import AlignedModel
 
 logger = logging.getLogger("keras_dalign")

@@ -1,0 +1,79 @@
+"""What a full-batch solver is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+METHODS = ("auto", "lbfgs", "newton", "direct")
+_EPS = float(np.finfo(np.float64).eps)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SolveOptions:
+    """What a full-batch solver is told.
+
+    Args:
+        tol: Positive float: the gap at which it stops.
+        method: One of `METHODS`.
+        l2: Weight of the L2 term, at least 0, or `"auto"`.
+        max_iterations: Positive int.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    tol: float = 1e-6
+    method: str = "auto"
+    l2: float | str = 0.0
+    max_iterations: int = 1000
+
+    def __post_init__(self) -> None:
+        if not (_is_number(self.tol) and _EPS <= self.tol < math.inf):
+            raise ValueError(
+                "`tol` must be a positive number, not below the machine precision of "
+                f"float64, {_EPS:.2g}. Received: tol={self.tol!r}"
+            )
+        if self.method not in METHODS:
+            raise ValueError(
+                f"`method` must be one of {METHODS}. Received: method={self.method!r}"
+            )
+        auto = isinstance(self.l2, str) and self.l2 == "auto"
+        if not (auto or (_is_number(self.l2) and 0 <= self.l2 < math.inf)):  # type: ignore[operator]
+            raise ValueError(
+                "`l2` must be a non-negative number or 'auto'. Received: "
+                f"l2={self.l2!r}"
+            )
+        is_int = isinstance(self.max_iterations, (int, np.integer))
+        if not is_int or self.max_iterations < 1:
+            raise ValueError(
+                "`max_iterations` must be a positive int. Received: "
+                f"max_iterations={self.max_iterations!r}"
+            )
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> SolveOptions:
+        """The options given as a dict.
+
+        Args:
+            options: Any of the arguments by name.
+
+        Returns:
+            The options.
+
+        Raises:
+            ValueError: If there is an unknown name, or a value is out of its range.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ValueError(f"Options of the solver are {known}. Received: {unknown}")
+        return cls(**options)
+
+
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, (int, float, np.integer, np.floating))
+    return is_number and not isinstance(value, (bool, np.bool_))
