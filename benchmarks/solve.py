@@ -307,7 +307,10 @@ def _mnist_row(run: dict[str, Any]) -> list[str]:
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
-        "--mnist", type=Path, default=common.ROOT.parent / "shared/data/mnist.npz"
+        "--data",
+        type=Path,
+        default=common.ROOT.parent / "shared/data/mnist.npz",
+        help="MNIST as .npz",
     )
     parser.add_argument(
         "--cache",
@@ -373,9 +376,9 @@ def main() -> None:
             ),
         ]
     runs: list[dict[str, Any]] = [*digits, peers]
-    if options.mnist.exists():
+    if options.data.exists():
         mnist = [
-            measure_mnist(options.mnist, options.cache, features)
+            measure_mnist(options.data, options.cache, features)
             for features in (None, "auto")
         ]
         runs += mnist

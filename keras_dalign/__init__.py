@@ -17,7 +17,8 @@ Data flow one way: the subpackages are layers, and import only those above them 
 list.
 
 - `numerics`: losses, Gram matrices, subspaces, ranks (`union` is the matroid union that
-  explains them), column spaces: arrays, and no model;
+  explains them), column spaces (by factors, Gram matrices or `lsqr`): arrays, and no
+  model;
 - `head`: the `alignment_head`, `batch_norm`, `features` and the `objective`;
 - `solving`: `problem` is the convex problem of a head on kept features; `descent`
   minimises it by the steps of `lbfgs`, `newton` or `direct`, which move a `walk`;

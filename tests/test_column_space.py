@@ -4,14 +4,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_dalign.numerics.column_space import (
-    DenseOperator,
-    Operator,
     by_factor,
     by_gram,
-    by_iteration,
     factor_cut,
     gram_cut,
 )
+from keras_dalign.numerics.lsqr import by_iteration
+from keras_dalign.numerics.operators import DenseOperator, Operator
 
 SHAPES = [(30, 80), (80, 30), (40, 40), (700, 90), (1, 5), (5, 1), (1, 1)]
 

@@ -14,7 +14,8 @@ import keras_dalign as kd
 from keras_dalign.numerics.gram import explicit_features
 from keras_dalign.numerics.target_logits import target_logits
 from keras_dalign.promises.certificate import certify
-from keras_dalign.promises.forecast import _FURTHER, _path, forecast, forecast_problem
+from keras_dalign.promises.forecast import forecast, forecast_problem
+from keras_dalign.promises.forecast_candidates import _FURTHER, path_candidates
 from keras_dalign.training.switch import switch
 
 
@@ -206,7 +207,7 @@ def test_candidates_are_real_parameters(exact, repeats):
 def test_going_further_than_the_optimizer():
     """Multiples of one change: its distance grows with the square of the factor."""
     case = random_case("sparse", 9, width=10)
-    found = _path(case.problem, case.theta, 1.0, 4)[-len(_FURTHER) :]
+    found = path_candidates(case.problem, case.theta, 1.0, 4)[-len(_FURTHER) :]
     distances = np.array([distance for _, distance in found])
     expected = (_FURTHER / _FURTHER[0]) ** 2
     np.testing.assert_allclose(distances / distances[0], expected)

@@ -43,14 +43,8 @@ from keras_dalign.conditions.jacobian_builder import jacobian
 from keras_dalign.head import data
 from keras_dalign.head.alignment_head import EXPLOITING
 from keras_dalign.head.objective import check_outputs, loss_of, single_array
-from keras_dalign.numerics.column_space import (
-    Products,
-    Projection,
-    by_factor,
-    by_gram,
-    by_iteration,
-    factor_cut,
-)
+from keras_dalign.numerics.column_space import by_factor, by_gram, factor_cut
+from keras_dalign.numerics.lsqr import by_iteration
 from keras_dalign.numerics.repeats import PassRecord, digests
 from keras_dalign.numerics.subspace import EPS
 from keras_dalign.training.aligned_model import AlignedModel
@@ -59,6 +53,8 @@ if TYPE_CHECKING:
     from keras_dalign.conditions.jacobian import Jacobian
     from keras_dalign.numerics.gram import Array
     from keras_dalign.numerics.losses import ConvexLoss
+    from keras_dalign.numerics.operators import Products
+    from keras_dalign.numerics.projection import Projection
 
 # Seconds between two messages of a long run of LSQR.
 _LOG_SECONDS = 30.0

@@ -6,10 +6,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Literal
 
-from keras_dalign.numerics.column_space import (
-    factor_cut,
-    gram_cut,
-)
+from keras_dalign.numerics.column_space import factor_cut, gram_cut
 from keras_dalign.numerics.memory import free_gib
 
 if TYPE_CHECKING:

@@ -8,12 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from keras_dalign.numerics.column_space import (
-    DenseOperator,
-    Operator,
-    Products,
-)
 from keras_dalign.numerics.gram import Array, gate_activations
+from keras_dalign.numerics.operators import DenseOperator, Operator, Products
 from keras_dalign.solving.problem import ConvexProblem
 
 if TYPE_CHECKING:

@@ -11,13 +11,12 @@ in what else they know:
   Nothing is squared: singular values are seen down to rounding, `eps * sigma_max`.
 - `by_gram`: the eigenvalues of `J J^T`. They are squares, so singular values below some
   `sqrt(eps) * sigma_max` are not seen.
-- `by_iteration`: LSQR (Paige & Saunders 1982). It takes products with `J` alone, and of
+- `lsqr.by_iteration`: LSQR. It takes products with `J` alone, and of
   all `beta` in the space that its products span it finds the one nearest to `Y`.
 """
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -25,169 +24,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.linalg
-import scipy.sparse.linalg
 
+from keras_dalign.numerics.lsqr import by_iteration
+from keras_dalign.numerics.projection import Projection, product_rounding
 from keras_dalign.numerics.subspace import EPS
 
 if TYPE_CHECKING:
     from keras_dalign.numerics.gram import Array
+    from keras_dalign.numerics.operators import Operator
 
-# The rounding of a product, in units of eps * sigma_max * ||beta||.
-_PRODUCT_ROUNDING = 4.0
 # Corrections by the residual: each gains as many digits as the first solution had.
 _REFINEMENTS = 4
-# LSQR is started again, from where it was, if its own estimates stopped it too early.
-_STARTS = 5
 # Steps of LSQR in the directions that a Gram matrix does not show.
 _GRAM_STEPS = 100
 # A triangular factor takes up rows in blocks of this many times its side.
 _BLOCK_SIDES = 2
 _MIN_BLOCK_ROWS = 256
-
-
-class Products(abc.ABC):
-    """A matrix known by its products with vectors.
-
-    Args:
-        shape: `(rows, columns)`.
-    """
-
-    def __init__(self, shape: tuple[int, int]) -> None:
-        self.shape = shape
-
-    @abc.abstractmethod
-    def matvec(self, vector: Array) -> Array:
-        """The product with a vector `(columns,)`; shape `(rows,)`."""
-
-    @abc.abstractmethod
-    def rmatvec(self, vector: Array) -> Array:
-        """The transpose's product with a vector `(rows,)`; shape `(columns,)`."""
-
-
-class Operator(Products):
-    """A matrix that need not be formed as a whole: its products, and its rows."""
-
-    @abc.abstractmethod
-    def blocks(self, size: int) -> Iterator[tuple[slice, Array]]:
-        """All rows in order, some `size` of them at a time.
-
-        Args:
-            size: Number of rows of a block, about.
-
-        Returns:
-            An iterator over the rows that they are, and the rows, `(some, columns)`.
-        """
-
-    def matmat(self, matrix: Array) -> Array:
-        """The product with a matrix `(columns, k)`; shape `(rows, k)`."""
-        return np.stack([self.matvec(column) for column in matrix.T], axis=1)
-
-    def rmatmat(self, matrix: Array) -> Array:
-        """The transpose's product with a matrix `(rows, k)`; shape `(columns, k)`."""
-        return np.stack([self.rmatvec(column) for column in matrix.T], axis=1)
-
-    def dense(self) -> Array:
-        """The matrix itself, `(rows, columns)`, for the caller to overwrite."""
-        matrix = np.empty(self.shape)
-        for here, block in self.blocks(_MIN_BLOCK_ROWS):
-            matrix[here] = block
-        return matrix
-
-    def gram(self, lot: int) -> Array:
-        """The Gram matrix `J J^T`, `(rows, rows)`.
-
-        Args:
-            lot: Rows held at a time; for each such lot all rows are formed once.
-
-        Returns:
-            The Gram matrix, both triangles.
-        """
-        rows, columns = self.shape
-        gram = np.empty((rows, rows))
-        for start in range(0, rows, lot):
-            stop = min(start + lot, rows)
-            held = np.empty((stop - start, columns))
-            for here, block in self.blocks(min(lot, _MIN_BLOCK_ROWS)):
-                first, last = max(here.start, start), min(here.stop, stop)
-                if first < last:
-                    part = block[first - here.start : last - here.start]
-                    held[first - start : last - start] = part
-                if here.stop > start:
-                    # What the lot still lacks is overwritten by the later blocks.
-                    later = slice(max(here.start, start), here.stop)
-                    right = block[later.start - here.start :]
-                    n_held = last - start
-                    product = held[:n_held] @ right.T
-                    gram[start:last, later] = product
-                    gram[later, start:last] = product.T
-        return gram
-
-
-class DenseOperator(Operator):
-    """A matrix in memory.
-
-    Args:
-        matrix: Shape `(rows, columns)`, float64.
-    """
-
-    def __init__(self, matrix: Array) -> None:
-        super().__init__(matrix.shape)
-        self._matrix = matrix
-
-    def matvec(self, vector: Array) -> Array:
-        """The product with a vector; see `Operator`."""
-        return self._matrix @ vector
-
-    def rmatvec(self, vector: Array) -> Array:
-        """The transpose's product with a vector; see `Operator`."""
-        return self._matrix.T @ vector
-
-    def blocks(self, size: int) -> Iterator[tuple[slice, Array]]:
-        """All rows, a block at a time; see `Operator`."""
-        for here in _slices(self.shape[0], size):
-            yield here, self._matrix[here]
-
-    def dense(self) -> Array:
-        """A copy of the matrix; see `Operator`."""
-        return self._matrix.copy()
-
-    def matmat(self, matrix: Array) -> Array:
-        """The product with a matrix; see `Operator`."""
-        return self._matrix @ matrix
-
-    def rmatmat(self, matrix: Array) -> Array:
-        """The transpose's product with a matrix; see `Operator`."""
-        return self._matrix.T @ matrix
-
-
-@dataclasses.dataclass(frozen=True)
-class Projection:
-    """What is left of the targets outside a column space, and the spectrum seen.
-
-    Attributes:
-        error: `Y - J beta` with the `beta` found, `(rows, k)`.
-        rounding: What the rounding of `J beta` may add to the norm of the error.
-        slope: `J^T error`, which is 0 at the least distance, as a norm, `(k,)`.
-        rank: Number of singular values above the cut-off; None after LSQR.
-        sigma_max: The largest singular value; after LSQR a lower bound on it.
-        sigma_min: The smallest singular value above the cut-off, 0 if there is none;
-            None after LSQR.
-        cut: Singular values up to `cut * sigma_max` count as zero; after LSQR, what
-            they could still take off the error was not asked for.
-        iterations: Steps of LSQR, all targets together.
-        converged: Whether nothing above the cut-off is left to take off the error, or
-            the error is below the tolerance.
-    """
-
-    error: Array
-    rounding: float
-    slope: Array
-    rank: int | None
-    sigma_max: float
-    sigma_min: float | None
-    cut: float
-    iterations: int = 0
-    converged: bool = True
 
 
 def factor_cut(shape: tuple[int, int], eps: float = EPS) -> float:
@@ -351,223 +203,6 @@ def by_gram(
     )
 
 
-def by_iteration(
-    operator: Products,
-    targets: Array,
-    cut: float,
-    tolerance: float,
-    max_iterations: int,
-    held: int,
-    progress: Callable[[int], None] | None = None,
-    sigma_max: float = 0.0,
-    eps: float = EPS,
-) -> Projection:
-    """Projects by LSQR, one target after the other.
-
-    Takes one product with `J` and one with its transpose a step, a few vectors, and
-    a row and a column for each step that is held, to keep later ones orthogonal to it.
-    Otherwise rounding repeats directions that were found before, and steps are wasted.
-
-    It ends when the error is below the tolerance; when `||J^T error||` is so small that
-    directions with singular values above the cut-off cannot take more than half a
-    percent off the error; or when the steps are used up, and then says so.
-
-    The largest singular value of the bidiagonal matrix that LSQR builds is at most that
-    of `J`, and close to it after few steps; it comes at no further cost.
-
-    Args:
-        operator: `J`.
-        targets: `Y`, shape `(rows, k)`.
-        cut: Relative cut-off of the singular values.
-        tolerance: An error of this size, relative to all targets, is small enough.
-        max_iterations: Steps for each target.
-        held: Steps held, at most; 0 is plain LSQR.
-        progress: Called with the number of steps so far, once a step.
-        sigma_max: A lower bound on the largest singular value, as far as known.
-        eps: Machine precision of the operator's products.
-
-    Returns:
-        The projection, without a rank.
-    """
-    watched = _Watched(operator, held, progress, sigma_max)
-    goal = tolerance * float(np.linalg.norm(targets)) / math.sqrt(targets.shape[1])
-    runs = [
-        _lsqr(watched, target, cut, goal, max_iterations, eps) for target in targets.T
-    ]
-    return Projection(
-        error=np.stack([run.error for run in runs], axis=1),
-        rounding=math.hypot(*(run.rounding for run in runs)),
-        slope=np.array([run.slope for run in runs]),
-        rank=None,
-        sigma_max=watched.sigma_max,
-        sigma_min=None,
-        cut=cut,
-        iterations=sum(run.steps for run in runs),
-        converged=all(run.converged for run in runs),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """What LSQR found for one target; see `Projection`."""
-
-    error: Array
-    rounding: float
-    slope: float
-    steps: int
-    converged: bool
-
-
-def _lsqr(
-    watched: _Watched,
-    target: Array,
-    cut: float,
-    goal: float,
-    max_iterations: int,
-    eps: float,
-) -> _Run:
-    solution = np.zeros(watched.shape[1])
-    error, left, rounding = target, float(np.linalg.norm(target)), 0.0
-    slope = watched.begin(error)
-    steps = 0
-    # Within a tenth of the cut-off, sqrt(1 - 0.1^2) of the error is out of reach.
-    relative = 0.1 * cut
-
-    def converged() -> bool:
-        return left + rounding <= goal or slope <= 0.1 * cut * watched.sigma_max * left
-
-    for _ in range(_STARTS):
-        if converged() or steps >= max_iterations:
-            break
-        found = scipy.sparse.linalg.lsqr(
-            watched,
-            error,
-            atol=relative,
-            btol=0.5 * goal / left,
-            conlim=0,
-            iter_lim=max_iterations - steps,
-        )
-        watched.end_of_run()
-        steps += int(found[2])
-        better = solution + found[0]
-        remaining = target - watched.operator.matvec(better)
-        added = _rounding(better, watched.sigma_max, eps)
-        before, after = left + rounding, float(np.linalg.norm(remaining)) + added
-        # Near the least distance the slope still falls where the distance does not.
-        if after > before * (1 + 1e-9):
-            break
-        flatter = watched.begin(remaining)
-        if after >= before and flatter >= slope:
-            break
-        solution, error, rounding, slope = better, remaining, added, flatter
-        left = float(np.linalg.norm(error))
-        relative = max(0.01 * relative, 10 * eps)
-    return _Run(error, rounding, slope, steps, converged())
-
-
-def _rounding(solution: Array, sigma_max: float, eps: float) -> float:
-    return _PRODUCT_ROUNDING * eps * sigma_max * float(np.linalg.norm(solution))
-
-
-class _Watched(scipy.sparse.linalg.LinearOperator):
-    """Products for LSQR, cleaned of rounding; its bidiagonal matrix is read off them.
-
-    LSQR asks for `J^T u_1, J v_1, J^T u_2, ...` with unit vectors that are orthogonal
-    in exact arithmetic, as `u_k+1 = (J v_k - alpha_k u_k) / beta_k+1` and
-    `v_k+1 = (J^T u_k+1 - beta_k+1 v_k) / alpha_k+1`. What these have along earlier ones
-    is rounding and is taken away. (Doing so on one side alone is cheaper, and wrong
-    where singular values are as small as those that matter here.)
-    """
-
-    def __init__(
-        self,
-        operator: Products,
-        held: int,
-        progress: Callable[[int], None] | None,
-        sigma_max: float,
-    ) -> None:
-        super().__init__(np.float64, operator.shape)
-        self.operator = operator
-        self.sigma_max = sigma_max
-        self._progress = progress
-        self._steps = 0
-        held = min(held, *operator.shape)
-        self._left, self._right = (np.empty((held, size)) for size in operator.shape)
-        self._start()
-
-    def _start(self) -> None:
-        # alpha_1, beta_2, alpha_2, beta_3, ...
-        self._entries: list[float] = []
-        # The unit vectors of the last calls, and what the last one returned.
-        self._vectors: list[Array] = []
-        self._product: Array | None = None
-        self._n_calls = 0
-        self._first: Array | None = None
-
-    def begin(self, error: Array) -> float:
-        """Announces the next run's right side; returns `||J^T error||`."""
-        first = self.operator.rmatvec(error)
-        norm = float(np.linalg.norm(error))
-        # LSQR's first product, then, spared.
-        self._first = first / norm if norm else first
-        return float(np.linalg.norm(first))
-
-    def _matvec(self, vector: Array) -> Array:
-        self._steps += 1
-        if self._progress is not None:
-            self._progress(self._steps)
-        return self._next(vector.ravel(), self.operator.matvec)
-
-    def _rmatvec(self, vector: Array) -> Array:
-        return self._next(vector.ravel(), self.operator.rmatvec)
-
-    def _next(self, vector: Array, multiply: Callable[[Array], Array]) -> Array:
-        if self._product is not None:
-            # This vector is the last product, less what it had along the one before,
-            # over its length: the entry is that length.
-            entry = float(vector @ self._product)
-            if len(self._vectors) > 1:
-                entry -= self._entries[-1] * float(vector @ self._vectors[0])
-            self._entries.append(entry)
-        # The calls so far: u_1, v_1, u_2, ...; v_k is the k-th of its side, as is u_k.
-        k, is_right = divmod(self._n_calls, 2)
-        mine, other = self._left, self._right
-        if is_right:
-            mine, other = other, mine
-        if k < len(mine):
-            mine[k] = vector
-        if self._first is not None:
-            product, self._first = self._first, None
-        else:
-            product = multiply(vector)
-        if self._vectors:
-            along = self._entries[-1] * self._vectors[-1]
-            earlier = other[: k + is_right]
-            rest = product - along
-            # Twice is enough, also where next to nothing is left.
-            for _ in range(2):
-                rest -= (earlier @ rest) @ earlier
-            product = along + rest
-        self._n_calls += 1
-        self._vectors = [*self._vectors[-1:], vector]
-        self._product = product
-        return product
-
-    def end_of_run(self) -> None:
-        """Takes the largest singular value of the run's bidiagonal matrix."""
-        entries = self._entries
-        self._start()
-        if not entries:
-            return
-        # [[0, B], [B^T, 0]], its rows in the order u_1, v_1, u_2, ..., is tridiagonal,
-        # and its eigenvalues are the singular values and their opposites.
-        last = len(entries)
-        (value,) = scipy.linalg.eigvalsh_tridiagonal(
-            np.zeros(last + 1), entries, select="i", select_range=(last, last)
-        )
-        self.sigma_max = max(self.sigma_max, float(value))
-
-
 def _triangle(blocks: Iterator[Array], columns: int) -> Array:
     """The square triangular factor of all the rows that come in blocks."""
     triangle = np.zeros((0, columns))
@@ -578,10 +213,6 @@ def _triangle(blocks: Iterator[Array], columns: int) -> Array:
         )[0][:columns]
     missing = columns - len(triangle)
     return np.concatenate([triangle, np.zeros((missing, columns))])
-
-
-def _slices(length: int, step: int) -> Iterator[slice]:
-    return (slice(k, min(k + step, length)) for k in range(0, length, step))
 
 
 def _rotated(reflectors: Array, scales: Array, matrix: Array) -> Array:
@@ -647,7 +278,7 @@ def _refined(
         if solution is None:
             solution = best + correct(error)
         remaining = targets - operator.matmat(solution)
-        added = _rounding(solution, sigma_max, eps)
+        added = product_rounding(solution, sigma_max, eps)
         before, after = left + rounding, float(np.linalg.norm(remaining)) + added
         if not after < before:
             break

@@ -21,8 +21,6 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 import numpy.typing as npt
-import scipy.linalg
-import scipy.optimize
 
 from keras_dalign.head import data
 from keras_dalign.head.batch_predictor import BatchPredictor
@@ -33,14 +31,17 @@ from keras_dalign.head.objective import (
     sample_weights,
     single_array,
 )
-from keras_dalign.numerics.gram import gate_activations
 from keras_dalign.numerics.html_table import html_table
-from keras_dalign.numerics.losses import SquaredError
 from keras_dalign.numerics.repeats import Repeats, digests
-from keras_dalign.numerics.ridge import GramFactor
 from keras_dalign.numerics.rounding import rounded
-from keras_dalign.numerics.target_logits import target_logits
 from keras_dalign.promises.exploiting_head import exploiting_head
+from keras_dalign.promises.forecast_candidates import (
+    Modes,
+    envelope,
+    path_candidates,
+    smoothness_bound,
+    spectra_of,
+)
 from keras_dalign.solving.problem import ConvexProblem
 
 if TYPE_CHECKING:
@@ -52,15 +53,6 @@ _EXACT_SAMPLES = 1500
 
 # Beyond so many steps a double no longer counts them.
 _MAX_STEPS = 2**53
-
-_PENALTIES = 10.0 ** np.arange(-13, 2)
-_PSIS = np.concatenate([[0.0], np.geomspace(0.02, 60.0, 30)])
-_SCALES = np.array([0.0, 0.25, 0.5, 0.75, 0.9, 1.0])
-_SCALES_ALONE = np.concatenate([[0.0], np.geomspace(0.02, 1.0, 30)])
-
-_FURTHER = np.geomspace(1.25, 40.0, 16)
-
-_EPS = float(np.finfo(np.float64).eps)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -112,7 +104,7 @@ class Forecast:
     losses: Array = dataclasses.field(repr=False)
     squared_distances: Array = dataclasses.field(repr=False)
     objective: str
-    _modes: _Modes | None = dataclasses.field(default=None, repr=False)
+    _modes: Modes | None = dataclasses.field(default=None, repr=False)
 
     def bound(self, steps: npt.ArrayLike) -> Array:
         """An upper bound on the loss after so many steps.
@@ -398,8 +390,8 @@ def forecast_problem(
             "The loss is not finite, so there is nothing to forecast: training has "
             f"probably diverged. Received: loss={loss}"
         )
-    spectra = _spectra(problem, theta, groups) if exact else None
-    smoothness = _smoothness_bound(problem) if spectra is None else spectra.smoothness
+    spectra = spectra_of(problem, theta, groups) if exact else None
+    smoothness = smoothness_bound(problem) if spectra is None else spectra.smoothness
     if step_size is None:
         step_size = 1.0 / smoothness
     elif step_size * smoothness > 1.0 + 1e-12:
@@ -408,10 +400,10 @@ def forecast_problem(
             f"{1 / smoothness:.6g}. Received: step_size={step_size}. Leave it out to "
             "use the longest."
         )
-    candidates = _path(problem, theta, smoothness, iterations)
+    candidates = path_candidates(problem, theta, smoothness, iterations)
     if spectra is not None:
         candidates += spectra.candidates
-    candidates = [candidates[i] for i in _envelope(candidates)]
+    candidates = [candidates[i] for i in envelope(candidates)]
     repeats = Repeats()
     names = [int(group).to_bytes(8, "little") for group in groups]
     repeats.add(names, problem.targets, problem.weights, 0)
@@ -434,218 +426,3 @@ def forecast_problem(
         objective=objective,
         _modes=None if spectra is None else spectra.modes,
     )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Modes:
-    """The modes of a quadratic loss under gradient descent.
-
-    Attributes:
-        curvatures: Eigenvalues of the Hessian, rounded down, shape `(k,)`.
-        parts: The part of the loss that each mode holds at the start, shape `(k,)`.
-    """
-
-    curvatures: Array
-    parts: Array
-
-    def after(self, steps: Array, step_size: float) -> Array:
-        """The loss after so many steps `(s,)`, rounded up, shape `(s,)`."""
-        rates = np.clip(1.0 - step_size * self.curvatures, 0.0, 1.0)
-        logs = np.log(rates, out=np.full_like(rates, -np.inf), where=rates > 0)
-        rounding = len(self.parts) * _EPS * float(self.parts.sum())
-        # One number of steps at a time: there may be many modes.
-        found = [float(np.exp(2.0 * t * logs) @ self.parts) for t in steps]
-        return np.array(found) * (1.0 + 1e-12) + rounding
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Spectra:
-    """What the eigendecompositions of the outputs' Gram matrices tell."""
-
-    candidates: list[tuple[float, float]]
-    smoothness: float
-    rank: int
-    distance: tuple[float, float, float]
-    curvature: float
-    modes: _Modes | None
-
-    def contraction(self, step_size: float) -> float | None:
-        """Factor of `L - inf L` in each step, for a strongly convex quadratic."""
-        if self.modes is None or self.curvature <= 0:
-            return None
-        return (1.0 - step_size * self.curvature) ** 2
-
-
-def _spectra(problem: ConvexProblem, theta: Array, groups: Indices) -> _Spectra:
-    """Spectra, and candidates by ridge regression on each output's Gram matrix."""
-    logits = problem.logits(theta)
-    family = target_logits(problem.loss, problem.targets, problem.weights, groups)
-    rhs = np.stack([family.finite, family.direction, -logits])
-    seen = np.flatnonzero(problem.weights > 0)
-    roots = np.sqrt(problem.weights[seen])[:, None]
-    # For each penalty: coefficients, and what the parameters Phi^T alpha attain.
-    alphas = np.zeros((len(_PENALTIES), *rhs.shape))
-    attained = np.zeros_like(alphas)
-    scale = problem.loss.max_curvature(problem.units) / problem.normalizer
-    top, rank, lowest = 0.0, problem.n, math.inf
-    curvatures, parts = [], []
-    residuals = logits - problem.targets
-    for c in range(problem.units):
-        gram = problem.gram(c)[np.ix_(seen, seen)] * (roots * roots.T)
-        factor = GramFactor.of_gram(gram)
-        top = max(top, factor.largest)
-        rank = min(rank, factor.rank())
-        rounding = len(seen) * _EPS * factor.largest
-        safe = np.maximum(factor.values - rounding, 0.0)
-        lowest = min(lowest, float(safe.min()))
-        curvatures.append(scale * safe)
-        residual = factor.vectors.T @ (roots[:, 0] * residuals[seen, c])
-        parts.append(residual**2 / (problem.units * problem.normalizer))
-        for k, penalty in enumerate(_PENALTIES):
-            solution, reached = factor.solve(
-                roots * rhs[:, seen, c].T, penalty * factor.largest
-            )
-            alphas[k][:, seen, c] = (roots * solution).T
-            attained[k][:, seen, c] = (reached / roots).T
-    smoothness = scale * top * (1.0 + problem.n * _EPS)
-    # Inner products of the parameters.
-    grams = np.einsum("kinc,kjnc->kij", alphas, attained)
-    chosen = []
-    for alpha, reached, gram in zip(alphas, attained, grams, strict=True):
-        for mix in _mixes(family.finite, family.direction):
-            loss = problem.loss_of(logits + np.tensordot(mix, reached, 1))
-            chosen.append((loss, float(mix @ gram @ mix), alpha, mix))
-    candidates = []
-    for index in _envelope([(loss, distance) for loss, distance, *_ in chosen]):
-        # Rounding has no say in the bound: loss and distance of the very parameters.
-        _, _, alpha, mix = chosen[index]
-        change = problem.transposed_product(np.tensordot(mix, alpha, 1))
-        loss = problem.loss_of(logits + problem.product(change))
-        candidates.append((loss, float(change @ change)))
-    least = grams[0]
-    squared = isinstance(problem.loss, SquaredError)
-    return _Spectra(
-        candidates,
-        smoothness,
-        rank,
-        (
-            float(least[1, 1]),
-            float(2.0 * (least[0, 1] + least[1, 2])),
-            float(least[0, 0] + 2.0 * least[0, 2] + least[2, 2]),
-        ),
-        scale * lowest,
-        _Modes(np.concatenate(curvatures), np.concatenate(parts)) if squared else None,
-    )
-
-
-def _mixes(finite: Array, direction: Array) -> Iterator[Array]:
-    """Shares of finite target, direction and the way back from the current logits."""
-    psis = _PSIS if direction.any() else np.zeros(1)
-    scales = np.ones(1)
-    if finite.any():
-        scales = _SCALES if direction.any() else _SCALES_ALONE
-    return (np.array([scale, psi, 1.0]) for scale in scales for psi in psis)
-
-
-def _envelope(points: list[tuple[float, float]]) -> list[int]:
-    """Indices of the points (loss, distance) that are best for some number of steps."""
-    order = sorted(range(len(points)), key=lambda i: (points[i][1], points[i][0]))
-    hull: list[int] = []
-    for i in order:
-        loss, distance = points[i]
-        if hull and loss >= points[hull[-1]][0]:
-            continue
-        while len(hull) > 1:
-            (loss0, distance0), (loss1, distance1) = (points[j] for j in hull[-2:])
-            if (loss1 - loss0) * (distance - distance0) < (loss - loss0) * (
-                distance1 - distance0
-            ):
-                break
-            hull.pop()
-        hull.append(i)
-    return hull
-
-
-def _path(
-    problem: ConvexProblem, theta: Array, smoothness: float, iterations: int
-) -> list[tuple[float, float]]:
-    """Candidates along L-BFGS on the loss plus `||theta - theta_0||^2 / (2 eta t)`.
-
-    That objective is the right side of the bound, so every iterate is a candidate, and
-    its minimum for each `t` would be the best.
-
-    Returns:
-        Losses and squared distances.
-    """
-    candidates: list[tuple[float, float]] = []
-    penalty = 0.0
-
-    def right_side(point: Array) -> tuple[float, Array]:
-        loss, gradient = problem.value_and_gradient(point)
-        change = point - theta
-        distance = float(change @ change)
-        candidates.append((loss, distance))
-        return loss + 0.5 * penalty * distance, gradient + penalty * change
-
-    point = theta
-    powers = range(2, 9, 2)
-    for power in powers:
-        penalty = smoothness * 10.0**-power
-        point = scipy.optimize.minimize(
-            right_side,
-            point,
-            jac=True,
-            method="L-BFGS-B",
-            options={
-                "maxiter": -(-iterations // len(powers)),
-                "maxcor": 10,
-                "ftol": 0.0,
-                "gtol": 0.0,
-            },
-        ).x
-    # Where all samples are on their side, going further is a cross-entropy's way down.
-    logits, change = problem.logits(theta), problem.product(point - theta)
-    distance = float((point - theta) @ (point - theta))
-    candidates += [
-        (problem.loss_of(logits + factor * change), factor**2 * distance)
-        for factor in _FURTHER
-    ]
-    return candidates
-
-
-def _smoothness_bound(problem: ConvexProblem) -> float:
-    """An upper bound on the Lipschitz constant of the gradient, without `n x n`.
-
-    The Gram matrix of an output is the entrywise product of two positive semi-definite
-    ones, plus 1 for the bias. The largest eigenvalue of such a product is at most that
-    of one factor, if the other has a diagonal of ones (Schur); so the diagonal of one
-    is moved to the other.
-
-    Returns:
-        The bound.
-    """
-    features = problem.features
-    roots = np.sqrt(problem.weights)[:, None]
-    lengths = np.linalg.norm(features, axis=1)[:, None]
-    largest = 0.0
-    for c in range(problem.units):
-        gates = problem.w[c] * gate_activations(
-            features, problem.r[:, c], problem.slope
-        )
-        opening = np.linalg.norm(gates, axis=1)[:, None]
-        by_features = _largest_eigenvalue(roots * opening * features)
-        by_gates = _largest_eigenvalue(roots * lengths * gates)
-        largest = max(largest, min(by_features, by_gates))
-    largest += float(problem.weights.sum())
-    scale = problem.loss.max_curvature(problem.units) / problem.normalizer
-    return scale * largest * (1.0 + 1e-10)
-
-
-def _largest_eigenvalue(matrix: Array) -> float:
-    """Of `matrix.T @ matrix`, whose side is the smaller one."""
-    if matrix.shape[0] < matrix.shape[1]:
-        matrix = matrix.T
-    gram = matrix.T @ matrix
-    last = len(gram) - 1
-    values = scipy.linalg.eigvalsh(gram, subset_by_index=(last, last))
-    return float(values[0])
