@@ -57,7 +57,7 @@ def draw(path: Path, results: Results, dataset: str, augmentation: str) -> None:
             title=f"median and range over {seeds} seed{'s' * (seeds > 1)}; "
             "dots: the final models, in inference mode",
             loc="outside lower center",
-            ncols=min(4, len(finished)),
+            ncols=min(3, len(finished)),
             frameon=False,
         )
 
