@@ -57,6 +57,8 @@ def checkout(tmp_path):
     (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     git(folder, "init", "-q")
     dvc(folder, "init", "-q")
+    # Without it, what Python compiles on the way would count as code.
+    shutil.copy(ROOT / ".dvcignore", folder / ".dvcignore")
     dvc(folder, "remote", "add", "-q", "-d", "store", str(tmp_path / "store"))
     return folder
 
