@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from keras_dalign.numerics.gram import Array, gate_activations
+from keras_dalign.numerics.gram import Array
 from keras_dalign.numerics.operators import DenseOperator, Operator, Products
 from keras_dalign.solving.problem import ConvexProblem
 
@@ -38,19 +38,8 @@ class HeadOperator(Operator):
     """One output's block of the head's Jacobian, `[Phi_c, 1]`."""
 
     def __init__(self, problem: ConvexProblem, output: int) -> None:
-        n, d, width = problem.n, problem.d, problem.width
-        super().__init__((n, d * width + 1))
-        one = slice(output, output + 1)
-        self._problem = ConvexProblem(
-            problem.features,
-            problem.r[:, one],
-            problem.w[one],
-            problem.slope,
-            np.zeros((n, 1)),
-            np.zeros((n, 1)),
-            None,
-            problem.loss,
-        )
+        super().__init__((problem.n, problem.d * problem.width + 1))
+        self._problem = problem.single_output(output)
 
     def matvec(self, vector: Array) -> Array:
         """The product with a vector; see `Operator`."""
@@ -64,9 +53,8 @@ class HeadOperator(Operator):
         """All rows, a block at a time; see `Operator`."""
         problem = self._problem
         for start in range(0, problem.n, size):
-            features = problem.features[start : start + size]
-            gates = gate_activations(features, problem.r[:, 0], problem.slope)
-            gates *= problem.w[0]
+            features = problem.rows.block(slice(start, start + size))
+            gates = problem.gates.values(features)[:, 0]
             rows = np.empty((len(features), self.shape[1]))
             for j in range(problem.d):
                 columns = slice(j * problem.width, (j + 1) * problem.width)

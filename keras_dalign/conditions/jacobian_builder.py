@@ -259,8 +259,7 @@ class _Builder:
             outputs.append(self.outputs_of(whole, batch, index))
         z = keras.tree.map_structure(lambda *parts: np.concatenate(parts), *features)
         n = self.stream.n
-        check_memory(8 * n * head.units * int(head.width), "The head's gates")
-        problem = ConvexProblem.of_head(
+        problem = ConvexProblem.from_head(
             head,
             FeatureSet(z, np.zeros((n, head.units)), None, n),
             SquaredError(),

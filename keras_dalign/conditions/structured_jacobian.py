@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from keras_dalign.conditions.jacobian import PER_PARAMETER, Jacobian, as_vector
-from keras_dalign.numerics.gram import gate_activations
 
 if TYPE_CHECKING:
     from keras_dalign.solving.problem import ConvexProblem
@@ -100,21 +99,16 @@ class HeadJacobian(Jacobian):
 
     def _row_blocks(self, size: int) -> Iterator[tuple[slice, Array]]:
         problem = self.problem
-        d, units, width = problem.r.shape
+        d, units, width = problem.d, problem.units, problem.width
         outputs = np.arange(units)
         for start in range(0, self.n, size):
-            zh = problem.features[start : start + size]
+            zh = problem.rows.block(slice(start, start + size))
             block = np.zeros((len(zh), units, self.shape[1]))
             q = block[:, :, : d * units * width].reshape(
                 len(zh), units, d, units, width
             )
-            gates = np.stack(
-                [
-                    problem.w[c] * gate_activations(zh, problem.r[:, c], problem.slope)
-                    for c in range(units)
-                ],
-                axis=1,
-            )
+            values = problem.gates.values(zh)
+            gates = np.broadcast_to(values, (len(zh), units, width))
             q[:, outputs, :, outputs] = np.einsum("id,icm->cidm", zh, gates)
             block[:, :, : d * units * width] = q.reshape(len(zh), units, -1)
             block[:, outputs, d * units * width + outputs] = 1.0

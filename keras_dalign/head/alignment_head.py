@@ -10,12 +10,21 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_dalign import compat
+from keras_dalign.numerics.memory import free_gib
 from keras_dalign.numerics.rank import default_width
 
 EXPLORING = "exploring"
 EXPLOITING = "exploiting"
 PHASES = (EXPLORING, EXPLOITING)
 GATES = ("random", "learned")
+
+# The variables of the gated units.
+_UNITS = ("bias", "q", "r", "w")
+# Rows that are converted to float64 at once.
+_ROWS_AT_ONCE = 8192
+
+_ATTRIBUTES = {"phase_index": "_phase_index"}
 
 
 @keras.saving.register_keras_serializable(package="keras_dalign")
@@ -33,33 +42,45 @@ class AlignmentHead(keras.layers.Layer):
     The head has two phases:
 
     - *exploring*. With `gates="random"` the head **is** the linear layer
-      `a . z + b0`; the gated units sleep (`q = b = 0`, not even computed). With
-      `gates="learned"` there is no linear layer and the gates are tied to the
-      units (`r = q`), which makes every unit `t * s(slope * t)`; `q` and `b` are
-      trained like any other weight.
+      `a . z + b0`; there are no gated units yet. With `gates="learned"` there is no
+      linear layer and the gates are tied to the units (`r = q`), which makes every
+      unit `t * s(slope * t)`; `q` and `b` are trained like any other weight.
     - *exploiting*. The gates `r` are frozen and only `q` and `b` are trained.
       The output is then linear in what is trained and the training problem is
-      convex. For almost every `r` every label vector can be reached, provided
-      that features are distinct and no more than `width * k` samples lie in any
-      subspace of `k` dimensions (for all of them: `width * d >= n`).
+      convex.
 
     The step from the first to the second is `start_exploiting`, which
     `AlignedModel` calls at the switch. In a model of another kind, freeze everything
     else yourself (`head.dense` included), and compile the model again whenever the
     phase has changed, also by loading weights: compiled functions are of one phase.
 
-    Memory of the forward pass for a batch of `B`: `B * units * width` numbers.
+    What is promised depends on the number of gated units, `width`:
+
+    - *Any labels can be fitted.* For almost every `r` every label vector is reached
+      if features are distinct, no more than `width * k` samples lie in any subspace of
+      `k` dimensions (for all of them: `width * d >= n`), and every sample has an open
+      gate. The default width, `numerics.rank.default_width`, gives this promise, and
+      exploitation without an L2 term needs it.
+    - *The optimum with an L2 term is certified* at every width, since the problem is
+      strongly convex. The solver then chooses a smaller width by held-out samples.
+
+    Memory: `d * units * width` numbers for `q`, `d * width` for shared gates, and in
+    the forward pass `batch * units * width`.
 
     Args:
         units: Positive int, number of outputs (classes; 1 for binary problems).
-        width: Number of gated units per output. Defaults to
-            `ceil(2 * n_samples / (p + 1))`.
+        width: Number of gated units per output. By default it is chosen when the gates
+            are set: `ceil(2 * n_samples / (p + 1))`, but enough gates that one is open
+            for every sample; the solver chooses a smaller one with an L2 term.
         n_samples: Number of training samples that the head must be able to fit.
             Needed unless `width` is given.
         gates: `"random"` (gates are drawn at the switch) or `"learned"` (gates
             are the units' own weights, frozen at the switch).
         slope: Positive float, slope of the gate's sigmoid. Steep gates condition
             the exploitation problem better.
+        share_gates: Whether all outputs have the same random gates, `r_k` instead of
+            `r_ck`. Gates then take the memory of one output. Learned gates are never
+            shared.
         seed: Int that determines gates, signs and noise, the same on every
             backend. Defaults to a value derived from Python's global random
             state, which is left as it was.
@@ -94,6 +115,7 @@ class AlignmentHead(keras.layers.Layer):
         n_samples: int | None = None,
         gates: str = "random",
         slope: float = 20.0,
+        share_gates: bool = True,
         seed: int | None = None,
         dense: keras.layers.Dense | None = None,
         **kwargs: Any,
@@ -118,6 +140,11 @@ class AlignmentHead(keras.layers.Layer):
                 f"`slope` must be a positive number. Received: slope={slope}"
             )
         self.slope = float(slope)
+        if not isinstance(share_gates, bool):
+            raise ValueError(
+                f"`share_gates` must be True or False. Received: {share_gates=}"
+            )
+        self.share_gates = share_gates and gates == "random"
         if gates == "learned" and dense is not None:
             raise ValueError(
                 "Learned gates have no linear part to share. Received: "
@@ -149,7 +176,10 @@ class AlignmentHead(keras.layers.Layer):
             dtype=self.dtype_policy,
             name="standardize",
         )
-        self.width: Any = self._requested_width
+        self.q: Any = None
+        self.r: Any = None
+        self.w: Any = None
+        self.bias: Any = None
         self._phase = EXPLORING
         # As Dense: a mask of the features is one of the logits, and of the loss.
         self.supports_masking = True
@@ -170,35 +200,10 @@ class AlignmentHead(keras.layers.Layer):
         p = math.prod(gated_shape[1:])
         pair = isinstance(input_shape[0], (list, tuple))
         self.feature_size = p + (linear_shape[-1] if pair else 0)
-        if self.width is None and self.n_samples is not None:
-            self.width = default_width(self.n_samples, p + 1)
+        self.dim = p + 1
         if self.dense is not None and not self.dense.built:
             self.dense.build(linear_shape)
         self.standardize.build((None, p))
-        rng = np.random.default_rng([self.seed, 0])
-        shape = (p + 1, self.units, self.width)
-        learned = self.gates == "learned"
-        self.bias = self.add_weight(
-            name="bias", shape=(self.units,), initializer="zeros", trainable=True
-        )
-        self.q = self.add_weight(
-            name="q",
-            shape=shape,
-            initializer=_Values(rng.standard_normal(shape) / math.sqrt(p + 1))
-            if learned
-            else "zeros",
-            trainable=True,
-        )
-        self.r = self.add_weight(
-            name="r", shape=shape, initializer="zeros", trainable=False
-        )
-        signs = rng.choice([-1.0, 1.0], size=shape[1:])
-        self.w = self.add_weight(
-            name="w",
-            shape=shape[1:],
-            initializer=_Values(signs / math.sqrt(self.width)),
-            trainable=False,
-        )
         self._phase_index = self.add_weight(
             name="phase",
             shape=(),
@@ -207,8 +212,63 @@ class AlignmentHead(keras.layers.Layer):
             trainable=False,
             autocast=False,
         )
+        if self.gates == "learned":
+            width = self.default_width()
+            rng = np.random.default_rng([self.seed, 0])
+            q = rng.standard_normal((self.dim, self.units, width))
+            self._make_units(width)
+            self.q.assign(q / math.sqrt(self.dim))
         self.built = True
         self._set_trainable()
+
+    @property
+    def width(self) -> int | None:
+        """Number of gated units per output; None while there are none."""
+        return None if self.q is None else int(self.q.shape[2])
+
+    @property
+    def requested_width(self) -> int | None:
+        """The width that was asked for, if any."""
+        return self._requested_width
+
+    def default_width(self) -> int:
+        """The width that was asked for, or one that can fit any labels."""
+        if self._requested_width is not None:
+            return self._requested_width
+        return default_width(int(self.n_samples or 1), self.dim, self.slope)
+
+    def _make_units(self, width: int) -> None:
+        """Creates the variables of `width` gated units, in place of any there are."""
+        _check_memory(self.dim, self.units, width)
+        groups = 1 if self.share_gates else self.units
+        with compat.new_variables(self, [self.q, self.r, self.w, self.bias]):
+            self.bias = self.add_weight(
+                name="bias", shape=(self.units,), initializer="zeros", trainable=True
+            )
+            self.q = self.add_weight(
+                name="q",
+                shape=(self.dim, self.units, width),
+                initializer="zeros",
+                trainable=True,
+            )
+            self.r = self.add_weight(
+                name="r",
+                shape=(self.dim, groups, width),
+                initializer="zeros",
+                trainable=False,
+            )
+            self.w = self.add_weight(
+                name="w",
+                shape=(groups, width),
+                initializer="zeros",
+                trainable=False,
+            )
+        self.w.assign(self._signs(width) / math.sqrt(width))
+
+    def _drop_units(self) -> None:
+        """Removes the variables of the gated units."""
+        with compat.new_variables(self, [self.q, self.r, self.w, self.bias]):
+            self.q = self.r = self.w = self.bias = None
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Computes the logits, shape `(batch, units)`."""
@@ -218,6 +278,7 @@ class AlignmentHead(keras.layers.Layer):
             return self._linear(linear)
         v = self.normalize(gated, training=bool(training) and exploring)
         t = _project(v, self.q)
+        # Shared gates, (batch, 1, width), stand for those of every output.
         gate = ops.sigmoid(self.slope * (t if exploring else _project(v, self.r)))
         # Half-precision sums over a thousand units would lose the small ones.
         dtype = keras.backend.result_type(t.dtype, "float32")
@@ -238,7 +299,7 @@ class AlignmentHead(keras.layers.Layer):
         Returns:
             `[sqrt(p) * u / ||u||, 1]`, shape `(batch, p + 1)`.
         """
-        p = self.q.shape[0] - 1
+        p = self.dim - 1
         features = ops.reshape(features, (-1, p))
         u = self.standardize(features, training=training)
         dtype = keras.backend.result_type(u.dtype, "float32")
@@ -264,21 +325,40 @@ class AlignmentHead(keras.layers.Layer):
         Returns:
             Array `(n, p + 1)`, float64.
         """
-        if moments is None:
-            held = (self.standardize.moving_mean, self.standardize.moving_variance)
-            moments = ops.convert_to_numpy(held[0]), ops.convert_to_numpy(held[1])
-        mean, variance = (moment.astype("float64") for moment in moments)
+        mean, variance = self.standardisation() if moments is None else moments
         u = np.asarray(features, dtype="float64").reshape(len(features), -1)
         u = (u - mean) / np.sqrt(variance + self.standardize.epsilon)
         square = np.sum(u**2, axis=1, keepdims=True)
         u *= np.sqrt(u.shape[1] / np.maximum(square, 1e-12))
         return np.concatenate([u, np.ones((len(u), 1))], axis=1)
 
-    def gates_of(self, output: int) -> tuple[np.ndarray, np.ndarray]:
-        """Gates `(d, width)` and weights `(width,)` of one output, float64."""
-        r = ops.convert_to_numpy(self.r)[:, output, :]
-        w = ops.convert_to_numpy(self.w)[output]
-        return r.astype("float64"), w.astype("float64")
+    def standardisation(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and variance that features are standardised by, `(p,)`, float64."""
+        mean, variance = (
+            ops.convert_to_numpy(moment).astype("float64")
+            for moment in (
+                self.standardize.moving_mean,
+                self.standardize.moving_variance,
+            )
+        )
+        return mean, variance
+
+    def linear_part(self, z: np.ndarray) -> np.ndarray:
+        """`a . z + b0` in NumPy float64, shape `(n, units)`; 0 without a linear part.
+
+        Args:
+            z: The output layer's features, shape `(n, p)`.
+        """
+        outputs = np.zeros((len(z), self.units))
+        if self.dense is None:
+            return outputs
+        kernel = ops.convert_to_numpy(self.dense.kernel).astype("float64")
+        for start in range(0, len(z), _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            outputs[rows] = np.asarray(z[rows], "float64") @ kernel
+        if self.dense.bias is not None:
+            outputs += ops.convert_to_numpy(self.dense.bias).astype("float64")
+        return outputs
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:  # noqa: ARG002
         """The mask of the features `z`."""
@@ -303,17 +383,21 @@ class AlignmentHead(keras.layers.Layer):
     @property
     def exploited_variables(self) -> list[keras.Variable]:
         """The variables trained in exploitation: `q` and the bias `b`."""
-        return [self.q, self.bias]
+        return [] if self.q is None else [self.q, self.bias]
 
     @property
-    def sleeping_variables(self) -> list[keras.Variable]:
+    def units_variables(self) -> list[keras.Variable]:
+        """The variables of the gated units: none while exploring with random gates."""
+        return [] if self.q is None else [self.bias, self.q, self.r, self.w]
+
+    @property
+    def inactive_variables(self) -> list[keras.Variable]:
         """The variables that the current phase does not compute with."""
         if self._phase == EXPLOITING:
             return [self._phase_index]
         if self.gates == "learned":
             return [self._phase_index, self.r]
-        own = [self._phase_index, self.bias, self.q, self.r, self.w]
-        return own + self.standardize.variables
+        return [self._phase_index, *self.standardize.variables]
 
     @property
     def explored_variables(self) -> list[keras.Variable]:
@@ -322,20 +406,22 @@ class AlignmentHead(keras.layers.Layer):
             return self.dense.trainable_variables
         return [self.bias, self.q] if self._trainable else []
 
-    def start_exploiting(self, noise: float = 1e-3) -> None:
+    def start_exploiting(self, noise: float = 1e-3, width: int | None = None) -> None:
         """Sets and freezes the gates; from here on only `q` and `b` are trained.
 
-        Random gates are drawn from N(0, I / d), and `q = b = 0`: the function
-        does not change by a bit. Learned gates are set to `q` after Gaussian
-        noise is added to it.
+        Random gates are drawn from N(0, I / d), and `q = b = 0`: the function of the
+        head does not change. Learned gates are set to `q` after Gaussian noise is added
+        to it.
 
         Args:
             noise: Non-negative float, standard deviation of the noise for learned
                 gates in units of `q`'s root mean square.
+            width: Positive int, number of random gates, instead of the default.
 
         Raises:
-            ValueError: If the head is unbuilt or exploiting already, or if `noise` is
-                negative.
+            ValueError: If the head is unbuilt or exploiting already, or if an argument
+                is out of its range.
+            MemoryError: If the units do not fit into memory.
         """
         if not self.built:
             raise ValueError(
@@ -351,33 +437,70 @@ class AlignmentHead(keras.layers.Layer):
                 "The head's gates are set and frozen already. Received: a call of "
                 "`start_exploiting` in the phase 'exploiting'."
             )
-        gates = self.gates_at_switch(noise)
         if self.gates == "random":
-            self.q.assign(np.zeros(self.q.shape))
-            self.bias.assign(np.zeros(self.bias.shape))
+            self.set_width(self.default_width() if width is None else width)
         else:
-            self.q.assign(gates)
+            self.q.assign(self.gates_at_switch(noise)[0])
             # As q holds them, which may be rounded.
-            gates = ops.convert_to_numpy(self.q)
-        self.r.assign(gates)
+            self.r.assign(ops.convert_to_numpy(self.q))
         self._phase_index.assign(PHASES.index(EXPLOITING))
         self.sync_phase()
 
-    def gates_at_switch(self, noise: float = 1e-3) -> np.ndarray:
+    def set_width(self, width: int) -> None:
+        """Draws `width` random gates and sets `q = b = 0`.
+
+        Gates are nested: the first of them are the same at every width.
+
+        Args:
+            width: Positive int.
+
+        Raises:
+            ValueError: If gates are learned, or `width` is no positive int.
+            MemoryError: If the units do not fit into memory.
+        """
+        if self.gates == "learned":
+            raise ValueError(
+                "The width of learned gates is set when the head is built. Received: "
+                f"width={width}"
+            )
+        self._make_units(_positive_int("width", width))
+        self.r.assign(self.gates_at_switch(width=width)[0])
+        self._set_trainable()
+
+    def gates_in_use(self) -> tuple[np.ndarray, np.ndarray]:
+        """`r` and `w` as they are, float64; shapes as those of `gates_at_switch`."""
+        r, w = (ops.convert_to_numpy(v).astype("float64") for v in (self.r, self.w))
+        return r, w
+
+    def gates_at_switch(
+        self, noise: float = 1e-3, width: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The gates that `start_exploiting` would set now; changes nothing.
 
         Args:
             noise: See `start_exploiting`.
+            width: Number of random gates, instead of the default.
 
         Returns:
-            Gates `r`, shape `(d, units, width)`, float64.
+            Gates `r` and output weights `w`, float64, of shapes `(d, units, width)` and
+            `(units, width)`; `(d, 1, width)` and `(1, width)` if they are shared.
         """
         rng = np.random.default_rng([self.seed, 1])
-        gaussian = rng.standard_normal(self.q.shape)
-        if self.gates == "random":
-            return gaussian / math.sqrt(self.q.shape[0])
-        q = np.asarray(ops.convert_to_numpy(self.q), dtype="float64")
-        return q + noise * np.sqrt(np.mean(q**2)) * gaussian
+        if self.gates == "learned":
+            q = np.asarray(ops.convert_to_numpy(self.q), dtype="float64")
+            r = q + noise * np.sqrt(np.mean(q**2)) * rng.standard_normal(q.shape)
+            return r, ops.convert_to_numpy(self.w).astype("float64")
+        width = width or self.default_width()
+        groups = 1 if self.share_gates else self.units
+        # Unit by unit, so that the first ones are the same at every width.
+        r = rng.standard_normal((width, self.dim, groups)).transpose(1, 2, 0)
+        return r / math.sqrt(self.dim), self._signs(width) / math.sqrt(width)
+
+    def _signs(self, width: int) -> np.ndarray:
+        """Signs of the output weights, shape `(units or 1, width)`, nested as gates."""
+        groups = 1 if self.share_gates else self.units
+        rng = np.random.default_rng([self.seed, 3])
+        return rng.choice([-1.0, 1.0], size=(width, groups)).T
 
     def sync_phase(self) -> None:
         """Makes the phase that of the saved weights (after they were assigned)."""
@@ -385,13 +508,12 @@ class AlignmentHead(keras.layers.Layer):
         self._set_trainable()
 
     def _set_trainable(self) -> None:
-        sleeping = self._phase == EXPLORING and self.gates == "random"
         for variable in self.exploited_variables:
-            variable.trainable = self._trainable and not sleeping
+            variable.trainable = self._trainable
 
     @property
     def trainable(self) -> bool:
-        """Whether the head is trained at all; sleeping units never are."""
+        """Whether the head is trained at all."""
         return self._trainable
 
     @trainable.setter
@@ -403,7 +525,9 @@ class AlignmentHead(keras.layers.Layer):
     def get_build_config(self) -> dict[str, Any] | None:
         """The shapes that rebuild the weights, and the phase."""
         config = super().get_build_config()
-        return None if config is None else {**config, "phase": self._phase}
+        if config is None:
+            return None
+        return {**config, "phase": self._phase, "width": self.width}
 
     def build_from_config(self, config: dict[str, Any]) -> None:
         """Builds a head in the phase of the saved one.
@@ -412,15 +536,62 @@ class AlignmentHead(keras.layers.Layer):
         trained must be known by then.
         """
         config = dict(config)
-        phase = config.pop("phase", EXPLORING)
+        phase, width = config.pop("phase", EXPLORING), config.pop("width", None)
         super().build_from_config(config)
         if phase == EXPLOITING:
-            self.start_exploiting()
+            self.start_exploiting(width=width)
+
+    def save_own_variables(self, store: Any) -> None:
+        """Saves the phase and, if there are any, the gated units."""
+        for name in ("phase_index", *_UNITS):
+            variable = getattr(self, _ATTRIBUTES.get(name, name))
+            if variable is not None:
+                store[name] = ops.convert_to_numpy(variable)
 
     def load_own_variables(self, store: Any) -> None:
-        """Loads the head's weights and, with them, its phase."""
-        super().load_own_variables(store)
+        """Loads the phase and the gated units, of any width.
+
+        Args:
+            store: A mapping from names to arrays, as `save_own_variables` fills it.
+                Files of version 0.1.0, whose names are numbers, are read, too.
+
+        Raises:
+            ValueError: If they are those of another head, which is left as it was.
+        """
+        found = {name: np.asarray(store[name]) for name in store.keys()}  # noqa: SIM118
+        if found and "phase_index" not in found:
+            found = _named(found)
+        phase = PHASES[int(found.get("phase_index", 0))]
+        if phase == EXPLORING and self.gates == "random":
+            self._drop_units()
+        else:
+            self._check_units(found)
+            width = found["q"].shape[2]
+            if width != self.width:
+                self._make_units(width)
+            for name in _UNITS:
+                getattr(self, name).assign(found[name])
+        self._phase_index.assign(PHASES.index(phase))
         self.sync_phase()
+
+    def _check_units(self, found: dict[str, np.ndarray]) -> None:
+        """Refuses units whose shapes are not those of this head."""
+        groups = 1 if self.share_gates else self.units
+        shapes = {name: array.shape for name, array in found.items() if name in _UNITS}
+        width = shapes.get("q", (0, 0, 0))[-1]
+        wanted = {
+            "q": (self.dim, self.units, width),
+            "r": (self.dim, groups, width),
+            "w": (groups, width),
+            "bias": (self.units,),
+        }
+        if shapes != wanted:
+            raise ValueError(
+                "The saved units are those of another head. This one has shapes "
+                f"{wanted}, with share_gates={self.share_gates}. Received: {shapes}. "
+                "Align as it was done when they were saved; heads of version 0.1.0 "
+                "have share_gates=False."
+            )
 
     def set_weights(self, weights: list[Any]) -> None:
         """Sets the head's weights and, with them, its phase."""
@@ -440,6 +611,7 @@ class AlignmentHead(keras.layers.Layer):
             n_samples=self.n_samples,
             gates=self.gates,
             slope=self.slope,
+            share_gates=self.share_gates,
             seed=self.seed,
             dense=keras.saving.serialize_keras_object(self.dense),
         )
@@ -450,18 +622,28 @@ class AlignmentHead(keras.layers.Layer):
         """Rebuilds a head from `get_config`."""
         config = dict(config)
         config["dense"] = keras.saving.deserialize_keras_object(config["dense"])
+        # Version 0.1.0 had gates for each output.
+        config.setdefault("share_gates", False)
         return cls(**config)
 
 
-@keras.saving.register_keras_serializable(package="keras_dalign")
-class _Values(keras.initializers.Initializer):
-    """Gives a variable values computed by NumPy: equal on every backend."""
+def _named(numbered: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The variables of a file of version 0.1.0 by name."""
+    names = ("bias", "q", "r", "w", "phase_index")
+    return {name: numbered[str(index)] for index, name in enumerate(names)}
 
-    def __init__(self, values: np.ndarray) -> None:
-        self.values = values
 
-    def __call__(self, shape: Any, dtype: Any = None) -> Any:
-        return ops.convert_to_tensor(self.values.reshape(shape), dtype=dtype)
+def _check_memory(d: int, units: int, width: int) -> None:
+    """Refuses units that cannot fit before anything is allocated."""
+    gib = 4 * 2 * d * units * width / 2**30
+    free = free_gib()
+    if free is not None and gib > free:
+        raise MemoryError(
+            f"The gated units would take {gib:.3g} GiB, of {free:.3g} GiB that are "
+            f"free: d * units * width = {d} * {units} * {width} weights, and as much "
+            "again to train them. Pass a smaller `width` or the true number of "
+            "samples, or solve with an L2 term, which needs a small width."
+        )
 
 
 def _project(v: Any, weights: Any) -> Any:

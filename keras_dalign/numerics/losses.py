@@ -107,18 +107,11 @@ class ConvexLoss(abc.ABC):
             Gradients, shape `(n, C)`.
         """
 
-    @abc.abstractmethod
-    def curvature(self, logits: Array, targets: Array, directions: Array) -> Array:
-        """Product of each sample's Hessian, in its own logits, with a direction.
-
-        Args:
-            logits: Model outputs, shape `(n, C)`.
-            targets: From `targets`, shape `(n, C)`.
-            directions: One direction per sample, shape `(n, C)`.
-
-        Returns:
-            Products, shape `(n, C)`.
-        """
+    def value_and_gradient(
+        self, logits: Array, targets: Array
+    ) -> tuple[Array, Array]:
+        """`value` and `gradient` together, `(n,)` and `(n, C)`."""
+        return self.value(logits, targets), self.gradient(logits, targets)
 
     @abc.abstractmethod
     def max_curvature(self, n_outputs: int) -> float:
@@ -276,29 +269,28 @@ class SoftmaxCrossEntropy(ConvexLoss):
 
     def value(self, logits: Array, targets: Array) -> Array:
         """Loss of each sample; see `ConvexLoss`."""
-        top = logits.argmax(axis=1)[:, None]
-        below = np.take_along_axis(logits, top, axis=1) - logits
-        rest = np.exp(-below)
-        np.put_along_axis(rest, top, 0.0, axis=1)
-        # The largest term stays outside the sum, so losses far below the rounding of 1
-        # keep their digits: log(sum exp z) = max z + log1p(rest).
-        log_rest = np.log1p(rest.sum(axis=1, keepdims=True))
-        return (targets * (below + log_rest)).sum(axis=1)
+        return self.value_and_gradient(logits, targets)[0]
 
     def gradient(self, logits: Array, targets: Array) -> Array:
         """Gradient of each sample's loss in its logits; see `ConvexLoss`."""
-        exp = np.exp(logits - logits.max(axis=1, keepdims=True))
-        softmax = exp / exp.sum(axis=1, keepdims=True)
-        return softmax * targets.sum(axis=1, keepdims=True) - targets
+        return self.value_and_gradient(logits, targets)[1]
 
-    def curvature(self, logits: Array, targets: Array, directions: Array) -> Array:
-        """Product of each sample's Hessian with a direction; see `ConvexLoss`."""
-        exp = np.exp(logits - logits.max(axis=1, keepdims=True))
-        softmax = exp / exp.sum(axis=1, keepdims=True)
-        mean = (softmax * directions).sum(axis=1, keepdims=True)
-        mass = targets.sum(axis=1, keepdims=True)
-        product: Array = mass * softmax * (directions - mean)
-        return product
+    def value_and_gradient(
+        self, logits: Array, targets: Array
+    ) -> tuple[Array, Array]:
+        """Both, from one exponential of each logit; see `ConvexLoss`."""
+        top = logits.argmax(axis=1)[:, None]
+        below = np.take_along_axis(logits, top, axis=1) - logits
+        shares = np.exp(-below)
+        np.put_along_axis(shares, top, 0.0, axis=1)
+        # The largest term stays outside the sum, so losses far below the rounding of 1
+        # keep their digits: log(sum exp z) = max z + log1p(rest).
+        rest = shares.sum(axis=1, keepdims=True)
+        value = (targets * (below + np.log1p(rest))).sum(axis=1)
+        np.put_along_axis(shares, top, 1.0, axis=1)
+        shares *= targets.sum(axis=1, keepdims=True) / (1.0 + rest)
+        shares -= targets
+        return value, shares
 
     def max_curvature(self, n_outputs: int) -> float:  # noqa: ARG002
         """1/2, up to the rounding of soft labels; see `ConvexLoss`."""
@@ -353,12 +345,6 @@ class BinaryCrossEntropy(ConvexLoss):
         sigmoid = np.exp(-np.logaddexp(0.0, -logits))
         return (sigmoid - targets) / logits.shape[1]
 
-    def curvature(self, logits: Array, targets: Array, directions: Array) -> Array:  # noqa: ARG002
-        """Product of each sample's Hessian with a direction; see `ConvexLoss`."""
-        # s (1 - s) without the cancellation of 1 - s.
-        slopes = np.exp(-np.logaddexp(0.0, -logits) - np.logaddexp(0.0, logits))
-        return slopes * directions / logits.shape[1]
-
     def max_curvature(self, n_outputs: int) -> float:
         """`1 / (4 C)`; see `ConvexLoss`."""
         return 0.25 / n_outputs
@@ -398,10 +384,6 @@ class SquaredError(ConvexLoss):
     def gradient(self, logits: Array, targets: Array) -> Array:
         """Gradient of each sample's loss in its logits; see `ConvexLoss`."""
         return (logits - targets) * (2.0 / logits.shape[1])
-
-    def curvature(self, logits: Array, targets: Array, directions: Array) -> Array:  # noqa: ARG002
-        """Product of each sample's Hessian with a direction; see `ConvexLoss`."""
-        return directions * (2.0 / logits.shape[1])
 
     def max_curvature(self, n_outputs: int) -> float:
         """`2 / C`; see `ConvexLoss`."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import scipy.special
 
 from keras_dalign.numerics.gram import Array, gram_matrix
 from keras_dalign.numerics.subspace import (
@@ -36,28 +37,73 @@ _MAX_NAMED = 5
 # trunk, where their normalised rows agree up to rounding.
 _SAME_FEATURES = 1e-5
 
+# A gate below 1e-3 counts as closed: `s(t) = 1e-3` at `t = -log(999)`.
+_LOGIT_OF_CLOSED = math.log(999.0)
+
 Indices = npt.NDArray[np.intp]
 Pairs = tuple[tuple[int, int], ...]
 
 Reason = Literal["width", "subset", "near", "conditioning"]
 
 
-def default_width(n_samples: int, rank: int) -> int:
+def closed_share(slope: float) -> float:
+    """The probability that a random gate is closed for a sample.
+
+    A gate `s(slope * r . v)` with `r ~ N(0, I / d)` and `||v||^2 = d` has
+    `r . v ~ N(0, 1)`. It counts as closed below 1e-3, so with probability
+    `Phi(-log(999) / slope)`: 0.365 for a slope of 20.
+
+    Args:
+        slope: Slope of the gates' sigmoid, positive.
+
+    Returns:
+        The probability, in (0, 1/2).
+    """
+    return math.exp(_log_closed_share(slope))
+
+
+def least_gates(n_samples: int, slope: float) -> int:
+    """The number of random gates that leaves no sample without an open one.
+
+    With `m` gates a sample has none that is open with probability
+    `closed_share(slope)^m`. The number returned makes the expected number of such
+    samples among `n_samples` at most 0.01.
+
+    Args:
+        n_samples: Number of training samples, at least 1.
+        slope: Slope of the gates' sigmoid, positive.
+
+    Returns:
+        `ceil(log(100 n_samples) / -log(closed_share(slope)))`: 12 for 1,000 samples
+        and a slope of 20.
+    """
+    needed = math.log(100 * n_samples) / -_log_closed_share(slope)
+    return max(1, math.ceil(needed))
+
+
+def _log_closed_share(slope: float) -> float:
+    return float(scipy.special.log_ndtr(-_LOGIT_OF_CLOSED / slope))
+
+
+def default_width(n_samples: int, rank: int, slope: float) -> int:
     """The number of gated units that can separate `n_samples`, with room to spare.
 
-    `ceil(2 * n_samples / rank)`. Half of it is the least that counting allows
-    (`m * rank >= n`); the factor 2 pays for features that die or collapse while the
-    trunk trains and so cost rank, and it keeps the Gram matrix well conditioned.
+    The larger of two numbers. `ceil(2 * n_samples / rank)` is twice the least that
+    counting allows (`m * rank >= n`); the factor 2 pays for features that die or
+    collapse while the trunk trains and so cost rank, and it keeps the Gram matrix well
+    conditioned. `least_gates` matters for features as many as the samples: a sample
+    for which every gate is closed cannot be fitted.
 
     Args:
         n_samples: Number of training samples.
         rank: Rank of their normalised features, constant column included.
+        slope: Slope of the gates' sigmoid, positive.
 
     Returns:
         The width `m`, at least 1.
 
     Raises:
-        ValueError: If either number is below 1.
+        ValueError: If a number is out of its range.
     """
     if n_samples < 1:
         raise ValueError(
@@ -65,8 +111,13 @@ def default_width(n_samples: int, rank: int) -> int:
         )
     if rank < 1:
         raise ValueError(f"`rank` must be at least 1. Received: rank={rank}")
+    if not (math.isfinite(slope) and slope > 0):
+        raise ValueError(
+            f"`slope` must be positive and finite. Received: slope={slope}"
+        )
     # In integers: a float quotient can round a whole number upwards.
-    return -(-2 * int(n_samples) // int(rank))
+    by_rank = -(-2 * int(n_samples) // int(rank))
+    return max(by_rank, least_gates(n_samples, slope))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +155,8 @@ class RankCheck:
         sigma_max: Largest singular value of the same.
         tolerance: Singular values up to this one count as zero.
         dtype: The precision in which all this was judged.
+        output: The output whose gates have the least rank, to which the numbers belong;
+            None if all outputs share their gates.
         reason: What costs rank among distinct samples, if anything does: `"width"`
             (fewer than `n` features, whatever the gates), `"subset"` (too many samples
             in one subspace), `"near"` (samples too close for float64),
@@ -139,6 +192,7 @@ class RankCheck:
     sigma_max: float
     tolerance: float
     dtype: str
+    output: int | None
     reason: Reason | None
     duplicates: tuple[tuple[int, ...], ...]
     near: Pairs
@@ -168,6 +222,8 @@ class RankCheck:
             f"tolerance {self.tolerance:.2g}, {self.dtype}; width {self.width}, "
             f"feature rank {self.feature_rank} of {self.feature_dim}"
         )
+        if self.output is not None:
+            numbers += f"; least of all outputs, output {self.output}"
         if self.full and self.complete:
             return f"Full rank: the head separates all {self.n} samples ({numbers})."
         scope = (
@@ -250,13 +306,14 @@ def check_rank(
     u: npt.ArrayLike | None = None,
     positions: npt.ArrayLike | None = None,
 ) -> RankCheck:
-    """Check whether one class's gates separate the samples.
+    """Check whether a head's gates separate the samples.
 
     In this order: (a) the rank of `Zh` and the condition `m * rank(Zh) >= n`, without
     which the rank is deficient whatever the gates; (b) samples with identical features,
     which no head separates; (c) in float64, the eigenvalues of the Gram matrix of the
     distinct samples, or of `max_rows` of them chosen at random if there are more.
-    If (a) or (c) fails, the set of samples that causes it is looked for.
+    Where each output has gates of its own, (c) is done for all of them, and the check
+    is of the output whose rank is least. If (a) or (c) fails, the set of samples that causes it is looked for.
 
     An eigenvalue of the Gram matrix counts as zero up to
     `max(rows, d, m) * eps * lambda_max`, the usual bound on what rounding leaves of a
@@ -272,9 +329,8 @@ def check_rank(
 
     Args:
         Zh: Normalised features, shape `(n, d)`, last column 1.
-        R: Gates of one class, shape `(d, m)`. With gates that are drawn alike for all
-            classes, one class stands for all.
-        w: Output weights of the gated units, shape `(m,)`.
+        R: Gates, shape `(d, m)`, or `(d, C, m)` where each of `C` outputs has its own.
+        w: Output weights of the gated units, shape `(m,)` or `(C, m)`.
         slope: Slope of the sigmoid, positive.
         n_samples: Number of training samples, if `Zh` holds only some of them. The
             ranks and repetitions are then those of the rows given.
@@ -294,14 +350,13 @@ def check_rank(
             one position per row.
     """
     features = finite_matrix(Zh, "Zh")
-    gates = finite_matrix(R, "R")
-    weights = np.asarray(w, dtype=np.float64)
+    gates, weights = _gates_by_output(R, w)
     given, dim = features.shape
     n = given if n_samples is None else int(n_samples)
     _check_arguments(features, weights, n, max_rows)
     raw = _raw_features(u, given)
     names = _positions(positions, given)
-    width = int(np.count_nonzero(weights))
+    width = int(np.count_nonzero(weights, axis=1).min())
 
     cut = visible(features)
     feature_rank = visible_rank(features)
@@ -321,11 +376,8 @@ def check_rank(
         )
         distinct = distinct[np.sort(chosen)]
     rows = features[distinct]
-    eigenvalues = np.maximum(
-        np.linalg.eigvalsh(gram_matrix(rows, gates, weights, slope)), 0.0
-    )
-    zero = max(*rows.shape, len(weights)) * EPS * eigenvalues[-1]
-    rank = int(np.count_nonzero(eigenvalues > zero))
+    output, spectrum = _weakest_output(rows, gates, weights, slope)
+    eigenvalues, zero, rank = spectrum.eigenvalues, spectrum.zero, spectrum.rank
 
     reason: Reason | None = None
     needed, subset_rank = width, 0
@@ -333,7 +385,7 @@ def check_rank(
     if too_narrow or rank < len(rows):
         subset, subset_rank, crowding = _crowding(rows, width, cut)
         crowding *= n_distinct / len(rows)
-        needed = max(default_width(n_distinct, rank_bound), math.ceil(2 * crowding))
+        needed = max(default_width(n_distinct, rank_bound, slope), math.ceil(2 * crowding))
         near, near_to = _near_pairs(rows)
         if too_narrow:
             reason = "width"
@@ -368,6 +420,7 @@ def check_rank(
         sigma_max=math.sqrt(eigenvalues[-1]),
         tolerance=math.sqrt(zero),
         dtype="float64",
+        output=output if len(weights) > 1 else None,
         reason=reason,
         duplicates=_duplicate_groups(first, names),
         near=_named_pairs(near, near_to, names),
@@ -375,6 +428,52 @@ def check_rank(
         dead=_listed(np.flatnonzero(dead)),
         subset=_listed(names[distinct[subset]]),
     )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Spectrum:
+    """Eigenvalues of a Gram matrix, ascending, and how many of them are not zero."""
+
+    eigenvalues: Array
+    zero: float
+    rank: int
+
+
+def _weakest_output(
+    rows: Array, gates: Array, weights: Array, slope: float
+) -> tuple[int, _Spectrum]:
+    """The output whose Gram matrix has the least rank, and the spectrum of that."""
+    spectra = []
+    for output, output_weights in enumerate(weights):
+        gram = gram_matrix(rows, gates[:, output], output_weights, slope)
+        eigenvalues = np.maximum(np.linalg.eigvalsh(gram), 0.0)
+        zero = max(*rows.shape, len(output_weights)) * EPS * eigenvalues[-1]
+        rank = int(np.count_nonzero(eigenvalues > zero))
+        spectra.append(_Spectrum(eigenvalues, zero, rank))
+    return min(
+        enumerate(spectra),
+        key=lambda item: (item[1].rank, item[1].eigenvalues[0]),
+    )
+
+
+def _gates_by_output(R: npt.ArrayLike, w: npt.ArrayLike) -> tuple[Array, Array]:
+    """Gates `(d, G, m)` and weights `(G, m)` for what `check_rank` accepts."""
+    gates, weights = (np.asarray(array, dtype=np.float64) for array in (R, w))
+    if gates.ndim == 2:
+        gates = finite_matrix(gates, "R")[:, None]
+    if weights.ndim == 1:
+        weights = weights[None]
+    if gates.ndim != 3 or not np.isfinite(gates).all():
+        raise ValueError(
+            "`R` must be finite, of shape (d, m) or (d, C, m). Received: "
+            f"R.shape={np.shape(R)}"
+        )
+    if weights.shape != gates.shape[1:]:
+        raise ValueError(
+            "`w` must have one entry per gate. Received: "
+            f"w.shape={np.shape(w)}, R.shape={np.shape(R)}"
+        )
+    return gates, weights
 
 
 def _crowding(rows: Array, width: int, rtol: float) -> tuple[Indices, int, float]:

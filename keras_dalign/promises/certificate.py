@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 # the last place of each logit (float accumulation in the layers below), to first order.
 _LOGIT_ULPS = 64
 _FLOAT64_ROUNDING = 1e-12
+_EPS = 2.0**-52
 
 _UNITS_IN_LAST_PLACE = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23}
 
@@ -442,6 +443,7 @@ class _Regularised:
         self.l2 = float(l2)
         self._sum = 0.0
         self._gradient: Any = 0.0
+        self._rounding = 0.0
         self._change: Any = 0.0
 
     def features(self, x: Any) -> Any:
@@ -453,13 +455,14 @@ class _Regularised:
         if not weights.any():
             return
         features = FeatureSet(z, single_array(y, "y"), weights, n)
-        self.add_problem(ConvexProblem.of_head(self._head, features, self._loss))
+        self.add_problem(ConvexProblem.from_head(self._head, features, self._loss))
 
     def add_problem(self, problem: ConvexProblem) -> None:
         theta = problem.theta_of(self._head)
-        value, gradient = problem.value_and_gradient(theta)
-        self._sum += value * problem.normalizer
-        self._gradient += gradient * problem.normalizer
+        found = problem.evaluate(theta)
+        self._sum += found.value * problem.normalizer
+        self._gradient += found.gradient * problem.normalizer
+        self._rounding += problem.gradient_rounding(found) * problem.normalizer
         self._change = theta - problem.center
 
     def certificate(self, normalizer: float) -> tuple[float, float]:
@@ -467,7 +470,9 @@ class _Regularised:
         change = self._change
         value = self._sum / normalizer + 0.5 * self.l2 * float(change @ change)
         gradient = self._gradient / normalizer + self.l2 * change
-        gap = float(gradient @ gradient) / (2.0 * self.l2)
+        norm = float(np.linalg.norm(gradient)) + self._rounding / normalizer
+        norm += 4 * _EPS * self.l2 * float(np.linalg.norm(change))
+        gap = norm**2 / (2.0 * self.l2)
         if not np.isfinite(value + gap):
             raise ValueError(
                 "The regularised loss overflows float64: weights, outputs or targets "

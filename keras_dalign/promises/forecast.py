@@ -329,7 +329,7 @@ def forecast(
     weights = np.concatenate(all_weights)
     check_some_weight(len(weights), float(weights.sum()))
     labels = np.concatenate(all_labels)
-    problem = ConvexProblem.of_head(
+    problem = ConvexProblem.from_head(
         head, FeatureSet(joined, labels, weights, batch_size), convex
     )
     weighting = ", with sample weights" if weighted else ""

@@ -16,7 +16,6 @@ import numpy as np
 import scipy.linalg
 import scipy.optimize
 
-from keras_dalign.numerics.gram import gate_activations
 from keras_dalign.numerics.losses import SquaredError
 from keras_dalign.numerics.ridge import GramFactor
 from keras_dalign.numerics.target_logits import target_logits
@@ -262,10 +261,7 @@ def smoothness_bound(problem: ConvexProblem) -> float:
     roots = np.sqrt(problem.weights)[:, None]
     lengths = np.linalg.norm(features, axis=1)[:, None]
     largest = 0.0
-    for c in range(problem.units):
-        gates = problem.w[c] * gate_activations(
-            features, problem.r[:, c], problem.slope
-        )
+    for gates in np.moveaxis(problem.gates.values(features), 1, 0):
         opening = np.linalg.norm(gates, axis=1)[:, None]
         by_features = _largest_eigenvalue(roots * opening * features)
         by_gates = _largest_eigenvalue(roots * lengths * gates)

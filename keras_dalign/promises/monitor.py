@@ -416,20 +416,22 @@ def _head_space(
     """
     gated = features[1] if isinstance(features, (list, tuple)) else features
     gated = gated.reshape(len(gated), -1).astype(np.float64)
-    w = keras.ops.convert_to_numpy(head.w).astype(np.float64)
     if head.phase == EXPLOITING:
-        r = keras.ops.convert_to_numpy(head.r).astype(np.float64)
+        r, w = head.gates_in_use()
         rows = head.normalize_exactly(gated)
     else:
-        r = head.gates_at_switch(noise)
+        r, w = head.gates_at_switch(noise)
         rows = head.normalize_exactly(gated, (gated.mean(axis=0), gated.var(axis=0)))
 
-    def gram(c: int) -> Array:
-        return gram_matrix(rows, r[:, c], w[c], head.slope) + 1.0
-
     n, outputs = targets.shape
-    squares = np.stack([np.linalg.eigvalsh(gram(c)) for c in range(outputs)])
-    squares = np.maximum(squares, 0.0)
+    groups = len(w)
+
+    def gram(c: int) -> Array:
+        group = c % groups  # Shared gates are those of every output.
+        return gram_matrix(rows, r[:, group], w[group], head.slope) + 1.0
+
+    squares = np.stack([np.linalg.eigvalsh(gram(c)) for c in range(groups)])
+    squares = np.repeat(np.maximum(squares, 0.0), outputs // groups, axis=0)
     columns = r.shape[0] * r.shape[2] + 1
     seen = squares > _cut(n * outputs, columns * outputs) ** 2 * squares.max()
     left = 0.0

@@ -18,15 +18,15 @@ from keras_dalign.head.features import FeaturePass, FeatureSet
 from keras_dalign.head.objective import loss_of
 from keras_dalign.numerics.html_table import html_table
 from keras_dalign.promises.certificate import Certificate, certify_features
-from keras_dalign.solving.head_solver import HeadSolver
+from keras_dalign.solving.head_solver import HeadSolver, first_width
 from keras_dalign.solving.options import SolveOptions
-from keras_dalign.solving.problem import ConvexProblem
 from keras_dalign.training.switch import switch
 
 if TYPE_CHECKING:
     from keras_dalign.numerics.losses import ConvexLoss
     from keras_dalign.solving.l2_path import L2Trial
-    from keras_dalign.solving.walk import Iterate
+    from keras_dalign.solving.minimum import Iterate
+    from keras_dalign.solving.width import WidthTrial
     from keras_dalign.training.aligned_model import AlignedModel
 
 logger = logging.getLogger("keras_dalign")
@@ -37,25 +37,27 @@ class SolveResult:
     """What `solve` found; prints as a sentence.
 
     Attributes:
-        value: What was minimised, at the end: the loss with its L2 term, computed from
-            the trunk's features.
+        value: What was minimised: the loss with its L2 term, of the model as it is,
+            with its weights and outputs in its own dtype.
         gap: Upper bound on the distance of `value` to its infimum.
         tol: The gap that was asked for.
-        converged: Whether `gap <= tol`.
+        converged: Whether `gap <= tol`, but for the rounding of the outputs.
         certificate: `certify` of the model as it is now, in its own dtype: of the plain
             loss, and with an L2 term of the regularised loss, too.
         iterations: Number of iterations.
         evaluations: Number of gradients over all samples.
-        hessian_products: Number of products with the Hessian.
         seconds: Wall time, all passes over the data included.
-        method: `"lbfgs"`, `"newton"` or `"direct"`.
+        method: `"lbfgs"` or `"direct"`.
         why: Why this method.
-        reason: Why it stopped: `"gap"`, `"stalled"` or `"max_iterations"`.
+        reason: Why it stopped: `"gap"`, `"stalled"`, `"max_iterations"`, or
+            `"rounding"` if the solver's point in float64 is better than what the dtype
+            of the model can hold.
         message: How it ended, and after a failure, what to change.
         l2: Weight of the L2 term.
         path: For `l2="auto"` every weight tried; None otherwise.
-        dtype: The precision in which `value` and `gap` were computed. On the way there
-            products are in single precision where features are many.
+        width: Number of gated units per output.
+        widths: Every width tried, where the width was chosen; None otherwise.
+        dtype: The dtype of the model's outputs. Their loss is summed in float64.
     """
 
     value: float
@@ -65,7 +67,6 @@ class SolveResult:
     certificate: Certificate
     iterations: int
     evaluations: int
-    hessian_products: int
     seconds: float
     method: str
     why: str
@@ -73,37 +74,37 @@ class SolveResult:
     message: str
     l2: float
     path: tuple[L2Trial, ...] | None
-    dtype: str = "float64"
+    width: int
+    widths: tuple[WidthTrial, ...] | None
+    dtype: str
 
     def to_dict(self) -> dict[str, Any]:
         """The result as a dict that `json.dumps` accepts."""
-        path = None
-        if self.path is not None:
-            path = [dataclasses.asdict(trial) for trial in self.path]
         fields = {
             field.name: getattr(self, field.name) for field in dataclasses.fields(self)
         }
-        return {**fields, "certificate": self.certificate.to_dict(), "path": path}
+        for name in ("path", "widths"):
+            if fields[name] is not None:
+                fields[name] = [dataclasses.asdict(trial) for trial in fields[name]]
+        return {**fields, "certificate": self.certificate.to_dict()}
 
     def __str__(self) -> str:
         text = f"{self.message} ({self.seconds:.1f} s.)"
-        if self.path is not None:
-            text += f" {self._path_words()}"
+        for noun, trials in (("L2 weight", self.path), ("width", self.widths)):
+            if trials is not None:
+                listed = "; ".join(str(trial) for trial in trials)
+                text += f" The {noun} was chosen on held-out samples ({listed})."
         return f"{text} {self.certificate}"
-
-    def _path_words(self) -> str:
-        trials = "; ".join(str(trial) for trial in self.path or ())
-        return f"The L2 weight was chosen on held-out samples ({trials})."
 
     def _repr_html_(self) -> str:
         rows = {
             "value": f"{self.value:.6g}",
             "gap": f"<b>{self.gap:.3g}</b> (asked for: {self.tol:.3g})",
             "L2 weight": f"{self.l2:.3g}",
+            "width": str(self.width),
             "method": html.escape(f"{self.method} ({self.why})"),
             "iterations": (
-                f"{self.iterations} ({self.evaluations} gradients, "
-                f"{self.hessian_products} Hessian products)"
+                f"{self.iterations} ({self.evaluations} gradients)"
             ),
             "seconds": f"{self.seconds:.1f}",
             "stopped by": html.escape(self.reason),
@@ -142,7 +143,8 @@ def solve(
     gates set, the trunk frozen, the rank checked. The trunk's features are computed
     once. From there only the head's `q` and `b` change, from where they are, until the
     gap is at most `tol`. Interrupting (Ctrl-C) keeps the best weights so far; after an
-    error the model is as it was.
+    error the model is as it was. The loss is never higher than before, by the model's
+    own outputs in its own dtype, and the result speaks of those.
 
     With `l2` the objective is `loss + l2 / 2 * ||change of (q, b)||^2`, where the
     change counts from the model at the switch: its optimum is unique, and certified by
@@ -154,8 +156,16 @@ def solve(
     takes the principal components that hold 95 %. With `validation_data` these are the
     judge, of all features, and it ends at 1e-7.
 
-    Memory: the gates, `n * C * m` floats in float64 for `C` outputs of width `m`, the
-    features, and no more than that again for the method.
+    With an L2 term and random gates the width is chosen, too, unless `align` was given
+    one: it starts at 8 gates and is doubled until the loss of the samples held out
+    falls by less than its standard error.
+
+    Cost: one gradient takes `4 n d C m` multiply-adds for `n` samples, `d` features,
+    `C` outputs and width `m`, and some 20 to 40 gradients reach a gap of 1e-6; they are
+    computed in float32 on the device of the backend where the problem is large. Memory
+    beside the features: the gates, `n m` numbers for gates that outputs share (computed
+    block by block beyond 0.5 GiB), logits, `n C` numbers a few times, and some 25
+    vectors of the size of the parameters, `d C m`.
 
     Args:
         model: An `AlignedModel` in either phase.
@@ -165,11 +175,12 @@ def solve(
             of the model, else to that of the base model that was aligned.
         sample_weight: Sample weights `(n,)`, for arrays.
         tol: The gap to reach, positive.
-        method: `"lbfgs"`, `"newton"` (by conjugate gradients), `"direct"` (for squared
-            error: a Cholesky factorisation) or `"auto"`.
+        method: `"lbfgs"`, `"direct"` (for squared error: a factorisation of the `n x n`
+            Gram matrix) or `"auto"`.
         l2: Non-negative weight of the L2 term, or `"auto"`.
         max_iterations: Most iterations.
-        validation_data: `(x, y)`, `(x, y, sample_weight)` or a stream, for `l2="auto"`.
+        validation_data: `(x, y)`, `(x, y, sample_weight)` or a stream, for the choice of
+            L2 weight and width.
         reestimate_batch_norm: Whether the switch re-estimates batch-norm statistics
             over `x`.
         batch_size: Samples per batch of the trunk, for arrays.
@@ -189,57 +200,68 @@ def solve(
     convex = loss_of(model, loss)
     say = _Speaker(verbose)
     passes: dict[str, Any] = {"batch_size": batch_size, "steps": steps}
-    before, report_before = model.get_weights(), model.switch_report
+    restore = model.snapshot()
     try:
+        free = first_width(model.head, options) if model.phase != EXPLOITING else None
         features = _features(
-            model, x, y, sample_weight, convex, reestimate_batch_norm, passes
+            model, x, y, sample_weight, convex, reestimate_batch_norm, free, passes
         )
-        problem = ConvexProblem.of_head(model.head, features, convex)
         validation = None
         if validation_data is not None:
-            validation = _validation_problem(model, validation_data, convex, batch_size)
+            validation = _validation_features(model, validation_data, batch_size)
         solver = HeadSolver(
-            problem, options, features.digests or [], validation, model.head.seed
+            model.head,
+            features,
+            convex,
+            options,
+            validation=validation,
+            set_width=None if free is None else model.set_width,
+            say=say,
         )
         say(f"solve by {solver.method}: {solver.why}")
-        last = _follow(model, solver, say)
-        rank = None if model.switch_report is None else model.switch_report.rank
+        report = model.switch_report
+        solution = solver.solve(
+            on_iterate=lambda iterate: say(_progress(iterate, solver.l2)),
+            rank=None if report is None else report.rank,
+        )
         certificate = certify_features(
             model,
             features,
             loss=convex,
             l2=solver.l2 or None,
-            problem=problem,
+            problem=solver.problem,
             batch_size=batch_size,
         )
     except Exception:
-        model.set_weights(before)
-        model.switch_report = report_before
+        restore()
         raise
-    message = solver.message(last, rank)
-    rounded = certificate.gap if certificate.l2_gap is None else certificate.l2_gap
-    if last.gap <= tol and rounded > 2 * tol:
-        message += (
-            f" With the model's own weights and outputs, in {certificate.dtype}, the "
-            f"gap is {rounded:.3g}."
-        )
-    logger.info("%s", message)
+    logger.info("%s", solution.message)
     return SolveResult(
-        value=last.value,
-        gap=last.gap,
+        value=solution.value,
+        gap=solution.gap,
         tol=float(tol),
-        converged=last.gap <= tol,
+        converged=solution.converged,
         certificate=certificate,
-        iterations=last.iteration,
-        evaluations=last.evaluations,
-        hessian_products=last.hessian_products,
+        iterations=solution.last.iteration,
+        evaluations=solution.last.evaluations,
         seconds=time.perf_counter() - begin,
         method=solver.method,
         why=solver.why,
-        reason=last.reason or "stopped",
-        message=message,
+        reason=solution.reason,
+        message=solution.message,
         l2=solver.l2,
-        path=solver.path,
+        path=solution.path,
+        width=solver.problem.width,
+        widths=solution.widths,
+        dtype=model.head.compute_dtype,
+    )
+
+
+def _progress(iterate: Iterate, l2: float) -> str:
+    value = f" - value: {iterate.value:.4e}" if l2 else ""
+    return (
+        f"iteration {iterate.iteration} - loss: {iterate.loss:.4e}{value} - "
+        f"gap: {iterate.gap:.4e}"
     )
 
 
@@ -265,9 +287,9 @@ def _check(model: Any, x: Any, validation_data: Any, options: SolveOptions) -> N
                 f"{n} samples, n_samples={head.n_samples}. Call "
                 f"keras_dalign.align(model, n_samples={n})."
             )
-    if validation_data is not None and options.l2 != "auto":
+    if validation_data is not None and not options.l2:
         raise ValueError(
-            "`validation_data` serves to choose the L2 weight. Received: "
+            "`validation_data` serves to choose the L2 weight and the width. Received: "
             f"validation_data with l2={options.l2}. Pass l2='auto', or leave it out."
         )
 
@@ -279,6 +301,7 @@ def _features(
     sample_weight: Any,
     loss: ConvexLoss,
     fresh_statistics: bool,
+    width: int | None,
     passes: dict[str, Any],
 ) -> FeatureSet:
     """The trunk's features, after the switch."""
@@ -288,57 +311,31 @@ def _features(
         everything = FeaturePass(model, keep=True, digest=True)
         return everything.run(x, y, sample_weight, **passes).feature_set()
     noise = getattr(getattr(model, "optimizer", None), "noise", None)
-    before = model.get_weights()
-    try:
-        _, features = switch(
-            model,
-            x,
-            y,
-            sample_weight,
-            keep_features=True,
-            digest=True,
-            fresh_statistics=fresh_statistics,
-            **({} if noise is None else {"noise": noise}),
-            **passes,
-        )
-    except KeyboardInterrupt:
-        model.set_weights(before)
-        raise
+    _, features = switch(
+        model,
+        x,
+        y,
+        sample_weight,
+        width=width,
+        keep_features=True,
+        digest=True,
+        fresh_statistics=fresh_statistics,
+        **({} if noise is None else {"noise": noise}),
+        **passes,
+    )
     if features is None:
         raise RuntimeError("The switch kept no features.")
     return features
 
 
-def _validation_problem(
-    model: AlignedModel, validation_data: Any, loss: ConvexLoss, batch_size: int
-) -> ConvexProblem:
+def _validation_features(
+    model: AlignedModel, validation_data: Any, batch_size: int
+) -> FeatureSet:
     given = validation_data
     parts = given if isinstance(given, (list, tuple)) else (given,)
     x, y, weight = keras.utils.unpack_x_y_sample_weight(tuple(parts))
     everything = FeaturePass(model, keep=True)
-    features = everything.run(x, y, weight, batch_size=batch_size).feature_set()
-    return ConvexProblem.of_head(model.head, features, loss)
-
-
-def _follow(model: AlignedModel, solver: HeadSolver, say: _Speaker) -> Iterate:
-    """Goes to the last iterate and assigns it, or the last one before Ctrl-C."""
-    problem = solver.problem
-    last = None
-    try:
-        for last in solver.iterates(problem.theta_of(model.head), watch=say):
-            l2 = f" - value: {last.value:.4e}" if solver.l2 else ""
-            say(
-                f"iteration {last.iteration} - loss: {last.loss:.4e}{l2} - "
-                f"gap: {last.gap:.4e}"
-            )
-    except KeyboardInterrupt:
-        if last is not None:
-            problem.assign(model.head, last.theta)
-        raise
-    if last is None:
-        raise RuntimeError("The solver gave no iterate.")
-    problem.assign(model.head, last.theta)
-    return last
+    return everything.run(x, y, weight, batch_size=batch_size).feature_set()
 
 
 class _Speaker:

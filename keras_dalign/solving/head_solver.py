@@ -1,153 +1,393 @@
-"""A head's convex problem, solved to a certified gap, and what to say about it."""
+"""A head's convex problem, solved to a certified gap, and what to say about it.
+
+In this order: choose the L2 weight, choose the width, minimise, and look at the head as
+it is: with its weights rounded to their dtype, and its outputs computed in it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import scipy.linalg
 
 from keras_dalign.numerics.rank import RankCheck, check_rank
 from keras_dalign.numerics.repeats import Repeats
 from keras_dalign.numerics.subspace import first_equal
-from keras_dalign.solving.descent import choose_method, descend
+from keras_dalign.solving.held_out import HeldOut, hold_out
 from keras_dalign.solving.l2_path import L2Trial, choose_l2
+from keras_dalign.solving.minimum import Iterate, OnIterate, choose_method, minimize
+from keras_dalign.solving.own_loss import OwnLoss
+from keras_dalign.solving.problem import ConvexProblem
+from keras_dalign.solving.width import FIRST_WIDTH, WidthTrial, choose_width
 
 if TYPE_CHECKING:
+    from keras_dalign.head.alignment_head import AlignmentHead
+    from keras_dalign.head.features import FeatureSet
     from keras_dalign.numerics.gram import Array
+    from keras_dalign.numerics.losses import ConvexLoss
+    from keras_dalign.solving.feature_rows import FeatureRows
     from keras_dalign.solving.options import SolveOptions
-    from keras_dalign.solving.problem import ConvexProblem
-    from keras_dalign.solving.walk import Iterate
 
 _MAX_LISTED = 10
 _CHECKED_ROWS = 1024
+_ROWS_SEARCHED = 8192
 
-_METHOD_NAMES = {
-    "lbfgs": "L-BFGS",
-    "newton": "Newton's method",
-    "direct": "the closed form",
+# From so many features on, weights and widths are tried on principal components of
+# them. These hold so much of their squares: what is left over, an L2 term that the
+# trunk's own samples can judge keeps small in any case.
+_MANY_FEATURES = 256
+_COMPONENTS_HOLD = 0.95
+
+# Ridges tried where rounding spoils the solution, each so many times the one before.
+_RIDGES = 12
+_RIDGE_FACTOR = 100.0
+_RIDGE_ITERATIONS = 200
+
+_METHOD_NAMES = {"lbfgs": "L-BFGS", "direct": "the closed form"}
+_ENDS = {
+    "gap": "The gap is small enough",
+    "stalled": "Progress stalled",
+    "max_iterations": "The iterations were used up (max_iterations)",
+    "stopped": "It was stopped",
+    "rounding": "The rounding of the head's weights and outputs keeps the gap up",
 }
 
 
-class HeadSolver:
-    """Options, lower bound and outcome of solving one problem.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Solution:
+    """A head at the minimum of its problem, as it is.
+
+    Attributes:
+        value: What was minimised: the loss of the head's own outputs, with its L2 term.
+        gap: Upper bound on the distance of `value` to its infimum.
+        converged: Whether the gap is what was asked for, but for the rounding of the
+            outputs.
+        last: The last point of the solver, measured in float64.
+        reason: Why it ended; see `Iterate`, or `"rounding"`.
+        message: How it ended, and after a failure, what to change.
+        l2: Weight of the L2 term.
+        path: Every weight tried, for `l2="auto"`.
+        widths: Every width tried, where the width was chosen.
+    """
+
+    value: float
+    gap: float
+    converged: bool
+    last: Iterate
+    reason: str
+    message: str
+    l2: float
+    path: tuple[L2Trial, ...] | None
+    widths: tuple[WidthTrial, ...] | None
+
+
+def first_width(head: AlignmentHead, options: SolveOptions) -> int | None:
+    """The width that a switch gives a head which the solver is to train.
 
     Args:
-        problem: The problem.
+        head: The head, which explores.
+        options: Those of the solver.
+
+    Returns:
+        A small width where the solver chooses it: with an L2 term and random gates,
+        unless the user asked for a width. Otherwise None, for the default.
+    """
+    chosen = options.l2 != 0 and head.gates == "random"
+    if not chosen or head.requested_width is not None:
+        return None
+    return min(FIRST_WIDTH, head.default_width())
+
+
+class HeadSolver:
+    """Solves the problem of one head.
+
+    Args:
+        head: The head, which exploits.
+        features: Features, targets, weights and digests of the inputs. Identical inputs
+            bound the loss from below.
+        loss: The loss.
         options: The options.
-        digests: Of the inputs, `n` of them: identical ones bound the loss from below.
-        validation: Samples for the choice of the L2 weight, if it is `"auto"`.
-        seed: Seed of the samples held out for it otherwise.
+        validation: Samples for the choice of the L2 weight and the width; a fifth of
+            the features by default.
+        set_width: Sets the head's width, as `AlignedModel.set_width`, if the width is
+            to be chosen.
+        say: Takes lines on what was chosen.
 
     Raises:
-        ValueError: If the method does not fit the loss.
+        ValueError: If the method does not fit the loss, or the data do not fit.
     """
 
     def __init__(
         self,
-        problem: ConvexProblem,
+        head: AlignmentHead,
+        features: FeatureSet,
+        loss: ConvexLoss,
         options: SolveOptions,
-        digests: list[bytes],
-        validation: ConvexProblem | None = None,
-        seed: int = 0,
+        *,
+        validation: FeatureSet | None = None,
+        set_width: Callable[[int], None] | None = None,
+        say: Callable[[object], Any] | None = None,
     ) -> None:
-        self.problem = problem
+        self.head = head
         self.options = options
-        self.validation = validation
-        self.seed = seed
+        self.problem = ConvexProblem.from_head(head, features, loss)
+        self.validation = None
+        if validation is not None:
+            self.validation = ConvexProblem.from_head(head, validation, loss)
+        self.set_width = set_width
+        self.say = say
         repeats = Repeats()
-        repeats.add(digests, problem.targets, problem.weights, 0)
-        self.lower_bound = repeats.lower_bound(problem.loss) / problem.normalizer
+        digests = features.digests or []
+        repeats.add(digests, self.problem.targets, self.problem.weights, 0)
+        self.lower_bound = repeats.lower_bound(loss) / self.problem.normalizer
+        self.own_loss = OwnLoss(head, features)
+        self.method, self.why = choose_method(self.problem, options.method)
         self.l2 = 0.0 if isinstance(options.l2, str) else float(options.l2)
-        self.path: tuple[L2Trial, ...] | None = None
-        # Now, as a method that does not fit must not cost a path first.
-        l2 = 1.0 if isinstance(options.l2, str) else self.l2
-        self.method, self.why = choose_method(problem, options.method, l2)
 
-    def iterates(
-        self, start: Array, watch: Callable[[L2Trial], Any] | None = None
-    ) -> Iterator[Iterate]:
-        """The way from a starting point; the last iterate has a `reason`.
+    def solve(
+        self, on_iterate: OnIterate | None = None, rank: RankCheck | None = None
+    ) -> Solution:
+        """Takes the head to the minimum.
+
+        The head ends at the best point found, by its own outputs; never above where it
+        was. Interrupting (Ctrl-C) leaves it at the last iterate, or where it was.
 
         Args:
-            start: Parameters, shape `(size,)`.
-            watch: Called with each L2 weight tried.
+            on_iterate: Called with each iterate of the last minimisation, to which the
+                head is not set yet; True stops.
+            rank: The rank check of the switch, for the message after a failure.
 
         Returns:
-            An iterator, as `descend`.
+            The solution.
         """
-        options = self.options
-        if options.l2 == "auto":
-            choice = choose_l2(
+        start = self.problem.theta_of(self.head)
+        own_start = self._objective(start)[0]
+        path, widths, warm = self._choose(start)
+        start = start if self.problem.size == start.size else np.zeros(self.problem.size)
+        current: Iterate | None = None
+
+        def watch(iterate: Iterate) -> Any:
+            nonlocal current
+            current = iterate
+            return on_iterate(iterate) if on_iterate is not None else None
+
+        try:
+            last = minimize(
                 self.problem,
-                start,
+                warm,
+                method=self.method,
+                tol=self.options.tol,
+                lower_bound=self.lower_bound,
+                l2=self.l2,
+                max_iterations=self.options.max_iterations,
+                on_iterate=watch,
+            )
+        except KeyboardInterrupt:
+            if current is not None:
+                self._assign(current.theta)
+                if self._objective(current.theta)[0] > own_start:
+                    self._assign(start)
+            raise
+        return self._finish(last, start, own_start, path, widths, rank)
+
+    def _finish(
+        self,
+        last: Iterate,
+        start: Array,
+        own_start: float,
+        path: tuple[L2Trial, ...] | None,
+        widths: tuple[WidthTrial, ...] | None,
+        rank: RankCheck | None,
+    ) -> Solution:
+        """Sets the head to the best point by its own outputs, and measures it."""
+        tol, bound = self.options.tol, last.lower_bound
+        self._assign(last.theta)
+        value, rounding = self._objective(last.theta)
+        reason = last.reason or "stopped"
+        if not self.l2 and value - last.value > tol + rounding:
+            value, rounding = self._with_ridge(last, start, value, rounding)
+        if value > own_start:
+            self._assign(start)
+            value = own_start
+        gap = max(value - bound, 0.0)
+        converged = gap <= tol + rounding
+        if reason == "gap" and not converged:
+            reason = "rounding"
+        message = self._message(last, value, gap, reason, rank)
+        return Solution(
+            value, gap, converged, last, reason, message, self.l2, path, widths
+        )
+
+    def _with_ridge(
+        self, last: Iterate, start: Array, value: float, rounding: float
+    ) -> tuple[float, float]:
+        """Bounds the parameters where they are so large that rounding spoils them.
+
+        Adds `ridge / 2 * ||theta - start||^2` with ever larger ridges, and leaves the
+        head at the point that is best by its own outputs.
+
+        Returns:
+            The loss there, and the effect of rounding on it.
+        """
+        change = last.theta - start
+        gain = max(self.problem.loss_of(self.problem.logits(start)) - last.value, 0.0)
+        ridge = 1e-2 * gain / max(float(change @ change), 1e-300)
+        problem = self.problem.centred(start)
+        best, best_theta = (value, rounding), last.theta
+        theta, worse = start, 0
+        for _ in range(_RIDGES):
+            if not ridge > 0 or worse > 2:
+                break
+            theta = minimize(
+                problem,
+                start if self.method == "direct" else theta,
+                method=self.method,
+                tol=max(self.options.tol, 1e-6 * gain),
+                lower_bound=self.lower_bound,
+                l2=ridge,
+                max_iterations=_RIDGE_ITERATIONS,
+            ).theta
+            self._assign(theta)
+            found = self._objective(theta)
+            if found[0] < best[0]:
+                best, best_theta, worse = found, theta, 0
+            elif math.isfinite(best[0]) and best_theta is not last.theta:
+                worse += 1
+            ridge *= _RIDGE_FACTOR
+        self._assign(best_theta)
+        return best
+
+    def _choose(
+        self, start: Array
+    ) -> tuple[tuple[L2Trial, ...] | None, tuple[WidthTrial, ...] | None, Array]:
+        """Chooses L2 weight and width; returns what was tried, and where to start."""
+        options = self.options
+        auto = options.l2 == "auto"
+        if not auto and (self.set_width is None or not self.l2):
+            return None, None, start
+        problem = self.problem
+        mask = basis = None
+        if self.validation is None:
+            mask = hold_out(problem, self.head.seed)
+            if problem.d >= _MANY_FEATURES and not start.any():
+                basis = principal_components(problem.rows, _COMPONENTS_HOLD)
+        path = None
+        first = self._held_out(problem, mask, basis)
+        theta = first.trained.center if basis is not None else start
+        if auto:
+            choice = choose_l2(
+                first,
+                theta,
                 tol=options.tol,
                 max_iterations=options.max_iterations,
-                validation=self.validation,
-                seed=self.seed,
-                watch=watch,
+                on_trial=self.say,
             )
-            self.l2, start, self.path = choice.l2, choice.theta, choice.trials
-        return descend(
-            self.problem,
-            start,
-            method=self.method,
-            tol=options.tol,
-            lower_bound=self.lower_bound,
-            l2=self.l2,
-            max_iterations=options.max_iterations,
-        )
+            self.l2, path, theta = choice.l2, choice.trials, choice.last.theta
+        widths = None
+        if self.set_width is not None:
+            found = choose_width(
+                lambda width: self._held_out(self._at_width(width), mask, basis),
+                theta,
+                first=problem.width,
+                largest=self.head.default_width(),
+                l2=self.l2,
+                tol=options.tol,
+                max_iterations=options.max_iterations,
+                on_trial=self.say,
+            )
+            theta, widths = found.theta, found.trials
+            if found.width != problem.width:
+                self.set_width(found.width)
+                self.problem = problem.with_gates(*self.head.gates_in_use())
+        if basis is not None:
+            theta = self.problem.unrestricted(basis, theta)
+        return path, widths, theta
 
-    def message(self, last: Iterate, rank: RankCheck | None = None) -> str:
-        """How it ended, and if it failed, what probably happened and what to change.
+    def _at_width(self, width: int) -> ConvexProblem:
+        if width == self.problem.width:
+            return self.problem
+        return self.problem.with_gates(*self.head.gates_at_switch(width=width))
 
-        Args:
-            last: The last iterate.
-            rank: A rank check of the head on these samples, if there was one.
+    def _held_out(
+        self, problem: ConvexProblem, mask: np.ndarray | None, basis: Array | None
+    ) -> HeldOut:
+        if mask is None:
+            judges = self.validation
+            if judges is None:
+                raise RuntimeError("There are no samples to judge by.")
+            if judges.width != problem.width:
+                judges = judges.with_gates(problem.gates.r, problem.gates.w)
+            return HeldOut(problem, judges, own=False)
+        if basis is not None:
+            problem = problem.restricted(basis)
+        return HeldOut.part_of(problem, mask)
 
-        Returns:
-            A few sentences.
-        """
+    def _assign(self, theta: Array) -> None:
+        self.problem.assign(self.head, theta)
+
+    def _objective(self, theta: Array) -> tuple[float, float]:
+        """The head's own loss with the L2 term, and the effect of rounding on it."""
+        loss, rounding = self.own_loss.measure(self.problem)
+        if self.l2:
+            change = theta - self.problem.center
+            loss += 0.5 * self.l2 * float(change @ change)
+        return loss, rounding
+
+    def _message(
+        self,
+        last: Iterate,
+        value: float,
+        gap: float,
+        reason: str,
+        rank: RankCheck | None,
+    ) -> str:
+        """How it ended, and if it failed, what probably happened and what to change."""
         with_l2 = f" with its L2 term ({self.l2:.3g})" if self.l2 else ""
-        end = {
-            "gap": "The gap is small enough",
-            "stalled": "Progress stalled",
-            "max_iterations": "The iterations were used up (max_iterations)",
-            None: "It was stopped",
-        }[last.reason]
         head = (
-            f"{end} after {last.iteration} iterations of "
+            f"{_ENDS[reason]} after {last.iteration} iterations of "
             f"{_METHOD_NAMES[self.method]} ({self.why}): the loss{with_l2} is "
-            f"{last.value:.6g}, at most {last.gap:.3g} above its infimum (asked for: "
-            f"{self.options.tol:.3g}; in float64)."
+            f"{value:.6g}, at most {gap:.3g} above its infimum (asked for: "
+            f"{self.options.tol:.3g}), by the model's own outputs in "
+            f"{self.head.compute_dtype}."
         )
-        if last.reason in {"gap", None}:
+        if reason in {"gap", "stopped"}:
             return head
-        return " ".join([head, *self._remedies(last, rank)])
+        return " ".join([head, *self._remedies(last, reason, rank)])
 
-    def _remedies(self, last: Iterate, rank: RankCheck | None) -> list[str]:
+    def _remedies(
+        self, last: Iterate, reason: str, rank: RankCheck | None
+    ) -> list[str]:
+        if reason == "rounding":
+            return [
+                f"In float64 the gap is {last.gap:.3g}. Solve with a small `l2`, which "
+                "bounds the weights, accept a larger `tol`, or make the model in "
+                "float64."
+            ]
         remedies = []
-        if last.reason == "max_iterations":
+        if reason == "max_iterations":
             remedies.append("Raise `max_iterations`, or accept a larger `tol`.")
         if self.l2:
-            remedies.append(
-                "A larger `l2` makes the problem better conditioned, and method="
-                "'newton' needs fewer iterations."
-            )
+            remedies.append("A larger `l2` makes the problem better conditioned.")
             return remedies
         remedies.extend(self._coinciding())
         problem = self.problem
         if rank is None:
+            rows = problem.rows.block(slice(_ROWS_SEARCHED))
             rank = check_rank(
-                problem.features,
-                problem.r[:, 0],
-                problem.w[0],
+                rows,
+                problem.gates.r,
+                problem.gates.w,
                 problem.slope,
+                n_samples=problem.n,
                 max_rows=_CHECKED_ROWS,
             )
         if rank.reason is not None:
             remedies.append(f"The head may be unable to fit the labels. {rank}")
-        if len(remedies) == (last.reason == "max_iterations"):
+        if len(remedies) == (reason == "max_iterations"):
             remedies.append(
                 "No sample was found that the head cannot fit, so the problem is "
                 "probably ill-conditioned: align with a larger `width` or another "
@@ -159,7 +399,7 @@ class HeadSolver:
     def _coinciding(self) -> list[str]:
         """Samples whose features are equal, although their inputs differ."""
         problem = self.problem
-        groups = first_equal(problem.features)
+        groups = first_equal(problem.rows.raw)
         members, index = np.unique(groups, return_inverse=True)
         bounds = problem.loss.lower_bound(
             problem.targets, problem.weights, index, len(members)
@@ -184,3 +424,23 @@ class HeadSolver:
             "feed the head other features (`align(features=...)`)."
         )
         return [text]
+
+
+def principal_components(rows: FeatureRows, hold: float) -> Array:
+    """Directions that hold most of the features' squares, not centred.
+
+    Args:
+        rows: The features, `(n, d)`.
+        hold: The share of the squares to hold, at most 1.
+
+    Returns:
+        Orthonormal columns, as few as it takes, `(d, k)`.
+    """
+    moments = np.zeros((rows.d, rows.d))
+    for part in rows.blocks(8 * rows.d, 2**24):
+        block = rows.block(part, np.float32)
+        moments += block.T @ block
+    values, vectors = scipy.linalg.eigh(moments, driver="evd")
+    left_out = np.cumsum(np.maximum(values, 0.0))
+    basis: Array = vectors[:, left_out > (1.0 - hold) * left_out[-1]]
+    return basis

@@ -1,4 +1,4 @@
-"""What a full-batch solver is told."""
+"""Options of the full-batch solver."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-METHODS = ("auto", "lbfgs", "newton", "direct")
+METHODS = ("auto", "lbfgs", "direct")
 _EPS = float(np.finfo(np.float64).eps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SolveOptions:
-    """What a full-batch solver is told.
+    """Options of the full-batch solver.
 
     Args:
         tol: Positive float: the gap at which it stops.
@@ -55,7 +55,7 @@ class SolveOptions:
             )
 
     @classmethod
-    def of(cls, options: dict[str, Any]) -> SolveOptions:
+    def from_dict(cls, options: dict[str, Any]) -> SolveOptions:
         """The options given as a dict.
 
         Args:

@@ -1,24 +1,24 @@
-"""The convex problem that exploitation solves, on kept features, in NumPy and float64.
+"""The convex problem that exploitation solves, on kept features.
 
-For features `zh` (`n x d`, normalised) the logits of a head that exploits are
+For features `v` (`n x d`, normalised) the logits of a head that exploits are
 
-    F = F0 + Phi theta,   F_ic = F0_ic + sum_k G_ick (zh_i . q_ck) + b_c,
+    F = F0 + Phi theta,   F_ic = F0_ic + sum_k G_ick (v_i . q_ck) + b_c,
 
-with gate values times output weights `G` (`n x C x m`), trained `theta = (q, b)` and
-everything that exploitation does not train in `F0`. The loss is convex in `F`, hence in
-`theta`:
+with gate values times output weights `G`, trained `theta = (q, b)` and everything that
+exploitation does not train in `F0`. The loss is convex in `F`, hence in `theta`:
 
     L(theta) = sum_i w_i loss(F_i, y_i) / N + l2 / 2 * ||theta - center||^2.
 
 Solvers, forecasts, certificates and reports of the head all look at this one object.
-Products with `Phi` and its transpose take `2 n d C m` multiply-adds each and never form
-`Phi` (`n x m d` per class). Memory is that of `G`, `n C m` floats, and of a few rows.
+Large problems are solved with products in float32 on the device; what is certified is
+computed in float64.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,31 +27,56 @@ from keras import ops
 
 from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
 from keras_dalign.head.objective import sample_weights
-from keras_dalign.numerics.gram import Array, gate_activations, gram_matrix
-from keras_dalign.numerics.memory import free_gib
+from keras_dalign.numerics.gram import Array, gram_matrix
+from keras_dalign.solving.feature_rows import FeatureRows
+from keras_dalign.solving.products import (
+    DeviceProducts,
+    Gates,
+    NumpyProducts,
+    Products,
+)
 
 if TYPE_CHECKING:
     from keras_dalign.head.features import FeatureSet
     from keras_dalign.numerics.losses import ConvexLoss
 
-# Rows are worked on in blocks whose products fit into the processor's cache.
-_BLOCK_BYTES = 2**22
-_MIN_BLOCK_ROWS = 64
+# From so many multiply-adds on, a product is worth a call of a compiled function, and
+# float32 halves its time. Smaller problems are solved in float64 throughout.
+_LARGE = 2e7
 
-# From so many on, products in single precision take less time, casts included.
-_MANY_FEATURES = 256
+_EPS = float(np.finfo(np.float64).eps)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The objective at a point.
+
+    Attributes:
+        theta: The point, shape `(size,)`.
+        logits: `(n, C)`.
+        loss: The loss, without the L2 term.
+        value: The loss with the L2 term.
+        gradient: Of the value, shape `(size,)`.
+    """
+
+    theta: Array
+    logits: Array
+    loss: float
+    value: float
+    gradient: Array
 
 
 class ConvexProblem:
-    """Loss, gradient and curvature of a head's exploitation, for all samples at once.
+    """Loss and gradient of a head's exploitation, for all samples at once.
 
     Parameters are one vector `theta`, float64, of length `size = d * C * m + C`: `q` in
     the layout of the head's variable `(d, C, m)`, flattened, then the bias `b`.
 
     Args:
-        features: Normalised features `zh`, shape `(n, d)`, last column 1.
-        gates: Gates `r`, shape `(d, C, m)`.
-        output_weights: Weights `w` of the gated units, shape `(C, m)`.
+        features: Normalised features `v`: an array `(n, d)`, last column 1, or
+            `FeatureRows`.
+        gates: Gates `r`, shape `(d, C, m)`, or `(d, 1, m)` if outputs share them.
+        output_weights: Weights `w` of the gated units, shape `(C, m)` or `(1, m)`.
         slope: Slope of the gates' sigmoid.
         offset: `F0`, the part of the logits that is not trained, shape `(n, C)`.
         targets: From `ConvexLoss.targets`, shape `(n, C)`.
@@ -65,7 +90,7 @@ class ConvexProblem:
 
     def __init__(
         self,
-        features: Array,
+        features: Array | FeatureRows,
         gates: Array,
         output_weights: Array,
         slope: float,
@@ -75,29 +100,24 @@ class ConvexProblem:
         loss: ConvexLoss,
         center: Array | None = None,
     ) -> None:
-        self.features = np.ascontiguousarray(features, dtype=np.float64)
-        self.r = np.asarray(gates, dtype=np.float64)
-        self.w = np.asarray(output_weights, dtype=np.float64)
-        self.slope = float(slope)
+        if not isinstance(features, FeatureRows):
+            features = FeatureRows(np.ascontiguousarray(features, dtype=np.float64))
+        self.rows = features
+        self.gates = Gates(
+            np.asarray(gates, dtype=np.float64),
+            np.asarray(output_weights, dtype=np.float64),
+            float(slope),
+        )
         self.offset = np.asarray(offset, dtype=np.float64)
         self.targets = targets
         self.loss = loss
-        self.n, self.d = self.features.shape
-        _, self.units, self.width = self.r.shape
-        self.size = self.d * self.units * self.width + self.units
+        self.units = self.offset.shape[1]
         self.weights = _checked_weights(weights, self.n)
         self.normalizer = loss.normalizer(self.n, float(self.weights.sum()))
         self.center = np.zeros(self.size) if center is None else center
-        self._gates = np.empty((self.n, self.units * self.width))
-        for rows in self._blocks():
-            for c in range(self.units):
-                columns = slice(c * self.width, (c + 1) * self.width)
-                self._gates[rows, columns] = self.w[c] * gate_activations(
-                    self.features[rows], self.r[:, c], self.slope
-                )
 
     @classmethod
-    def of_head(
+    def from_head(
         cls, head: AlignmentHead, features: FeatureSet, loss: ConvexLoss
     ) -> ConvexProblem:
         """The problem of a head that exploits, on features that were kept.
@@ -111,11 +131,11 @@ class ConvexProblem:
             loss: The loss.
 
         Returns:
-            The problem.
+            The problem; the features are not copied.
 
         Raises:
-            ValueError: If the head still explores, if the targets or the weights are
-                missing or do not fit, or if the gates do not fit into memory.
+            ValueError: If the head still explores, or if the targets or the weights are
+                missing or do not fit.
         """
         if head.phase != EXPLOITING:
             raise ValueError(
@@ -128,69 +148,86 @@ class ConvexProblem:
                 "Targets are needed: pass `y`, or a stream of (x, y) batches. "
                 "Received: y=None"
             )
-        _check_memory(len(features.y), head.units, head.width)
         z = features.z
         linear, gated = z if isinstance(z, (list, tuple)) else (z, z)
-        r, w = (_float64(variable) for variable in (head.r, head.w))
-        offset = np.zeros((len(gated), head.units))
-        if head.dense is not None:
-            offset += np.asarray(linear, dtype=np.float64) @ _float64(head.dense.kernel)
-            if head.dense.bias is not None:
-                offset += _float64(head.dense.bias)
+        r, w = head.gates_in_use()
         origin = np.zeros(head.units)
-        center = r.ravel() if head.gates == "learned" else np.zeros(r.size)
+        learned = head.gates == "learned"
+        q = r.ravel() if learned else np.zeros(head.dim * head.units * w.shape[1])
         weights = features.sample_weight
         return cls(
-            head.normalize_exactly(gated),
+            FeatureRows.from_head(head, gated),
             r,
             w,
             head.slope,
-            offset,
+            head.linear_part(linear),
             loss.targets(np.asarray(features.y), head.units),
             None if weights is None else np.asarray(weights),
             loss,
-            np.concatenate([center, origin]),
+            np.concatenate([q, origin]),
         )
 
     @property
-    def memory(self) -> int:
-        """Bytes held: the gates and the features."""
-        return self._gates.nbytes + self.features.nbytes + self.offset.nbytes
+    def n(self) -> int:
+        """Number of samples."""
+        return self.rows.n
 
     @property
-    def rough_dtype(self) -> np.dtype[Any]:
-        """In what products are computed that need not be exact.
+    def d(self) -> int:
+        """Number of features, the constant included."""
+        return self.rows.d
 
-        Single precision where it takes less time: features and gates are cast block by
-        block, which only many features make up for.
+    @property
+    def width(self) -> int:
+        """Number of gated units per output, `m`."""
+        return self.gates.width
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return self.d * self.units * self.width + self.units
+
+    @property
+    def features(self) -> Array:
+        """Normalised features in float64, shape `(n, d)`: computed at each access."""
+        return self.rows.dense()
+
+    @property
+    def slope(self) -> float:
+        """Slope of the gates' sigmoid."""
+        return self.gates.slope
+
+    @functools.cached_property
+    def exact(self) -> Products:
+        """Products in float64."""
+        return NumpyProducts(self.rows, self.gates, self.units)
+
+    @functools.cached_property
+    def fast(self) -> Products:
+        """Products for the way down: in float32 on the device if the problem is large.
+
+        Small problems have those in float64.
         """
-        return np.dtype("float32" if self.d >= _MANY_FEATURES else "float64")
+        if self.n * (self.size - self.units) < _LARGE:
+            return self.exact
+        return DeviceProducts(self.rows, self.gates, self.units)
 
-    def product(self, theta: Array, dtype: npt.DTypeLike = np.float64) -> Array:
-        """`Phi theta`, shape `(n, C)`, float64, computed in a dtype."""
-        out = np.empty((self.n, self.units))
-        theta = theta.astype(dtype, copy=False)
-        for rows in self._blocks():
-            out[rows] = self._block_product(rows, theta)
-        return out
+    def product(self, theta: Array) -> Array:
+        """`Phi theta` in float64, shape `(n, C)`."""
+        return self.exact.product(theta)
 
-    def transposed_product(
-        self, cotangents: Array, dtype: npt.DTypeLike = np.float64
-    ) -> Array:
-        """`Phi^T u` for `u` of shape `(n, C)`; `(size,)`, float64, from a dtype."""
-        q = np.zeros((self.d, self.units * self.width), dtype)
-        cast = cotangents.astype(dtype, copy=False)
-        for rows in self._blocks():
-            self._add_block_transposed(rows, cast[rows], q)
-        return np.concatenate([q.ravel(), cotangents.sum(axis=0)])
+    def transposed_product(self, cotangents: Array) -> Array:
+        """`Phi^T u` for `u` of shape `(n, C)`, in float64; shape `(size,)`."""
+        return self.exact.transposed_product(cotangents)
 
     def logits(self, theta: Array) -> Array:
-        """`F0 + Phi theta`, shape `(n, C)`."""
+        """`F0 + Phi theta` in float64, shape `(n, C)`."""
         return self.offset + self.product(theta)
 
     def loss_of(self, logits: Array) -> float:
         """The loss of given logits `(n, C)`, without the L2 term."""
-        return self._mean(self.loss.value(logits, self.targets))
+        total = float(self.weights @ self.loss.value(logits, self.targets))
+        return total / self.normalizer
 
     def loss_gradient(self, logits: Array) -> Array:
         """Gradient of the loss in the logits, shape `(n, C)`."""
@@ -198,110 +235,152 @@ class ConvexProblem:
         gradient: Array = weights * self.loss.gradient(logits, self.targets)
         return gradient
 
-    def loss_curvature(self, logits: Array, directions: Array) -> Array:
-        """The loss's Hessian in the logits, times a direction of shape `(n, C)`.
-
-        Args:
-            logits: Where, shape `(n, C)`.
-            directions: Shape `(n, C)`.
-
-        Returns:
-            Shape `(n, C)`.
-        """
-        weights = self.weights[:, None] / self.normalizer
-        product: Array = weights * self.loss.curvature(logits, self.targets, directions)
-        return product
-
-    def value_and_gradient(self, theta: Array, l2: float = 0.0) -> tuple[float, Array]:
-        """The loss with its L2 term, and the gradient in `theta`, in one pass.
+    def evaluate(
+        self, theta: Array, l2: float = 0.0, products: Products | None = None
+    ) -> Evaluation:
+        """Logits, loss, value and gradient at a point, in one pass over the features.
 
         Args:
             theta: Shape `(size,)`.
             l2: Weight of the L2 term, at least 0.
+            products: `exact` (the default) or `fast`.
 
         Returns:
-            The value and the gradient `(size,)`.
+            The evaluation. Sums over samples are in float64.
         """
-        value = 0.0
-        q = np.zeros((self.d, self.units * self.width))
-        b = np.zeros(self.units)
-        for rows in self._blocks():
-            logits = self.offset[rows] + self._block_product(rows, theta)
+        logits = np.empty((self.n, self.units))
+        loss = 0.0
+
+        def cotangents(rows: slice, product: Array) -> Array:
+            nonlocal loss
+            np.add(self.offset[rows], product, out=logits[rows])
             targets, weights = self.targets[rows], self.weights[rows]
-            value += float(weights @ self.loss.value(logits, targets))
-            cotangents = weights[:, None] * self.loss.gradient(logits, targets)
-            b += cotangents.sum(axis=0)
-            self._add_block_transposed(rows, cotangents, q)
-        gradient = np.concatenate([q.ravel(), b]) / self.normalizer
-        value /= self.normalizer
+            values, slopes = self.loss.value_and_gradient(logits[rows], targets)
+            loss += float(weights @ values)
+            slopes *= (weights / self.normalizer)[:, None]
+            return slopes
+
+        gradient = (products or self.exact).sweep(theta, cotangents)
+        loss /= self.normalizer
+        value = loss
         if l2:
             change = theta - self.center
             value += 0.5 * l2 * float(change @ change)
             gradient += l2 * change
-        return value, gradient
+        return Evaluation(theta, logits, loss, value, gradient)
 
-    def hessian_product(self, logits: Array, vector: Array, l2: float = 0.0) -> Array:
-        """The Hessian at given logits, times a vector.
+    def value_and_gradient(self, theta: Array, l2: float = 0.0) -> tuple[float, Array]:
+        """The loss with its L2 term, and its gradient `(size,)`, in float64."""
+        found = self.evaluate(theta, l2)
+        return found.value, found.gradient
+
+    def gradient_rounding(self, at: Evaluation, l2: float = 0.0) -> float:
+        """Bound on the norm of what rounding adds to a gradient computed in float64.
+
+        To first order in the unit roundoff `eps`, by the standard bounds on inner
+        products and Cauchy-Schwarz, with `||phi_i||^2 <= ||v_i||^2 sum_k G_ik^2 + 1`:
+        a logit is off by `(d + m + 8) eps (|F0| + ||phi_i|| ||theta||)`; its cotangent
+        by the curvature of the loss times that, and by 16 eps of itself; and the sum
+        over samples by `(n + d + m) eps` of the sum of sizes.
 
         Args:
-            logits: Where, shape `(n, C)`: `logits(theta)`.
-            vector: Shape `(size,)`.
+            at: The evaluation.
             l2: Weight of the L2 term.
 
         Returns:
-            Shape `(size,)`. The logits being linear in `theta`, the Gauss-Newton matrix
-            and the Hessian are one and the same.
+            The bound.
         """
-        q = np.zeros((self.d, self.units * self.width))
-        b = np.zeros(self.units)
-        for rows in self._blocks():
-            cotangents = self.weights[rows, None] * self.loss.curvature(
-                logits[rows], self.targets[rows], self._block_product(rows, vector)
-            )
-            b += cotangents.sum(axis=0)
-            self._add_block_transposed(rows, cotangents, q)
-        product: Array = np.concatenate([q.ravel(), b]) / self.normalizer
-        return product + l2 * vector if l2 else product
+        shares = self.weights / self.normalizer
+        # Normalised rows have length sqrt(d); others are measured.
+        if self.rows.normalisation is None:
+            squares = np.einsum("ij,ij->i", self.features, self.features)
+        else:
+            squares = np.full(self.n, float(self.d))
+        squares = squares * float((self.gates.w**2).sum(axis=1).max()) + 1.0
+        lengths = np.sqrt(squares)
+        inner = (self.d + self.width + 8) * _EPS
+        size = float(np.linalg.norm(at.theta))
+        logits = inner * (
+            np.linalg.norm(self.offset, axis=1) + lengths * size * np.sqrt(2.0)
+        )
+        cotangents = np.linalg.norm(
+            shares[:, None] * self.loss.gradient(at.logits, self.targets), axis=1
+        )
+        # Targets and logits that cancel were rounded at their own size.
+        sizes = np.linalg.norm(at.logits, axis=1) + np.linalg.norm(self.targets, axis=1)
+        curvature = shares * self.loss.max_curvature(self.units)
+        wrong = curvature * (logits + 4 * _EPS * sizes) + 16 * _EPS * cotangents
+        summed = (self.n + self.d + self.width) * _EPS * cotangents
+        bound = float(lengths @ (wrong + summed))
+        if l2:
+            change = at.theta - self.center
+            bound += 4 * _EPS * l2 * (size + float(np.linalg.norm(change)))
+        return bound
 
     def gram(self, output: int) -> Array:
         """`K_c + 1`: the Gram matrix of one output, bias included, `(n, n)`."""
-        r, w = self.r[:, output], self.w[output]
+        r, w = self.gates.of_output(output)
         return gram_matrix(self.features, r, w, self.slope) + 1.0
 
     def subset(self, rows: npt.NDArray[np.intp]) -> ConvexProblem:
-        """The same problem on some of the samples."""
+        """The same problem on some of the samples; copies their features."""
+        other = self._with_rows(self.rows.take(rows))
+        for name in ("offset", "targets", "weights"):
+            setattr(other, name, getattr(self, name)[rows])
+        if self.gates.kept is not None:
+            kept = self.gates.kept[rows]
+            other.gates = dataclasses.replace(self.gates, kept=kept)
+        total = float(other.weights.sum())
+        other.normalizer = self.loss.normalizer(other.n, total)
+        return other
+
+    def single_output(self, output: int) -> ConvexProblem:
+        """The gated features of one output: its products and Gram matrix.
+
+        Its offset and targets are 0.
+        """
+        r, w = self.gates.of_output(output)
+        zeros = np.zeros((self.n, 1))
         return ConvexProblem(
-            self.features[rows],
-            self.r,
-            self.w,
-            self.slope,
-            self.offset[rows],
-            self.targets[rows],
-            self.weights[rows],
-            self.loss,
-            self.center,
+            self.rows, r[:, None], w[None], self.slope, zeros, zeros, None, self.loss
         )
+
+    def with_gates(self, r: Array, w: Array) -> ConvexProblem:
+        """The same samples with other gates; the L2 term is centred at the origin.
+
+        Args:
+            r: Shape `(d, C, m)` or `(d, 1, m)`.
+            w: Shape `(C, m)` or `(1, m)`.
+
+        Returns:
+            The problem; features are shared.
+        """
+        other = self._with_rows(self.rows)
+        other.gates = Gates(r, w, self.slope)
+        other.center = np.zeros(other.size)
+        return other
 
     def restricted(self, basis: Array) -> ConvexProblem:
         """The problem of changes from the center that lie in a subspace.
 
-        Gates stay what they are, and are shared; what they gate are the features'
-        coordinates in the subspace. Good for products and the loss; there are no gates
-        `r` in those coordinates.
+        Gates stay what they are; what they gate are the features' coordinates in the
+        subspace. There are no gates `r` in those coordinates.
 
         Args:
             basis: Orthonormal columns, shape `(d, k)`.
 
         Returns:
-            The problem, of `k` features, centred at the origin.
+            The problem, of `k` features in float32, centred at the origin.
         """
-        other = copy.copy(self)
-        other.offset = self.logits(self.center)
-        other.features = self.features @ basis
-        other.d = basis.shape[1]
-        other.size = other.d * self.units * self.width + self.units
+        coordinates = np.empty((self.n, basis.shape[1]), "float32")
+        for part in self.rows.blocks(8 * self.d, 2**24):
+            coordinates[part] = self.rows.block(part, np.float32) @ basis.astype("f4")
+        other = self._with_rows(FeatureRows(coordinates))
+        kept = self.gates.all_values(self.rows, np.float32)
+        other.gates = dataclasses.replace(self.gates, kept=kept)
+        if self.center.any():
+            other.offset = self.logits(self.center)
         other.center = np.zeros(other.size)
-        del other.r, other.w
         return other
 
     def unrestricted(self, basis: Array, theta: Array) -> Array:
@@ -325,6 +404,12 @@ class ConvexProblem:
         other.normalizer = self.loss.normalizer(counted, float(other.weights.sum()))
         return other
 
+    def centred(self, center: Array) -> ConvexProblem:
+        """The same problem with the L2 term's zero elsewhere, shape `(size,)`."""
+        other = copy.copy(self)
+        other.center = center
+        return other
+
     def theta_of(self, head: AlignmentHead) -> Array:
         """A head's current `q` and `b` as one vector `(size,)`."""
         return np.concatenate([_float64(head.q).ravel(), _float64(head.bias)])
@@ -335,41 +420,12 @@ class ConvexProblem:
         head.q.assign(q)
         head.bias.assign(theta[-self.units :])
 
-    def _mean(self, values: Array) -> float:
-        return float(self.weights @ values) / self.normalizer
-
-    def _blocks(self) -> Iterator[slice]:
-        wanted = _BLOCK_BYTES // (8 * self.units * self.width)
-        step = max(wanted, _MIN_BLOCK_ROWS)
-        return (slice(start, start + step) for start in range(0, self.n, step))
-
-    def _block_product(self, rows: slice, theta: Array) -> Array:
-        q = theta[: -self.units].reshape(self.d, self.units * self.width)
-        shape = (-1, self.units, self.width)
-        features = self.features[rows].astype(q.dtype, copy=False)
-        projections = (features @ q).reshape(shape)
-        gates = self._gates[rows].astype(q.dtype, copy=False).reshape(shape)
-        summed: Array = np.einsum("icm,icm->ic", gates, projections)
-        return summed + theta[-self.units :]
-
-    def _add_block_transposed(self, rows: slice, cotangents: Array, q: Array) -> None:
-        gates = self._gates[rows].astype(q.dtype, copy=False)
-        gates = gates.reshape(-1, self.units, self.width)
-        weighted = (gates * cotangents[:, :, None]).reshape(len(gates), -1)
-        q += self.features[rows].astype(q.dtype, copy=False).T @ weighted
-
-
-def _check_memory(n: int, units: int, width: int) -> None:
-    needed = 8 * n * units * width / 2**30
-    free = free_gib()
-    if free is not None and needed > free:
-        raise ValueError(
-            f"The gates of all samples would take {needed:.3g} GiB, of {free:.3g} GiB "
-            f"that are free: n * C * m = {n} * {units} * {width} floats. Take fewer "
-            "samples, or feed the head more features (`align(features=...)`), which "
-            "need a smaller width; or exploit in batches, with a Keras optimizer for "
-            "`exploit_optimizer`."
-        )
+    def _with_rows(self, rows: FeatureRows) -> ConvexProblem:
+        other = copy.copy(self)
+        other.rows = rows
+        for name in ("exact", "fast"):
+            other.__dict__.pop(name, None)
+        return other
 
 
 def _checked_weights(weights: Array | None, n: int) -> Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -74,19 +76,52 @@ class AlignedModel(keras.Model):
         """`"exploring"` or `"exploiting"`."""
         return self.head.phase
 
-    def start_exploiting(self, noise: float = 1e-3) -> None:
+    def start_exploiting(self, noise: float = 1e-3, width: int | None = None) -> None:
         """Sets the head's gates and freezes the trunk, without looking at data.
 
         `fit` does this, after re-estimating batch-norm statistics and the head's
-        standardisation. See `AlignmentHead.start_exploiting`.
+        standardisation. Arguments as `AlignmentHead.start_exploiting`.
         """
-        self.head.start_exploiting(noise)
+        with self._variable_scope():
+            self.head.start_exploiting(noise, width)
         self._follow_phase()
+
+    def set_width(self, width: int) -> None:
+        """Draws other random gates; see `AlignmentHead.set_width`."""
+        with self._variable_scope():
+            self.head.set_width(width)
+        self._follow_phase()
+
+    def _variable_scope(self) -> Any:
+        """Where new variables belong: on TensorFlow, to the model's strategy."""
+        strategy = getattr(self, "distribute_strategy", None)
+        return contextlib.nullcontext() if strategy is None else strategy.scope()
+
+    def snapshot(self) -> Callable[[], None]:
+        """Records weights, phase and switch report; call the result to restore them."""
+        units = {id(variable) for variable in self.head.units_variables}
+        variables = [v for v in self.variables if id(v) not in units]
+        values = [keras.ops.convert_to_numpy(v).copy() for v in variables]
+        store: dict[str, Any] = {}
+        self.head.save_own_variables(store)
+        report = self.switch_report
+
+        def restore() -> None:
+            for variable, value in zip(variables, values, strict=True):
+                variable.assign(value)
+            with self._variable_scope():
+                self.head.load_own_variables(store)
+            self.switch_report = report
+            self._follow_phase()
+
+        return restore
 
     def _follow_phase(self) -> None:
         """Forgets functions that were compiled in the other phase."""
         optimizer = getattr(self, "optimizer", None)
         if isinstance(optimizer, DAlign):
+            with self._variable_scope():
+                optimizer.build_exploitation(self.head.exploited_variables)
             optimizer.enter(self.phase)
         if self._compiled_phase != self.phase:
             self._compiled_phase = self.phase
@@ -110,10 +145,8 @@ class AlignedModel(keras.Model):
         if isinstance(optimizer, DAlign):
             if auto_scale_loss and self.dtype_policy.name == "mixed_float16":
                 optimizer.scale_losses()
-            optimizer.build_phases(
-                exploring=self._explored_variables(),
-                exploiting=self.head.exploited_variables,
-            )
+            optimizer.build_exploration(self._explored_variables())
+            optimizer.before_loading = self._follow_phase
             auto_scale_loss = False
         super().compile(
             optimizer=optimizer,
@@ -269,10 +302,10 @@ class AlignedModel(keras.Model):
     def non_trainable_variables(self) -> list[keras.Variable]:
         """All other variables that the current phase computes with.
 
-        What sleeps is among the `weights`, but no state of a step: JAX would hand it
-        around for nothing.
+        Inactive variables are among the `weights`, but no state of a step: JAX would
+        hand them around for nothing.
         """
-        others = self.trainable_variables + self.head.sleeping_variables
+        others = self.trainable_variables + self.head.inactive_variables
         left_out = {id(v) for v in others}
         return [v for v in self.variables if id(v) not in left_out]
 
@@ -301,23 +334,24 @@ class AlignedModel(keras.Model):
                 it was.
         """
         optimizer = getattr(self, "optimizer", None)
-        state = list(self.variables)
         if isinstance(optimizer, DAlign):
-            state += optimizer.all_variables
-        elif optimizer:
-            state += optimizer.variables
+            state = optimizer.all_variables
+        else:
+            state = list(optimizer.variables) if optimizer else []
         before = [keras.ops.convert_to_numpy(variable) for variable in state]
+        restore = self.snapshot()
         try:
-            super().load_weights(filepath, *args, **kwargs)
+            with self._variable_scope():
+                super().load_weights(filepath, *args, **kwargs)
         except ValueError as error:
+            restore()
             for variable, value in zip(state, before, strict=True):
                 variable.assign(value)
-            self.head.sync_phase()
             raise ValueError(
                 "The weights do not fit this model, which was left as it was. "
-                f"Received: '{filepath}' for a head of {self.head.units} outputs and "
-                f"width {self.head.width} with {self.head.gates} gates. Align it "
-                f"as it was when the weights were saved. Keras said: {error}"
+                f"Received: '{filepath}' for a head of {self.head.units} outputs "
+                f"on {self.head.dim - 1} features with {self.head.gates} gates. Align "
+                f"it as it was when the weights were saved. Keras said: {error}"
             ) from error
         finally:
             self._follow_phase()

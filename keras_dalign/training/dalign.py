@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -135,6 +136,9 @@ class DAlign(keras.optimizers.Optimizer):
                 "second optimizer, or None for a fresh copy."
             )
         self._phase = EXPLORING
+        # Called before the optimizers' state is loaded: the loaded head may have
+        # units that the optimizer of exploitation was not built for.
+        self.before_loading: Callable[[], None] | None = None
 
     def active_optimizer(self) -> keras.optimizers.Optimizer:
         """Returns the optimizer of the current phase."""
@@ -191,28 +195,39 @@ class DAlign(keras.optimizers.Optimizer):
             self.inner_optimizer = _loss_scaled(self.inner_optimizer)
             self.exploit_optimizer = _loss_scaled(self.exploit_optimizer)
 
-    def build_phases(
-        self,
-        exploring: list[keras.Variable],
-        exploiting: list[keras.Variable],
-    ) -> None:
-        """Builds each phase's optimizer on the variables that it trains.
+    def build_exploration(self, variables: list[keras.Variable]) -> None:
+        """Builds the optimizer of exploration on the variables that it trains.
 
         Raises:
-            ValueError: If they were built on other variables already.
+            ValueError: If it was built on other variables already.
         """
         if self.built:
             known = _unwrapped(self.inner_optimizer)._trainable_variables
-            if [id(v) for v in known] != [id(v) for v in exploring]:
+            if [id(v) for v in known] != [id(v) for v in variables]:
                 raise ValueError(
                     "DAlign was built for another model already. Received: a model "
-                    f"with {len(exploring)} trainable variables that are not those it "
+                    f"with {len(variables)} trainable variables that are not those it "
                     "knows. Pass a fresh DAlign to `compile`."
                 )
             return
-        self.inner_optimizer.build(exploring)
-        self.exploit_optimizer.build(exploiting)
+        self.inner_optimizer.build(variables)
         self.built: bool = True
+
+    def build_exploitation(self, variables: list[keras.Variable]) -> None:
+        """Builds the optimizer of exploitation on the units that there are.
+
+        Units are made anew when the width changes; the optimizer then begins anew, too.
+        """
+        if not variables:
+            return
+        optimizer = _unwrapped(self.exploit_optimizer)
+        if self.exploit_optimizer.built:
+            known = optimizer._trainable_variables
+            if [id(v) for v in known] == [id(v) for v in variables]:
+                return
+            config = keras.saving.serialize_keras_object(self.exploit_optimizer)
+            self.exploit_optimizer = keras.saving.deserialize_keras_object(config)
+        self.exploit_optimizer.build(variables)
 
     def build(self, variables: list[keras.Variable]) -> None:
         """Refuses models without an alignment head; others were built by `compile`.
@@ -334,6 +349,8 @@ class DAlign(keras.optimizers.Optimizer):
 
     def load_own_variables(self, store: Any) -> None:
         """Loads own variables; Keras loads those of both optimizers by itself."""
+        if self.before_loading is not None:
+            self.before_loading()
         for index, variable in enumerate(self._variables):
             variable.assign(store[str(index)])
 
@@ -381,10 +398,13 @@ class NoSteps(keras.optimizers.Optimizer):
     Args:
         learning_rate: Float, of no effect.
         name: Name of the optimizer.
+        **kwargs: What else Keras's optimizers take, of no effect.
     """
 
-    def __init__(self, learning_rate: float = 0.0, name: str | None = None) -> None:
-        super().__init__(learning_rate=learning_rate, name=name)
+    def __init__(
+        self, learning_rate: float = 0.0, name: str | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(learning_rate=learning_rate, name=name, **kwargs)
 
     def update_step(self, *_: Any) -> None:
         """Refuses the step.
@@ -472,7 +492,7 @@ def _checked_solve_options(
             f"`solve_options` must be a dict. Received: solve_options={options!r}"
         )
     options = dict(options or {})
-    SolveOptions.of(options)
+    SolveOptions.from_dict(options)
     return options
 
 

@@ -41,6 +41,7 @@ def align(
     features: str | keras.layers.Layer | None = AUTO,
     width: int | None = None,
     slope: float = 20.0,
+    share_gates: bool = True,
     seed: int | None = None,
     copy: bool = False,
 ) -> AlignedModel:
@@ -63,9 +64,9 @@ def align(
             it, averaged over a coarse grid only, see `feature_map.pooled_less`;
             else, and with None, the output layer's input. Or a layer of the model, or
             its name, whose output is taken (and flattened).
-        width: Gated units per output. Defaults to `ceil(2 * n_samples / (p + 1))`
-            for `p` features.
+        width: Gated units per output, see `AlignmentHead`.
         slope: Positive float, see `AlignmentHead`.
+        share_gates: Whether outputs share random gates, see `AlignmentHead`.
         seed: Int, see `AlignmentHead`.
         copy: Whether to work on a copy of the model's weights. By default they are
             shared: exploration trains the given model, exploitation leaves it.
@@ -123,6 +124,7 @@ def align(
         n_samples=n_samples,
         gates=gates,
         slope=slope,
+        share_gates=share_gates,
         seed=seed,
         dense=dense if gates == "random" else None,
         activity_regularizer=dense.activity_regularizer,
@@ -281,13 +283,14 @@ def _check_n_samples(n_samples: Any) -> None:
 
 
 def _width_warnings(head: AlignmentHead, n_samples: int) -> list[str]:
-    d = head.q.shape[0]
-    if head.width * d >= n_samples:
+    d, width = head.dim, head.requested_width
+    if width is None or width * d >= n_samples:
         return []
     message = (
-        f"The head is too narrow to fit {n_samples} samples: width * d = "
-        f"{head.width} * {d} = {head.width * d}. Received: width={head.width}. A "
-        f"width of {default_width(n_samples, d)} would do."
+        f"The head is too narrow to fit any labels of {n_samples} samples: width * d = "
+        f"{width} * {d} = {width * d}. Received: width={width}. A width of "
+        f"{default_width(n_samples, d, head.slope)} would do. With an L2 term it does "
+        "not matter."
     )
     return [message]
 

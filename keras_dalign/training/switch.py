@@ -13,6 +13,7 @@ from keras_dalign.head.features import FeaturePass, FeatureSet
 from keras_dalign.numerics.rank import RankCheck, check_rank
 
 if TYPE_CHECKING:
+    from keras_dalign.head.alignment_head import AlignmentHead
     from keras_dalign.training.aligned_model import AlignedModel
 
 logger = logging.getLogger("keras_dalign")
@@ -21,6 +22,8 @@ logger = logging.getLogger("keras_dalign")
 # looks at a sample beyond.
 _COMPLETE_ROWS = 2048
 _SAMPLED_ROWS = 1024
+# Of many outputs with gates of their own, each is checked on fewer samples.
+_LEAST_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -31,19 +34,21 @@ class SwitchReport:
         n_samples: Samples seen.
         n_batch_norms: Batch-normalisation layers whose statistics were
             re-estimated (the head's standardisation not counted).
-        rank: The rank check.
+        rank: The rank check; None where the solver chooses the width for an L2 term,
+            which needs no rank.
         seconds: Wall time of the switch.
     """
 
     n_samples: int
     n_batch_norms: int
-    rank: RankCheck
+    rank: RankCheck | None
     seconds: float
 
     def __str__(self) -> str:
+        rank = self.rank or "the L2 term makes the optimum unique at any rank"
         return (
             f"switch: {self.n_batch_norms} batch normalisations re-estimated over "
-            f"{self.n_samples} samples; {self.rank} ({self.seconds:.1f} s)"
+            f"{self.n_samples} samples; {rank} ({self.seconds:.1f} s)"
         )
 
 
@@ -56,6 +61,7 @@ def switch(
     batch_size: int = 256,
     steps: int | None = None,
     noise: float = 1e-3,
+    width: int | None = None,
     keep_features: bool = False,
     digest: bool = False,
     fresh_statistics: bool = True,
@@ -75,6 +81,8 @@ def switch(
         batch_size: Int, samples per batch for arrays.
         steps: Int, batches per pass over an endless stream.
         noise: Float, see `AlignmentHead.start_exploiting`.
+        width: Number of random gates to begin with, where the solver chooses it for an
+            L2 term; the rank is then not checked. None for the default.
         keep_features: Whether to return the features.
         digest: Whether to return digests of the inputs with them.
         fresh_statistics: Whether to re-estimate the trunk's batch-norm statistics.
@@ -86,7 +94,8 @@ def switch(
         ValueError: If features are non-finite, or constant over the data.
     """
     begin = time.perf_counter()
-    before = model.trunk.get_weights()
+    restore = model.snapshot()
+    head = model.head
     try:
         n_batch_norms = 0
         if fresh_statistics:
@@ -96,29 +105,36 @@ def switch(
         features = FeaturePass(model, keep=keep_features, digest=digest)
         features.run(x, y, sample_weight, batch_size=batch_size, steps=steps)
         mean, variance = features.moments()
-    except Exception:
-        model.trunk.set_weights(before)
+        head.standardize.moving_mean.assign(mean)
+        head.standardize.moving_variance.assign(variance)
+        model.start_exploiting(noise, width)
+        rank = None if width is not None else _rank(head, features)
+    except BaseException:
+        restore()
         raise
-    head = model.head
-    head.standardize.moving_mean.assign(mean)
-    head.standardize.moving_variance.assign(variance)
-    model.start_exploiting(noise)
-    rows = features.rows()
-    rank = check_rank(
-        head.normalize_exactly(rows),
-        *head.gates_of(0),
-        head.slope,
-        n_samples=features.n,
-        max_rows=_COMPLETE_ROWS if features.n <= _COMPLETE_ROWS else _SAMPLED_ROWS,
-        seed=head.seed,
-        u=rows,
-        positions=features.positions(),
-    )
     seconds = time.perf_counter() - begin
     report = SwitchReport(features.n, n_batch_norms, rank, seconds)
     model.switch_report = report
     logger.info("%s", report)
     # Repeated inputs alone cost rank, too, but no width could change that.
-    if rank.reason is not None:
+    if rank is not None and rank.reason is not None:
         warnings.warn(f"The rank check at the switch failed: {rank}", stacklevel=2)
     return report, features.feature_set() if keep_features else None
+
+
+def _rank(head: AlignmentHead, features: FeaturePass) -> RankCheck:
+    """Checks the rank of the head's gates on the samples, or on some of them."""
+    rows = features.rows()
+    r, w = head.gates_in_use()
+    most = _COMPLETE_ROWS if features.n <= _COMPLETE_ROWS else _SAMPLED_ROWS
+    return check_rank(
+        head.normalize_exactly(rows),
+        r,
+        w,
+        head.slope,
+        n_samples=features.n,
+        max_rows=max(round(most / len(w) ** (1 / 3)), _LEAST_ROWS),
+        seed=head.seed,
+        u=rows,
+        positions=features.positions(),
+    )

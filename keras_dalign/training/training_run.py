@@ -22,13 +22,12 @@ from keras_dalign.head import data
 from keras_dalign.head.alignment_head import EXPLOITING, PHASES
 from keras_dalign.head.features import FeaturePass, FeatureSet, as_inputs, plan_cache
 from keras_dalign.numerics.losses import convex_loss
-from keras_dalign.solving.head_solver import HeadSolver
+from keras_dalign.solving.head_solver import HeadSolver, first_width
 from keras_dalign.solving.options import SolveOptions
-from keras_dalign.solving.problem import ConvexProblem
 from keras_dalign.training.switch import switch
 
 if TYPE_CHECKING:
-    from keras_dalign.solving.walk import Iterate
+    from keras_dalign.solving.minimum import Iterate
     from keras_dalign.training.aligned_model import AlignedModel
 
 logger = logging.getLogger("keras_dalign")
@@ -131,7 +130,9 @@ class TrainingRun:
         )
         return bool(self.model.stop_training)
 
-    def _features(self, wanted: bool | str, digest: bool) -> FeatureSet | None:
+    def _features(
+        self, wanted: bool | str, digest: bool, width: int | None = None
+    ) -> FeatureSet | None:
         """The features, if they are to be kept; switches first if that is to come."""
         model = self.model
         plan = plan_cache(model.head, self.n_samples, wanted, self.is_array)
@@ -149,6 +150,7 @@ class TrainingRun:
                 self.y,
                 self.sample_weight,
                 noise=model.optimizer.noise,
+                width=width,
                 keep_features=plan.keep,
                 digest=digest,
                 **passes,
@@ -188,41 +190,54 @@ class TrainingRun:
         )
 
     def _solve(self, epoch: int) -> None:
-        """Exploits with the solver; each of its iterations is an epoch."""
+        """Exploits with the solver; each of its iterations is an epoch.
+
+        The last epoch is that of the model as it is left, measured by its own outputs.
+        """
         model = self.model
-        features = self._features(wanted=True, digest=True)
+        options = SolveOptions.from_dict(model.optimizer.solve_options)
+        free = first_width(model.head, options) if model.phase != EXPLOITING else None
+        features = self._features(wanted=True, digest=True, width=free)
         if features is None:
             raise RuntimeError("The switch kept no features.")
         weights = self._class_weighted(features)
         features = dataclasses.replace(features, sample_weight=weights)
-        problem = ConvexProblem.of_head(model.head, features, self.loss)
-        options = SolveOptions.of(model.optimizer.solve_options)
         solver = HeadSolver(
-            problem, options, features.digests or [], seed=model.head.seed
+            model.head,
+            features,
+            self.loss,
+            options,
+            set_width=None if free is None else model.set_width,
+            say=self._say,
         )
         validation = self._validation_features()
         model.stop_training = False
-        iterates = solver.iterates(problem.theta_of(model.head), watch=self._say)
-        iterate = next(iterates)
-        first = True
-        while first or iterate.reason is None:
-            self.callbacks.on_epoch_begin(epoch)
-            if iterate.reason is None:
-                iterate = next(iterates)
-            problem.assign(model.head, iterate.theta)
-            logs = self._solver_logs(iterate, features)
+        self.callbacks.on_epoch_begin(epoch)
+
+        def end_epoch(value: float, gap: float, logits: Any) -> None:
+            logs = self._solver_logs(value, gap, logits, features)
             if validation is not None and self._validates(epoch):
                 logs.update(self._validation_logs(validation))
             self.callbacks.on_epoch_end(epoch, logs)
+
+        def on_iterate(iterate: Iterate) -> bool:
+            nonlocal epoch
+            if iterate.iteration == 0:
+                return False
+            solver.problem.assign(model.head, iterate.theta)
+            end_epoch(iterate.value, iterate.gap, iterate.logits)
             epoch += 1
-            first = False
-            if model.stop_training:
-                break
+            if not model.stop_training:
+                self.callbacks.on_epoch_begin(epoch)
+            return bool(model.stop_training)
+
         report = model.switch_report
-        message = solver.message(iterate, None if report is None else report.rank)
-        self._say(message)
-        if iterate.reason in {"stalled", "max_iterations"}:
-            warnings.warn(message, stacklevel=4)
+        solution = solver.solve(on_iterate, None if report is None else report.rank)
+        if not model.stop_training:
+            end_epoch(solution.value, solution.gap, solver.own_loss.logits())
+        self._say(solution.message)
+        if not solution.converged and solution.reason != "stopped":
+            warnings.warn(solution.message, stacklevel=4)
 
     def _class_weighted(self, features: FeatureSet) -> Any:
         """The sample weights, or those of the classes."""
@@ -236,7 +251,9 @@ class TrainingRun:
             )
         return class_weight_to_sample_weights(features.y, class_weight)
 
-    def _solver_logs(self, iterate: Iterate, features: FeatureSet) -> dict[str, Any]:
+    def _solver_logs(
+        self, value: float, gap: float, logits: Any, features: FeatureSet
+    ) -> dict[str, Any]:
         """The loss minimised, its gap, and the metrics that the model has."""
         model = self.model
         model.reset_metrics()
@@ -245,11 +262,11 @@ class TrainingRun:
         found = model.compute_metrics(
             None,
             convert(features.y),
-            convert(iterate.logits.astype("float32")),
+            convert(logits.astype("float32")),
             None if weight is None else convert(weight),
         )
-        logs = {**found, "loss": iterate.value, "gap": iterate.gap}
-        return {key: _as_number(value) for key, value in logs.items()}
+        logs = {**found, "loss": value, "gap": gap}
+        return {key: _as_number(entry) for key, entry in logs.items()}
 
     def _validates(self, epoch: int) -> bool:
         frequency = self.arguments["validation_freq"]
@@ -354,8 +371,8 @@ class TrainingRun:
         if wanted is not None and n > wanted:
             warnings.warn(
                 "The alignment head was made for fewer samples than the stream held. "
-                f"Received: {n} samples, n_samples={wanted}. Its width of "
-                f"{self.model.head.width} may be too small: align with n_samples={n}.",
+                f"Received: {n} samples, n_samples={wanted}. Its width may be too "
+                f"small: align with n_samples={n}.",
                 stacklevel=2,
             )
 

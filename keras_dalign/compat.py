@@ -1,0 +1,34 @@
+"""Private names of Keras that the package relies on, each behind a small function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+
+
+@contextmanager
+def new_variables(layer: keras.Layer, old: Iterable[Any]) -> Iterator[None]:
+    """Lets a built layer replace some of its variables.
+
+    Args:
+        layer: The layer.
+        old: Variables that it gives up; None is skipped.
+
+    Yields:
+        Nothing; within the context `layer.add_weight` works.
+    """
+    was_locked = layer._tracker.locked
+    layer._tracker.unlock()
+    try:
+        for variable in old:
+            if variable is not None:
+                layer._untrack_variable(variable)
+        # Paths of variables begin with that of their layer.
+        with layer._open_name_scope():
+            yield
+    finally:
+        if was_locked:
+            layer._tracker.lock()

@@ -1,0 +1,112 @@
+"""The minimum of the squared error in closed form."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import scipy.linalg
+
+if TYPE_CHECKING:
+    from keras_dalign.numerics.gram import Array
+    from keras_dalign.solving.problem import ConvexProblem, Evaluation
+
+_EPS = float(np.finfo(np.float64).eps)
+
+# Eigenvalues of a singular Gram matrix that are used, as a part of the largest: of
+# smaller ones hardly a digit is right.
+_LEAST_EIGENVALUE = 1e-11
+
+
+class ClosedForm:
+    """Least squares by a factorisation of each `n x n` Gram matrix.
+
+    Outputs that share their gates share the matrix. A singular one is decomposed, and
+    its pseudo-inverse gives the solution of least change.
+
+    Args:
+        problem: The problem, with squared error.
+        l2: Weight of the L2 term.
+    """
+
+    def __init__(self, problem: ConvexProblem, l2: float) -> None:
+        self.problem = problem
+        self.l2 = l2
+        curvature = problem.loss.max_curvature(problem.units)
+        rho = problem.weights * curvature / problem.normalizer
+        self._counted = np.flatnonzero(rho)
+        self._scale = np.sqrt(rho[self._counted])
+        self._factors = [
+            _Factor(self._weighted_gram(group), l2)
+            for group in range(problem.gates.groups)
+        ]
+
+    def step_from(self, at: Evaluation) -> Array:
+        """The nearest minimum, as far as rounding lets it be reached in one step.
+
+        Args:
+            at: Where to start.
+
+        Returns:
+            Parameters `(size,)`.
+        """
+        # With weights rho of the squared residuals e of one output, the step is
+        # Phi^T S a - shift where (S K S + l2) a = S e and S = sqrt(rho): the dual of
+        # ridge regression, n x n whatever the number of parameters.
+        problem = self.problem
+        shift = at.theta - problem.center if self.l2 else None
+        residuals = problem.targets - at.logits
+        if shift is not None:
+            residuals = residuals + problem.product(shift)
+        right = self._scale[:, None] * residuals[self._counted]
+        cotangents = np.zeros_like(residuals)
+        groups = len(self._factors)
+        for group, factor in enumerate(self._factors):
+            solved = factor.solve(right[:, group::groups])
+            cotangents[self._counted, group::groups] = self._scale[:, None] * solved
+        step = problem.transposed_product(cotangents)
+        if shift is not None:
+            step -= shift
+        return at.theta + step
+
+    def _weighted_gram(self, group: int) -> Array:
+        gram = self.problem.gram(group)
+        if len(self._counted) < self.problem.n:
+            gram = gram[np.ix_(self._counted, self._counted)]
+        gram *= self._scale[:, None]
+        gram *= self._scale
+        return gram
+
+
+class _Factor:
+    """Solves with `gram + l2`, or with its pseudo-inverse if it is singular.
+
+    Args:
+        gram: Symmetric, positive semi-definite, `(n, n)`; is changed.
+        l2: At least 0.
+    """
+
+    def __init__(self, gram: Array, l2: float) -> None:
+        diagonal = np.einsum("ii->i", gram)
+        diagonal += l2
+        self._cholesky = None
+        try:
+            factor = scipy.linalg.cho_factor(gram, lower=True, check_finite=False)
+        except np.linalg.LinAlgError:
+            pass
+        else:
+            pivots = np.diagonal(factor[0])
+            # Below this a pivot is rounding, and what is divided by it is noise.
+            if pivots.min() > math.sqrt(len(gram) * _EPS) * pivots.max():
+                self._cholesky = factor
+                return
+        values, vectors = scipy.linalg.eigh(gram, check_finite=False)
+        real = values > _LEAST_EIGENVALUE * values[-1]
+        self._vectors, self._values = vectors[:, real], values[real, None]
+
+    def solve(self, right: Array) -> Array:
+        """The solution for right-hand sides `(n, k)`."""
+        if self._cholesky is not None:
+            return scipy.linalg.cho_solve(self._cholesky, right, check_finite=False)
+        return self._vectors @ ((self._vectors.T @ right) / self._values)

@@ -1,0 +1,116 @@
+"""Normalised features, computed from the trunk's own a block of rows at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from keras_dalign.head.alignment_head import AlignmentHead
+
+Array = npt.NDArray[np.float64]
+
+# Below this a sample's features are all at their mean, as in the head.
+LEAST_SQUARE = 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalisation:
+    """How a head makes `v = [sqrt(p) * u / ||u||, 1]` of features.
+
+    Attributes:
+        mean: Mean of the features, shape `(p,)`, float64.
+        inverse: One over their standard deviation, shape `(p,)`, float64.
+    """
+
+    mean: Array
+    inverse: Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeatureRows:
+    """The features `v` of all samples, shape `(n, d)`, without a second copy of them.
+
+    The array that is kept is the one that the trunk gave, which may be a memory map;
+    blocks of rows are normalised when they are used.
+
+    Attributes:
+        raw: Shape `(n, p)`, of any float dtype; or `(n, d)` without `normalisation`.
+        normalisation: What is done to a block; None if `raw` is `v` already.
+    """
+
+    raw: np.ndarray
+    normalisation: Normalisation | None = None
+
+    @classmethod
+    def from_head(cls, head: AlignmentHead, gated: np.ndarray) -> FeatureRows:
+        """The rows of a head's gated features.
+
+        Args:
+            head: The head.
+            gated: What feeds its gated units, shape `(n, ...)`.
+
+        Returns:
+            The rows; `gated` is not copied.
+        """
+        mean, variance = head.standardisation()
+        inverse = 1.0 / np.sqrt(variance + head.standardize.epsilon)
+        return cls(gated.reshape(len(gated), -1), Normalisation(mean, inverse))
+
+    @property
+    def n(self) -> int:
+        """Number of samples."""
+        return len(self.raw)
+
+    @property
+    def d(self) -> int:
+        """Number of features, the constant included."""
+        return int(self.raw.shape[1]) + (self.normalisation is not None)
+
+    def block(self, rows: Any, dtype: npt.DTypeLike = np.float64) -> np.ndarray:
+        """Some rows of `v`.
+
+        Args:
+            rows: A slice or indices.
+            dtype: In what they are computed.
+
+        Returns:
+            Shape `(rows, d)`. Rows that need no computation may be a view.
+        """
+        raw = self.raw[rows]
+        if self.normalisation is None:
+            return raw.astype(dtype, copy=False)
+        out = np.empty((len(raw), self.d), dtype)
+        u = out[:, :-1]
+        np.subtract(raw, self.normalisation.mean.astype(dtype), out=u)
+        u *= self.normalisation.inverse.astype(dtype)
+        square = np.einsum("ij,ij->i", u, u)
+        u *= np.sqrt(u.shape[1] / np.maximum(square, LEAST_SQUARE))[:, None]
+        out[:, -1] = 1.0
+        return out
+
+    def dense(self) -> Array:
+        """All rows in float64, shape `(n, d)`."""
+        return self.block(slice(None))
+
+    def take(self, rows: npt.NDArray[np.intp]) -> FeatureRows:
+        """Some of the samples; a copy of their features."""
+        return FeatureRows(self.raw[rows], self.normalisation)
+
+    def blocks(self, row_bytes: int, block_bytes: int) -> Iterator[slice]:
+        """Slices of rows that take about so many bytes.
+
+        Args:
+            row_bytes: Bytes that a row takes, with what is computed from it.
+            block_bytes: Bytes of a block.
+
+        Yields:
+            Slices that cover all rows in order.
+        """
+        step = max(block_bytes // row_bytes, 64)
+        for start in range(0, self.n, step):
+            yield slice(start, min(start + step, self.n))

@@ -1,0 +1,317 @@
+"""Full-batch minimisation of a head's convex problem, until the gap is small.
+
+Two methods: L-BFGS, SciPy's L-BFGS-B, and for squared error on few samples a closed
+form. Large problems are evaluated in float32 on the device as long as that gets
+anywhere; the last iterate is measured in float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import scipy.optimize
+
+from keras_dalign.numerics.losses import SquaredError
+from keras_dalign.solving.closed_form import ClosedForm
+
+if TYPE_CHECKING:
+    from keras_dalign.numerics.gram import Array
+    from keras_dalign.solving.problem import ConvexProblem, Evaluation
+    from keras_dalign.solving.products import Products
+
+EPS = float(np.finfo(np.float64).eps)
+
+# Up to so many samples a factorisation of the Gram matrix costs less than iterations.
+_DIRECT_SAMPLES = 4096
+
+# It counts as a stall if so many iterations take less than this part off the gap.
+_STALL_ITERATIONS = 100
+_STALL_PART = 0.01
+
+# Pairs of steps and gradient changes that L-BFGS remembers.
+_PAIRS = 10
+_LINE_SEARCH_STEPS = 40
+
+# Steps of the closed form: further ones take what rounding left of the first.
+_CLOSED_FORM_STEPS = 4
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Iterate:
+    """A point on the way to the minimum.
+
+    Attributes:
+        theta: Parameters, shape `(size,)`; never changed later.
+        logits: `(n, C)`.
+        loss: The loss there, without the L2 term.
+        value: The loss with the L2 term.
+        gap: Upper bound on the distance of `value` to its infimum.
+        iteration: Number of iterations so far.
+        evaluations: Gradients computed so far.
+        reason: Why the iteration ends here: `"gap"`, `"stalled"`, `"max_iterations"` or
+            `"stopped"` (by the caller); None if it goes on.
+    """
+
+    theta: Array
+    logits: Array
+    loss: float
+    value: float
+    gap: float
+    iteration: int
+    evaluations: int
+    reason: str | None = None
+
+    @property
+    def lower_bound(self) -> float:
+        """What the infimum of `value` is at least."""
+        return self.value - self.gap
+
+
+# Looks at an iterate; True stops the minimisation.
+OnIterate = Callable[[Iterate], Any]
+
+
+def choose_method(problem: ConvexProblem, method: str) -> tuple[str, str]:
+    """The method that suits a problem, and why.
+
+    Args:
+        problem: The problem.
+        method: What was asked for, one of `METHODS`.
+
+    Returns:
+        `"lbfgs"` or `"direct"`, and the reason in words.
+
+    Raises:
+        ValueError: If `"direct"` is asked for and the loss is not the squared error.
+    """
+    quadratic = isinstance(problem.loss, SquaredError)
+    if method == "direct" and not quadratic:
+        raise ValueError(
+            "There is a closed form for squared error alone. Received: "
+            f"method='direct' with {problem.loss.name}. Use method='auto'."
+        )
+    if method != "auto":
+        return method, "as asked for"
+    if quadratic and problem.n <= _DIRECT_SAMPLES:
+        return "direct", f"squared error with {problem.n} samples: a closed form"
+    return "lbfgs", "the method for all losses and sizes"
+
+
+def minimize(
+    problem: ConvexProblem,
+    start: Array,
+    *,
+    method: str,
+    tol: float,
+    lower_bound: float = 0.0,
+    l2: float = 0.0,
+    max_iterations: int = 1000,
+    on_iterate: OnIterate | None = None,
+    part: float = 0.0,
+    exact: bool = True,
+) -> Iterate:
+    """Minimises from a starting point until the gap is at most `tol`.
+
+    The gap is the value minus `lower_bound`; with an L2 term, which makes the problem
+    strongly convex, it is `(||gradient|| + rounding)^2 / (2 l2)` if that is smaller,
+    with a bound on the rounding of the gradient. Both are upper bounds on the distance
+    to the infimum.
+
+    Args:
+        problem: The problem.
+        start: Parameters to start at, shape `(size,)`.
+        method: `"lbfgs"` or `"direct"`.
+        tol: The gap to reach.
+        lower_bound: A number that the loss cannot go below.
+        l2: Weight of the L2 term.
+        max_iterations: Most iterations.
+        on_iterate: Called with the starting point and every further iterate, but not
+            with the one that is returned.
+        part: A part of the loss at the start that is a gap small enough, too.
+        exact: Whether the last iterate is measured in float64. If not, it is as exact
+            as the products on the way.
+
+    Returns:
+        The last iterate. Its value is never above that of the
+        start.
+
+    Raises:
+        ValueError: If `tol` is below what float64 can tell at this lower bound, or the
+            loss at the start is not finite.
+    """
+    if tol < 4 * EPS * lower_bound:
+        raise ValueError(
+            "The tolerance is below machine precision: the loss cannot go below "
+            f"{lower_bound:.3g}, where float64 tells {EPS * lower_bound:.1g} apart. "
+            f"Received: tol={tol}"
+        )
+    ends = problem.exact if exact else problem.fast
+    begin = problem.evaluate(np.array(start, dtype=np.float64), l2, ends)
+    if not math.isfinite(begin.value):
+        ends = problem.exact
+        begin = problem.evaluate(begin.theta, l2)
+    if not math.isfinite(begin.value):
+        raise ValueError(
+            "The loss overflows float64 at the starting point: the outputs or targets "
+            f"are too large. Received: loss={begin.loss}"
+        )
+    tol = max(tol, part * begin.loss)
+    run = _Minimisation(
+        problem, tol, lower_bound, l2, max_iterations, on_iterate, ends
+    )
+    if run.iterate(begin, ends).gap <= tol:
+        return run.iterate(begin, ends, reason="gap")
+    last = run.by_closed_form(begin) if method == "direct" else run.by_lbfgs(begin)
+    return last if last.value <= begin.value else run.iterate(begin, ends, "stalled")
+
+
+class _Minimisation:
+    """One call of `minimize`: its options, counts and callbacks."""
+
+    def __init__(
+        self,
+        problem: ConvexProblem,
+        tol: float,
+        lower_bound: float,
+        l2: float,
+        max_iterations: int,
+        on_iterate: OnIterate | None,
+        ends: Products,
+    ) -> None:
+        self.problem = problem
+        self.tol = tol
+        self.lower_bound = lower_bound
+        self.l2 = l2
+        self.max_iterations = max_iterations
+        self.on_iterate = on_iterate
+        self.ends = ends
+        self.iterations = 0
+        self.evaluations = 1
+        # The least gap so far: with an L2 term it need not fall at every step.
+        self.gaps: deque[float] = deque(maxlen=_STALL_ITERATIONS + 1)
+        self.stalled = self.stopped = False
+
+    def iterate(
+        self, at: Evaluation, products: Products, reason: str | None = None
+    ) -> Iterate:
+        """An evaluation by some products as an iterate, with its gap."""
+        gap = max(at.value - self.lower_bound, 0.0)
+        if self.l2:
+            norm = math.sqrt(float(at.gradient @ at.gradient))
+            if products is self.problem.exact:
+                norm += self.problem.gradient_rounding(at, self.l2)
+            gap = min(gap, norm**2 / (2.0 * self.l2))
+        return Iterate(
+            theta=at.theta,
+            logits=at.logits,
+            loss=at.loss,
+            value=at.value,
+            gap=gap,
+            iteration=self.iterations,
+            evaluations=self.evaluations,
+            reason=reason,
+        )
+
+    def by_lbfgs(self, begin: Evaluation) -> Iterate:
+        """L-BFGS, in float32 on the device as long as that gets anywhere."""
+        products = self.problem.fast
+        at = best = begin
+        while True:
+            at = self._lbfgs(at, products)
+            if products is not self.ends:
+                at = self.problem.evaluate(at.theta, self.l2, self.ends)
+                self.evaluations += 1
+            best = at if at.value <= best.value else best
+            last = self.iterate(best, self.ends)
+            if last.gap <= self.tol:
+                return dataclasses.replace(last, reason="gap")
+            if self.stopped:
+                return dataclasses.replace(last, reason="stopped")
+            if self.iterations >= self.max_iterations:
+                return dataclasses.replace(last, reason="max_iterations")
+            if products is self.problem.exact:
+                return dataclasses.replace(last, reason="stalled")
+            products = self.ends = self.problem.exact
+            at = best
+            self.gaps.clear()
+
+    def _lbfgs(self, begin: Evaluation, products: Products) -> Evaluation:
+        """Where L-BFGS ends with some products."""
+        # What float32 makes of a small gradient is not quite the gap.
+        tol = self.tol if products is self.problem.exact else 0.9 * self.tol
+        if self._report(self.iterate(begin, products)):
+            return begin
+        at = accepted = begin
+
+        def value_and_gradient(theta: Array) -> tuple[float, Array]:
+            nonlocal at
+            at = self.problem.evaluate(theta.copy(), self.l2, products)
+            self.evaluations += 1
+            return at.value, at.gradient
+
+        def callback(intermediate_result: Any) -> None:
+            nonlocal accepted
+            self.iterations += 1
+            if not np.array_equal(at.theta, intermediate_result.x):
+                value_and_gradient(intermediate_result.x)
+            accepted = at
+            iterate = self.iterate(at, products)
+            if iterate.gap <= tol or self.iterations >= self.max_iterations:
+                raise StopIteration
+            if self._report(iterate):
+                raise StopIteration
+
+        scipy.optimize.minimize(
+            value_and_gradient,
+            begin.theta,
+            jac=True,
+            method="L-BFGS-B",
+            callback=callback,
+            options={
+                "maxcor": _PAIRS,
+                "ftol": 0.0,
+                "gtol": 0.0,
+                "maxiter": self.max_iterations - self.iterations + 1,
+                "maxfun": 10**9,
+                "maxls": _LINE_SEARCH_STEPS,
+            },
+        )
+        return accepted
+
+    def by_closed_form(self, begin: Evaluation) -> Iterate:
+        """The closed form of the squared error, and steps that refine it."""
+        if self._report(self.iterate(begin, self.ends)):
+            return self.iterate(begin, self.ends, "stopped")
+        closed_form = ClosedForm(self.problem, self.l2)
+        best = begin
+        limit = min(_CLOSED_FORM_STEPS, self.max_iterations)
+        while self.iterations < limit:
+            step = closed_form.step_from(best)
+            at = self.problem.evaluate(step, self.l2)
+            self.evaluations += 1
+            self.iterations += 1
+            if not at.value < best.value:
+                break
+            best = at
+            iterate = self.iterate(best, self.ends)
+            if iterate.gap <= self.tol:
+                return dataclasses.replace(iterate, reason="gap")
+            if self.iterations < limit and self._report(iterate):
+                return dataclasses.replace(iterate, reason="stopped")
+        return self.iterate(best, self.ends, "stalled")
+
+    def _report(self, iterate: Iterate) -> bool:
+        """Shows an iterate; whether to stop there."""
+        self.gaps.append(min(iterate.gap, self.gaps[-1] if self.gaps else math.inf))
+        full = len(self.gaps) == self.gaps.maxlen
+        if full and self.gaps[0] - self.gaps[-1] < _STALL_PART * self.gaps[-1]:
+            self.stalled = True
+            return True
+        if self.on_iterate is not None and self.on_iterate(iterate):
+            self.stopped = True
+        return self.stopped
