@@ -67,16 +67,40 @@ def descent(case, step_size, steps):
     conflicts=st.booleans(),
     exact=st.booleans(),
     share=st.sampled_from([1.0, 0.3]),
+    near=st.sampled_from([0, 50, 500]),
 )
-def test_gradient_descent_stays_below(n, conflicts, exact, share, **arguments):
+def test_gradient_descent_stays_below(n, conflicts, exact, share, near, **arguments):
     case = random_case(n=n, repeats=n // 2 if conflicts else 0, **arguments)
+    if near:
+        case = minimised(case, near)
     limit = of(case, exact=exact, iterations=8)
     found = of(case, exact=exact, iterations=8, step_size=share * limit.step_size)
     losses = descent(case, found.step_size, 300)
     bounds = found.bound(np.arange(301))
-    assert (losses <= bounds * (1 + 1e-9) + 1e-13).all()
-    assert (np.diff(bounds) <= 0).all()
-    assert bounds[0] == pytest.approx(losses[0], rel=1e-12)
+    assert (losses[1:] <= bounds[1:]).all()
+    assert (np.diff(bounds[1:]) <= 0).all()
+    assert bounds[0] == pytest.approx(losses[0], rel=1e-12, abs=1e-25)
+    # The allowance for rounding is small.
+    root = np.sqrt(found.loss)
+    assert (np.sqrt(bounds[1:]) <= root + 1e-10 * (1 + root)).all()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("size", [1.0, 1e4])
+@pytest.mark.parametrize("iterations", [5, 50, 500])
+def test_rounding_does_not_break_the_bound(name, exact, size, iterations):
+    """Starts near and at the infimum, with small and with large logits.
+
+    Without an allowance the measured loss is above the bound in 17 of the 72 cases:
+    for squared error by 8e-9 of the loss near the infimum, and by all of it there.
+    """
+    case = random_case(name, 2, n=8, outputs=2, width=12)
+    case.problem.offset = size * case.problem.offset
+    case = minimised(case, iterations)
+    found = of(case, exact=exact, iterations=4)
+    losses = descent(case, found.step_size, 300)
+    assert (losses[1:] <= found.bound(np.arange(1, 301))).all()
 
 
 @pytest.mark.parametrize("name", sorted(set(LOSSES) - {"squared"}))
@@ -278,7 +302,7 @@ def test_one_sample_and_a_start_at_the_minimum(name):
     assert found.bound(10**6) - found.lower_bound < 1e-2
     case = minimised(case, 500)
     found = of(case)
-    assert (found.bound([1, 10]) <= found.loss).all()
+    assert (np.sqrt(found.bound([1, 10])) <= np.sqrt(found.loss) + 1e-11).all()
 
 
 # The model -----------------------------------------------------------------------

@@ -1,16 +1,19 @@
 """How far a loss is from its infimum, from the size of its gradient.
 
-The loss is convex in the logits. So for any logits `F* = J beta + e`, where the logits
-are `f = J theta_S` (the common model structure, Kawaguchi, Zhang & Deng 2022),
+The loss is convex in the logits. With `f` the logits, `J` their Jacobian in any set of
+parameters and `g` the gradient of the loss in the logits, any logits
+`F* = f + J delta + e` have
 
-    L(theta) - L(F*) <= <grad_F L, f - F*>
-                      = <grad_theta L, theta_S - beta> - <grad_F L, e>
-                     <= ||grad_theta L|| ||theta_S - beta|| + ||grad_F L|| ||e||.
+    L(f) - L(F*) <= <g, f - F*>                           (convexity in the logits)
+                  = -<J^T g, delta> - <g, e>
+                 <= ||J^T g|| ||delta|| + ||g|| ||e||     (Cauchy-Schwarz),
 
-A part of the logits that the parameters do not reach is subtracted from `f` and `F*`
-alike. Where the labels are aligned, `e` can be made to vanish, and a small gradient
-alone proves a small distance to the infimum. The inequality holds for each `beta` and
-each `F*`; here they are chosen to make it sharp.
+where `J^T g` is the gradient in the parameters. This holds for every `delta` and `F*`,
+whatever the model is; here they are chosen to make the right side small.
+
+Where `F* - f` lies in the column space of `J`, `e` vanishes, and a small gradient alone
+proves a small distance to the infimum. In a model with the common model structure,
+`f = J theta_S` (Kawaguchi, Zhang & Deng 2022), aligned labels are enough for that.
 """
 
 from __future__ import annotations
@@ -32,10 +35,6 @@ if TYPE_CHECKING:
     from keras_dalign.conditions.jacobian import Jacobian
     from keras_dalign.numerics.losses import Array, ConvexLoss, Indices
 
-# Relative error of `f = J theta_S` that is rounding still, by the dtype of `J`.
-_STRUCTURE_TOLERANCE = {"float64": 1e-6}
-_LOW_PRECISION_TOLERANCE = 1e-2
-
 # Up to so many rows a Gram matrix of them is decomposed (a second or two), and up to so
 # many entries a Jacobian without structure is formed.
 _EXACT_ROWS = 1500
@@ -52,24 +51,31 @@ class GradientBound:
     """An upper bound on a loss above its infimum, by the gradient, with its parts.
 
     `gap = gradient_norm * distance + output_gradient_norm * residual + target_loss -
-    lower_bound`.
+    lower_bound`. It holds for every Keras model and any set of its parameters, because
+    the loss is convex in the outputs. With `F* = f + J delta + e` the target outputs,
+    `f` the outputs, `J` their Jacobian and `g` the gradient in them,
+
+        L(f) - L(F*) <= <g, f - F*> = -<J^T g, delta> - <g, e>
+                     <= ||J^T g|| ||delta|| + ||g|| ||e||.
 
     Attributes:
         gap: The bound on `loss - lower_bound`.
         loss: The loss of the outputs that the bound speaks of.
-        gradient_norm: `||grad L||` in the parameters.
-        distance: `||theta_S - beta||`.
-        output_gradient_norm: `||grad L||` in the outputs.
-        residual: `||e||`, the part of the target outputs that is out of reach.
+        gradient_norm: `||J^T g||`, the norm of the gradient in the parameters.
+        distance: `||delta||`, the size of the change of the parameters.
+        output_gradient_norm: `||g||`, the norm of the gradient in the outputs.
+        residual: `||e||`, the part of `F* - f` that this change does not reach.
         scale: Share of the best finite outputs in `F*`: 1 for squared error, but for
             a loss that is far from its minimum.
         psi: Factor of the modified targets `Y_l` in `F*`.
         target_loss: `L(F*)`.
         lower_bound: Loss below which no function of the inputs can go.
-        structure_error: `||f - J theta_S|| / ||f||`.
+        structure_error: `||f - J theta|| / ||f||`, with the constant part of the
+            outputs subtracted where it is known. It is 0 to rounding in a model with
+            the common model structure. The bound does not depend on it.
         parameters: The parameters `S`.
         n_parameters: Their number.
-        solver: How `beta` was found: `"eigendecomposition"` or `"lsmr"`.
+        solver: How `delta` was found: `"eigendecomposition"` or `"lsmr"`.
         dtype: The dtype in which outputs and Jacobian were computed.
     """
 
@@ -116,11 +122,13 @@ def gradient_bound(
     parameters: str,
     iterations: int = 50,
 ) -> GradientBound:
-    """Bounds a loss above its infimum by its gradient.
+    """Bounds a loss above its infimum by its gradient, for any model and parameters.
 
-    `F* = scale * F + psi * Y_l`, with `F` the best outputs where they are finite, and
-    `beta` from a ridge regression that starts at `theta_S`; `scale`, `psi` and the
-    penalty are those that make the bound smallest.
+    `L(f) - L(F*) <= ||J^T g|| ||delta|| + ||g|| ||e||` for `F* = f + J delta + e`, by
+    convexity in the outputs (see `GradientBound`). `F* = scale * F + psi * Y_l`, with
+    `F` the best outputs where they are finite, and `delta` is a ridge regression of
+    `F* - f` on `J`; `scale`, `psi` and the penalty are those that make the bound
+    smallest.
 
     Args:
         jacobian: The Jacobian of the outputs in the parameters.
@@ -137,12 +145,10 @@ def gradient_bound(
         The bound.
 
     Raises:
-        ValueError: If the common model structure does not hold, or something is not
-            finite.
+        ValueError: If something is not finite.
     """
     outputs = jacobian.outputs()
     _check_finite(outputs)
-    error = _structure_error(jacobian, outputs)
     normalizer = loss.normalizer(len(outputs), float(weights.sum()))
     shares = weights / normalizer
     cotangents = shares[:, None] * loss.gradient(outputs, targets)
@@ -189,7 +195,7 @@ def gradient_bound(
         psi=float(mix[1]),
         target_loss=target_loss,
         lower_bound=lower_bound,
-        structure_error=error,
+        structure_error=_structure_error(jacobian, outputs),
         parameters=parameters,
         n_parameters=jacobian.shape[1],
         solver=regressions.solver,
@@ -221,21 +227,12 @@ def _check_finite(outputs: Array) -> None:
 
 
 def _structure_error(jacobian: Jacobian, outputs: Array) -> float:
+    """Relative error of `f = J theta`, at the cost of one product."""
     reached = outputs - jacobian.offset()
     linear = jacobian.matvec(jacobian.theta()).reshape(outputs.shape)
     size = float(np.linalg.norm(outputs))
     distance = float(np.linalg.norm(reached - linear))
-    error = distance / size if size else distance
-    tolerance = _STRUCTURE_TOLERANCE.get(jacobian.dtype, _LOW_PRECISION_TOLERANCE)
-    if not error <= tolerance:
-        raise ValueError(
-            "The gradient bound needs the common model structure, outputs that are "
-            "`J theta` in the parameters, and this model does not have it. "
-            f"`keras_dalign.check_structure` says what breaks it. Received: relative "
-            f"error {error:.3g}, tolerance {tolerance:.0e}; parameters of the output "
-            "layer alone (parameters='last') have it in most models"
-        )
-    return error
+    return distance / size if size else distance
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,8 +1,13 @@
-"""Bounds that stay bounds when they are printed."""
+"""The rounding of float64, and bounds that stay bounds when they are printed."""
 
 from __future__ import annotations
 
 import decimal
+
+import numpy as np
+
+# Distance from 1 to the next number.
+EPS = float(np.finfo(np.float64).eps)
 
 
 def rounded(value: float, *, up: bool) -> str:

@@ -9,7 +9,7 @@ theorem.
 Two more certificates on request. The loss with an L2 term is strongly convex in what
 exploitation trains, so that `||gradient||^2 / (2 l2)` bounds its distance to its own
 minimum. And the gradient of the plain loss bounds its distance to the infimum, in any
-model with the common model structure (`gradient_bound.py`).
+model, because the loss is convex in the outputs (`gradient_bound.py`).
 """
 
 from __future__ import annotations
@@ -197,13 +197,19 @@ def certify(
             and `b`, too (the change since the gates were frozen for learned gates,
             from 0 for random ones). Takes an `AlignedModel` that exploits. Features
             are those that the trunk puts out; everything behind them is in float64.
-        gradient_bound: Whether to bound the loss by its gradient, too, in float64. This
-            reads the data several times, and holds the outputs of all samples. For a
-            head on more than 1,500 samples, and for parameters without structure, it
-            takes some 300 products with the Jacobian.
-        parameters: For the gradient bound: `"head"`, `"last"` (the output layer),
-            `"all"` or a list of the model's variables. The default is the head of an
-            `AlignedModel` that exploits, and the output layer of any other model.
+        gradient_bound: Whether to bound the loss by its gradient, too, in float64. For
+            outputs `f`, their Jacobian `J` in the parameters and the gradient `g` of
+            the loss in the outputs, any outputs `F* = f + J delta + e` have
+            `L(f) - L(F*) <= <g, f - F*> = -<J^T g, delta> - <g, e> <=
+            ||J^T g|| ||delta|| + ||g|| ||e||`, by convexity and Cauchy-Schwarz. So the
+            bound holds for every Keras model and any set of its parameters. It reads
+            the data several times, and holds the outputs of all samples. For a head on
+            more than 1,500 samples, and for parameters without structure, it takes
+            some 300 products with the Jacobian.
+        parameters: The parameters that the gradient bound takes the gradient in, any
+            will do: `"head"`, `"last"` (the output layer), `"all"` or a list of the
+            model's variables. The default is the head of an `AlignedModel` that
+            exploits, and the output layer of any other model.
         batch_size: Samples per prediction, for arrays.
         steps: Number of batches to read; a generator needs it.
 
@@ -214,8 +220,8 @@ def certify(
         ValueError: If the loss is not convex or not given, if the model has several
             outputs or ends in a softmax or sigmoid, or if inputs, targets, weights or
             outputs are missing, non-finite, out of range or of the wrong shape; if the
-            model has not what `l2` or `gradient_bound` needs, or the data change
-            between passes.
+            model does not exploit (`l2`) or does not have `parameters`, or the data
+            change between passes.
         RuntimeError: If the loss came out below its lower bound by more than rounding.
 
     Example:

@@ -8,6 +8,11 @@ step `eta <= 1 / Ls`, `Ls` the Lipschitz constant of the gradient, and *any* par
 
 A forecast holds several `theta*`, each with its loss and its distance, and takes the
 one that makes the right side smallest for each `t`.
+
+The inequality is exact, and losses are computed in float64. So the bound that is
+reported is `(sqrt(B) + rho)^2`, slightly above the exact bound `B`, with an allowance
+`rho` for the rounding of the logits; see `rounding_allowances` in
+`forecast_candidates.py`.
 """
 
 from __future__ import annotations
@@ -33,12 +38,13 @@ from keras_dalign.head.objective import (
 )
 from keras_dalign.numerics.html_table import html_table
 from keras_dalign.numerics.repeats import Repeats, digests
-from keras_dalign.numerics.rounding import rounded
+from keras_dalign.numerics.rounding import EPS, rounded
 from keras_dalign.promises.exploiting_head import exploiting_head
 from keras_dalign.promises.forecast_candidates import (
     Modes,
     envelope,
     path_candidates,
+    rounding_allowances,
     smoothness_bound,
     spectra_of,
 )
@@ -59,10 +65,11 @@ _MAX_STEPS = 2**53
 class Forecast:
     """A bound on the loss after any number of gradient steps in exploitation.
 
-    It is a proven bound whether it is exact or not. `exact` says that the smoothness,
-    and distances to the logits `psi * Y_l`, come from eigendecompositions; otherwise
-    the smoothness comes from a bound on the eigenvalues, and the parameters from a few
-    iterations of L-BFGS alone, so that the constants are estimates of the best ones.
+    It is a proven bound whether it is exact or not, with an allowance for rounding in
+    float64 on top. `exact` says that the smoothness, and distances to the logits
+    `psi * Y_l`, come from eigendecompositions; otherwise the smoothness comes from a
+    bound on the eigenvalues, and the parameters from a few iterations of L-BFGS alone,
+    so that the constants are estimates of the best ones.
 
     Attributes:
         loss: The loss at the current weights.
@@ -86,6 +93,9 @@ class Forecast:
             if it was not computed.
         losses: Losses `L(theta*)` of the parameters that the bound uses, shape `(k,)`.
         squared_distances: `||theta_0 - theta*||^2` for each, shape `(k,)`.
+        rounding: What rounding of the logits may add to the square root of the loss,
+            for each, shape `(k,)`. It grows with the number `d + m` of terms that are
+            summed and with their size: 2e-16 for one term of size 1.
         objective: The loss that the forecast speaks of, in words.
     """
 
@@ -103,17 +113,25 @@ class Forecast:
     distance: tuple[float, float, float] | None
     losses: Array = dataclasses.field(repr=False)
     squared_distances: Array = dataclasses.field(repr=False)
+    rounding: Array = dataclasses.field(repr=False)
     objective: str
     _modes: Modes | None = dataclasses.field(default=None, repr=False)
 
     def bound(self, steps: npt.ArrayLike) -> Array:
         """An upper bound on the loss after so many steps.
 
+        It holds for a loss that is computed in float64: with
+        `B_k = losses_k + squared_distances_k / (2 step_size t)` it is the least of
+        `(sqrt(B_k) + rounding_k)^2`, plus `n` units of rounding for a sum over `n`
+        samples. For squared error and `exact`, `B_k` is the loss that the eigenvectors
+        foretell where that is less, and at least `losses_k`.
+
         Args:
             steps: Numbers of steps, at least 0, of any shape.
 
         Returns:
-            Bounds of that shape, which do not grow with the number of steps.
+            Bounds of that shape. After 0 steps it is the loss itself. From the first
+            step on bounds do not grow with the number of steps.
 
         Raises:
             ValueError: If a number is negative or not finite.
@@ -128,11 +146,13 @@ class Forecast:
         later = flat[:, 0] > 0
         if later.any():
             slopes = self.squared_distances / (2.0 * self.step_size * flat[later])
-            found[later] = np.minimum(self.loss, (self.losses + slopes).min(axis=1))
+            exact = self.losses + slopes
             if self._modes is not None:
-                found[later] = np.minimum(
-                    found[later], self._modes.after(flat[later, 0], self.step_size)
-                )
+                # The allowance of theta* is for losses that are not below its own.
+                modes = self._modes.after(flat[later, 0], self.step_size)[:, None]
+                exact = np.minimum(exact, np.maximum(modes, self.losses))
+            rounded_up = (np.sqrt(exact) + self.rounding) ** 2
+            found[later] = rounded_up.min(axis=1) * (1.0 + self.n_samples * EPS)
         return found.reshape(t.shape)
 
     def steps_to(self, loss: float) -> int | None:
@@ -195,7 +215,7 @@ class Forecast:
             for field in dataclasses.fields(self)
             if not field.name.startswith("_")
         }
-        for name in ("losses", "squared_distances"):
+        for name in ("losses", "squared_distances", "rounding"):
             fields[name] = fields[name].tolist()
         if self.distance is not None:
             fields["distance"] = list(self.distance)
@@ -404,6 +424,7 @@ def forecast_problem(
     if spectra is not None:
         candidates += spectra.candidates
     candidates = [candidates[i] for i in envelope(candidates)]
+    squared_distances = np.array([distance for _, distance in candidates])
     repeats = Repeats()
     names = [int(group).to_bytes(8, "little") for group in groups]
     repeats.add(names, problem.targets, problem.weights, 0)
@@ -422,7 +443,8 @@ def forecast_problem(
         n_conflicts=repeats.conflicts()[0],
         distance=None if spectra is None else spectra.distance,
         losses=np.array([loss for loss, _ in candidates]),
-        squared_distances=np.array([distance for _, distance in candidates]),
+        squared_distances=squared_distances,
+        rounding=rounding_allowances(problem, theta, squared_distances),
         objective=objective,
         _modes=None if spectra is None else spectra.modes,
     )

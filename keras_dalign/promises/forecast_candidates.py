@@ -18,6 +18,7 @@ import scipy.optimize
 
 from keras_dalign.numerics.losses import SquaredError
 from keras_dalign.numerics.ridge import GramFactor
+from keras_dalign.numerics.rounding import EPS
 from keras_dalign.numerics.target_logits import target_logits
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ _SCALES = np.array([0.0, 0.25, 0.5, 0.75, 0.9, 1.0])
 _SCALES_ALONE = np.concatenate([[0.0], np.geomspace(0.02, 1.0, 30)])
 
 _FURTHER = np.geomspace(1.25, 40.0, 16)
-
-_EPS = float(np.finfo(np.float64).eps)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,7 +49,7 @@ class Modes:
         """The loss after so many steps `(s,)`, rounded up, shape `(s,)`."""
         rates = np.clip(1.0 - step_size * self.curvatures, 0.0, 1.0)
         logs = np.log(rates, out=np.full_like(rates, -np.inf), where=rates > 0)
-        rounding = len(self.parts) * _EPS * float(self.parts.sum())
+        rounding = len(self.parts) * EPS * float(self.parts.sum())
         # One number of steps at a time: there may be many modes.
         found = [float(np.exp(2.0 * t * logs) @ self.parts) for t in steps]
         return np.array(found) * (1.0 + 1e-12) + rounding
@@ -112,7 +111,7 @@ def spectra_of(problem: ConvexProblem, theta: Array, groups: Indices) -> Spectra
         factor = GramFactor.of_gram(gram)
         top = max(top, factor.largest)
         rank = min(rank, factor.rank())
-        rounding = len(seen) * _EPS * factor.largest
+        rounding = len(seen) * EPS * factor.largest
         safe = np.maximum(factor.values - rounding, 0.0)
         lowest = min(lowest, float(safe.min()))
         curvatures.append(scale * safe)
@@ -124,7 +123,7 @@ def spectra_of(problem: ConvexProblem, theta: Array, groups: Indices) -> Spectra
             )
             alphas[k][:, seen, c] = (roots * solution).T
             attained[k][:, seen, c] = (reached / roots).T
-    smoothness = scale * top * (1.0 + problem.n * _EPS)
+    smoothness = scale * top * (1.0 + problem.n * EPS)
     # Inner products of the parameters.
     grams = np.einsum("kinc,kjnc->kij", alphas, attained)
     chosen = []
@@ -241,6 +240,49 @@ def path_candidates(
         for factor in _FURTHER
     ]
     return candidates
+
+
+def rounding_allowances(
+    problem: ConvexProblem, theta: Array, squared_distances: Array
+) -> Array:
+    """What rounding in float64 may add to the square root of a loss, at most.
+
+    A logit is the sum of its offset, its bias and `d m` products of gated features and
+    parameters, summed over `d` first and over `m` then. Rounding changes it by at most
+    `(d + m) eps` times the sum of the absolute values. By Cauchy-Schwarz that sum is at
+    most `|F0| + ||phi|| ||theta||`. A row of the features has
+    `||phi||^2 <= ||v||^2 ||w||^2 + 1`, since gates are at most 1. Gradient descent does
+    not move away from `theta*` while its loss is above that of `theta*`, hence
+    `||theta_t|| <= ||theta_0|| + 2 ||theta_0 - theta*||`.
+
+    A sample's loss is at least 0, and its curvature in the logits is at most `h`, so
+    its squared slope is at most `2 h` times the loss. Logits that are off by `delta`,
+    in root mean square over the samples, thus raise a loss `L` to at most
+
+        L + sqrt(2 h L) delta + h / 2 delta^2 = (sqrt(L) + sqrt(h / 2) delta)^2.
+
+    The rounding of the steps themselves is not derived here. Measured on random
+    problems, both together need less than one `eps` in 20,000 steps, where this allows
+    for `d + m` of them.
+
+    Args:
+        problem: The problem.
+        theta: Where gradient descent starts, shape `(size,)`.
+        squared_distances: From there to each `theta*`, shape `(k,)`.
+
+    Returns:
+        `sqrt(h / 2) delta` for each, shape `(k,)`.
+    """
+    shares = problem.weights / problem.normalizer
+    offset = float(shares @ (problem.offset**2).sum(axis=1))
+    rows = float(shares @ (problem.features**2).sum(axis=1))
+    rows = rows * float((problem.w**2).sum(axis=1).max()) + float(shares.sum())
+    radii = np.linalg.norm(theta) + 2.0 * np.sqrt(squared_distances)
+    delta = (
+        (problem.d + problem.width) * EPS * (np.sqrt(offset) + np.sqrt(rows) * radii)
+    )
+    allowances: Array = np.sqrt(0.5 * problem.loss.max_curvature(problem.units)) * delta
+    return allowances
 
 
 def smoothness_bound(problem: ConvexProblem) -> float:
