@@ -107,9 +107,7 @@ class ConvexLoss(abc.ABC):
             Gradients, shape `(n, C)`.
         """
 
-    def value_and_gradient(
-        self, logits: Array, targets: Array
-    ) -> tuple[Array, Array]:
+    def value_and_gradient(self, logits: Array, targets: Array) -> tuple[Array, Array]:
         """`value` and `gradient` together, `(n,)` and `(n, C)`."""
         return self.value(logits, targets), self.gradient(logits, targets)
 
@@ -275,9 +273,7 @@ class SoftmaxCrossEntropy(ConvexLoss):
         """Gradient of each sample's loss in its logits; see `ConvexLoss`."""
         return self.value_and_gradient(logits, targets)[1]
 
-    def value_and_gradient(
-        self, logits: Array, targets: Array
-    ) -> tuple[Array, Array]:
+    def value_and_gradient(self, logits: Array, targets: Array) -> tuple[Array, Array]:
         """Both, from one exponential of each logit; see `ConvexLoss`."""
         top = logits.argmax(axis=1)[:, None]
         below = np.take_along_axis(logits, top, axis=1) - logits

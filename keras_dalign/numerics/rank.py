@@ -385,7 +385,9 @@ def check_rank(
     if too_narrow or rank < len(rows):
         subset, subset_rank, crowding = _crowding(rows, width, cut)
         crowding *= n_distinct / len(rows)
-        needed = max(default_width(n_distinct, rank_bound, slope), math.ceil(2 * crowding))
+        needed = max(
+            default_width(n_distinct, rank_bound, slope), math.ceil(2 * crowding)
+        )
         near, near_to = _near_pairs(rows)
         if too_narrow:
             reason = "width"

@@ -38,7 +38,7 @@ from keras_dalign.head.objective import (
 )
 from keras_dalign.numerics.html_table import html_table
 from keras_dalign.numerics.repeats import PassRecord, Repeats, digests
-from keras_dalign.numerics.rounding import rounded
+from keras_dalign.numerics.rounding import EPS, rounded
 from keras_dalign.promises.exploiting_head import exploiting_head
 from keras_dalign.solving.problem import ConvexProblem
 
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 # the last place of each logit (float accumulation in the layers below), to first order.
 _LOGIT_ULPS = 64
 _FLOAT64_ROUNDING = 1e-12
-_EPS = 2.0**-52
 
 _UNITS_IN_LAST_PLACE = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23}
 
@@ -477,7 +476,7 @@ class _Regularised:
         value = self._sum / normalizer + 0.5 * self.l2 * float(change @ change)
         gradient = self._gradient / normalizer + self.l2 * change
         norm = float(np.linalg.norm(gradient)) + self._rounding / normalizer
-        norm += 4 * _EPS * self.l2 * float(np.linalg.norm(change))
+        norm += 4 * EPS * self.l2 * float(np.linalg.norm(change))
         gap = norm**2 / (2.0 * self.l2)
         if not np.isfinite(value + gap):
             raise ValueError(

@@ -276,7 +276,7 @@ def rounding_allowances(
     shares = problem.weights / problem.normalizer
     offset = float(shares @ (problem.offset**2).sum(axis=1))
     rows = float(shares @ (problem.features**2).sum(axis=1))
-    rows = rows * float((problem.w**2).sum(axis=1).max()) + float(shares.sum())
+    rows = rows * float((problem.gates.w**2).sum(axis=1).max()) + float(shares.sum())
     radii = np.linalg.norm(theta) + 2.0 * np.sqrt(squared_distances)
     delta = (
         (problem.d + problem.width) * EPS * (np.sqrt(offset) + np.sqrt(rows) * radii)

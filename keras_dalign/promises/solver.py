@@ -103,9 +103,7 @@ class SolveResult:
             "L2 weight": f"{self.l2:.3g}",
             "width": str(self.width),
             "method": html.escape(f"{self.method} ({self.why})"),
-            "iterations": (
-                f"{self.iterations} ({self.evaluations} gradients)"
-            ),
+            "iterations": (f"{self.iterations} ({self.evaluations} gradients)"),
             "seconds": f"{self.seconds:.1f}",
             "stopped by": html.escape(self.reason),
         }

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.linalg
 
+from keras_dalign.numerics.rounding import EPS
+
 if TYPE_CHECKING:
     from keras_dalign.numerics.gram import Array
     from keras_dalign.solving.problem import ConvexProblem, Evaluation
 
-_EPS = float(np.finfo(np.float64).eps)
 
 # Eigenvalues of a singular Gram matrix that are used, as a part of the largest: of
 # smaller ones hardly a digit is right.
@@ -98,7 +99,7 @@ class _Factor:
         else:
             pivots = np.diagonal(factor[0])
             # Below this a pivot is rounding, and what is divided by it is noise.
-            if pivots.min() > math.sqrt(len(gram) * _EPS) * pivots.max():
+            if pivots.min() > math.sqrt(len(gram) * EPS) * pivots.max():
                 self._cholesky = factor
                 return
         values, vectors = scipy.linalg.eigh(gram, check_finite=False)

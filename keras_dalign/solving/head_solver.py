@@ -167,7 +167,9 @@ class HeadSolver:
         start = self.problem.theta_of(self.head)
         own_start = self._objective(start)[0]
         path, widths, warm = self._choose(start)
-        start = start if self.problem.size == start.size else np.zeros(self.problem.size)
+        start = (
+            start if self.problem.size == start.size else np.zeros(self.problem.size)
+        )
         current: Iterate | None = None
 
         def watch(iterate: Iterate) -> Any:

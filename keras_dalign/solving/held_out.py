@@ -64,7 +64,9 @@ class HeldOut:
         """The loss of each, `(k,)`, times its weight: their mean is `loss`."""
         judges = self.judges
         counted = judges.weights > 0
-        losses = judges.loss.value(self.logits(iterate)[counted], judges.targets[counted])
+        losses = judges.loss.value(
+            self.logits(iterate)[counted], judges.targets[counted]
+        )
         share = np.count_nonzero(counted) / judges.normalizer
         return losses * judges.weights[counted] * share
 

@@ -17,6 +17,7 @@ import numpy as np
 import scipy.optimize
 
 from keras_dalign.numerics.losses import SquaredError
+from keras_dalign.numerics.rounding import EPS
 from keras_dalign.solving.closed_form import ClosedForm
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from keras_dalign.solving.problem import ConvexProblem, Evaluation
     from keras_dalign.solving.products import Products
 
-EPS = float(np.finfo(np.float64).eps)
 
 # Up to so many samples a factorisation of the Gram matrix costs less than iterations.
 _DIRECT_SAMPLES = 4096
@@ -161,9 +161,7 @@ def minimize(
             f"are too large. Received: loss={begin.loss}"
         )
     tol = max(tol, part * begin.loss)
-    run = _Minimisation(
-        problem, tol, lower_bound, l2, max_iterations, on_iterate, ends
-    )
+    run = _Minimisation(problem, tol, lower_bound, l2, max_iterations, on_iterate, ends)
     if run.iterate(begin, ends).gap <= tol:
         return run.iterate(begin, ends, reason="gap")
     last = run.by_closed_form(begin) if method == "direct" else run.by_lbfgs(begin)

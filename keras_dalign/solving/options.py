@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from keras_dalign.numerics.rounding import EPS
+
 METHODS = ("auto", "lbfgs", "direct")
-_EPS = float(np.finfo(np.float64).eps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,10 +33,10 @@ class SolveOptions:
     max_iterations: int = 1000
 
     def __post_init__(self) -> None:
-        if not (_is_number(self.tol) and _EPS <= self.tol < math.inf):
+        if not (_is_number(self.tol) and EPS <= self.tol < math.inf):
             raise ValueError(
                 "`tol` must be a positive number, not below the machine precision of "
-                f"float64, {_EPS:.2g}. Received: tol={self.tol!r}"
+                f"float64, {EPS:.2g}. Received: tol={self.tol!r}"
             )
         if self.method not in METHODS:
             raise ValueError(

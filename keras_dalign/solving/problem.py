@@ -28,6 +28,7 @@ from keras import ops
 from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
 from keras_dalign.head.objective import sample_weights
 from keras_dalign.numerics.gram import Array, gram_matrix
+from keras_dalign.numerics.rounding import EPS
 from keras_dalign.solving.feature_rows import FeatureRows
 from keras_dalign.solving.products import (
     DeviceProducts,
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
 # From so many multiply-adds on, a product is worth a call of a compiled function, and
 # float32 halves its time. Smaller problems are solved in float64 throughout.
 _LARGE = 2e7
-
-_EPS = float(np.finfo(np.float64).eps)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -298,7 +297,7 @@ class ConvexProblem:
             squares = np.full(self.n, float(self.d))
         squares = squares * float((self.gates.w**2).sum(axis=1).max()) + 1.0
         lengths = np.sqrt(squares)
-        inner = (self.d + self.width + 8) * _EPS
+        inner = (self.d + self.width + 8) * EPS
         size = float(np.linalg.norm(at.theta))
         logits = inner * (
             np.linalg.norm(self.offset, axis=1) + lengths * size * np.sqrt(2.0)
@@ -309,12 +308,12 @@ class ConvexProblem:
         # Targets and logits that cancel were rounded at their own size.
         sizes = np.linalg.norm(at.logits, axis=1) + np.linalg.norm(self.targets, axis=1)
         curvature = shares * self.loss.max_curvature(self.units)
-        wrong = curvature * (logits + 4 * _EPS * sizes) + 16 * _EPS * cotangents
-        summed = (self.n + self.d + self.width) * _EPS * cotangents
+        wrong = curvature * (logits + 4 * EPS * sizes) + 16 * EPS * cotangents
+        summed = (self.n + self.d + self.width) * EPS * cotangents
         bound = float(lengths @ (wrong + summed))
         if l2:
             change = at.theta - self.center
-            bound += 4 * _EPS * l2 * (size + float(np.linalg.norm(change)))
+            bound += 4 * EPS * l2 * (size + float(np.linalg.norm(change)))
         return bound
 
     def gram(self, output: int) -> Array:
