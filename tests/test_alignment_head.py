@@ -381,8 +381,8 @@ class TestWidth:
         np.testing.assert_allclose(np.abs(array(head.w)), 1 / math.sqrt(12), rtol=1e-6)
 
     def test_what_the_switch_would_draw_is_what_it_draws(self):
-        for kind in KINDS:
-            head = AlignmentHead(2, width=3, seed=4, **KINDS[kind])
+        for options in KINDS.values():
+            head = AlignmentHead(2, width=3, seed=4, **options)
             head.build((None, 4))
             r, w = head.gates_at_switch(noise=0.1)
             head.start_exploiting(noise=0.1)
@@ -414,7 +414,7 @@ class TestWidth:
         assert head.width == 5
 
     def test_learned_gates_keep_theirs(self):
-        with pytest.raises(ValueError, match="learned gates is set when.*width=4"):
+        with pytest.raises(ValueError, match=r"learned gates is set when.*width=4"):
             exploiting("learned").set_width(4)
 
 
@@ -457,7 +457,7 @@ class TestMemory:
             head.gates_at_switch()
 
     def test_what_fits_is_what_is_free(self, monkeypatch):
-        """d * units * width weights of four bytes, and as much to train them."""
+        """As many weights of four bytes as `q` has, and as much to train them."""
         head = AlignmentHead(2, width=16)
         head.build((None, 7))
         needed = 8 * 8 * 2 * 16 / 2**30
@@ -860,16 +860,15 @@ class TestInAFunctionalModel:
     @pytest.mark.parametrize(
         ("kind", "other"), [("shared", "separate"), ("separate", "shared")]
     )
-    def test_gates_of_the_other_kind_are_refused(self, kind, other, by, tmp_path):
+    def test_gates_of_the_other_kind_are_refused(self, kind, other, by):
         head, theirs = exploiting(kind), exploiting(other, width=7)
-        store, before = {}, [array(weight) for weight in head.weights]
+        before = [array(weight) for weight in head.weights]
+        take, weights = head.set_weights, theirs.get_weights()
         if by == "file":
-            theirs.save_own_variables(store)
+            take, weights = head.load_own_variables, {}
+            theirs.save_own_variables(weights)
         with pytest.raises(ValueError, match=r"another head.*share_gates=.*Received"):
-            if by == "file":
-                head.load_own_variables(store)
-            else:
-                head.set_weights(theirs.get_weights())
+            take(weights)
         assert head.width == 5
         for weight, value in zip(head.weights, before, strict=True):
             np.testing.assert_array_equal(array(weight), value)
@@ -885,7 +884,7 @@ class TestInAFunctionalModel:
         before = head.get_weights()
         wrong = [*before[:-1], np.zeros(7)]
         for weights in (before[:-1], wrong, []):
-            with pytest.raises(ValueError, match="weights are not those of.*Received"):
+            with pytest.raises(ValueError, match=r"weights are not those of.*Received"):
                 head.set_weights(weights)
         for old, new in zip(before, head.get_weights(), strict=True):
             np.testing.assert_array_equal(old, new)

@@ -349,10 +349,13 @@ class AlignmentHead(keras.layers.Layer):
         return mean, variance
 
     def linear_part(self, z: np.ndarray) -> np.ndarray:
-        """`a . z + b0` in NumPy float64, shape `(n, units)`; 0 without a linear part.
+        """`a . z + b0` in NumPy float64.
 
         Args:
             z: The output layer's features, shape `(n, p)`.
+
+        Returns:
+            Array `(n, units)`; 0 without a linear part.
         """
         outputs = np.zeros((len(z), self.units))
         if self.dense is None:

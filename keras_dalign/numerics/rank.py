@@ -313,7 +313,8 @@ def check_rank(
     which no head separates; (c) in float64, the eigenvalues of the Gram matrix of the
     distinct samples, or of `max_rows` of them chosen at random if there are more.
     Where each output has gates of its own, (c) is done for all of them, and the check
-    is of the output whose rank is least. If (a) or (c) fails, the set of samples that causes it is looked for.
+    is of the output whose rank is least. If (a) or (c) fails, the set of samples that
+    causes it is looked for.
 
     An eigenvalue of the Gram matrix counts as zero up to
     `max(rows, d, m) * eps * lambda_max`, the usual bound on what rounding leaves of a
@@ -324,8 +325,8 @@ def check_rank(
     directions below it, rounding noise of a float32 trunk among them, do not
     show in the Gram matrix.
 
-    Takes about half a second for 2048 rows on two cores, and some seconds more if it
-    fails and has to look for the cause.
+    Takes about half a second for 2048 rows and shared gates on two cores, and some
+    seconds more if it fails and has to look for the cause.
 
     Args:
         Zh: Normalised features, shape `(n, d)`, last column 1.

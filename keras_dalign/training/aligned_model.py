@@ -117,7 +117,7 @@ class AlignedModel(keras.Model):
         return restore
 
     def _follow_phase(self) -> None:
-        """Forgets functions that were compiled in the other phase or for other units."""
+        """Forgets functions that were compiled in another phase or for other units."""
         optimizer = getattr(self, "optimizer", None)
         if isinstance(optimizer, DAlign):
             with self._variable_scope():
