@@ -890,11 +890,13 @@ class TestInAFunctionalModel:
             np.testing.assert_array_equal(old, new)
 
     def test_variables_of_no_head_are_refused(self):
-        for store in ({}, {"0": np.zeros(3)}, {"gamma": np.zeros(3)}):
-            head = exploiting()
+        head = exploiting()
+        for store in ({"0": np.zeros(3)}, {"gamma": np.zeros(3)}):
             with pytest.raises(ValueError, match="not those of an alignment head"):
                 head.load_own_variables(store)
-            assert head.phase == "exploiting"
+        with pytest.raises(ValueError, match="No variables of a head were found"):
+            head.load_own_variables({})
+        assert head.phase == "exploiting"
 
     def test_a_mask_of_the_features_is_one_of_the_logits(self):
         """As with Dense: the loss then leaves masked samples out."""

@@ -184,6 +184,8 @@ class AlignmentHead(keras.layers.Layer):
         self.bias: Any = None
         # How often units were made or removed: a step compiled before is of others.
         self.generation = 0
+        # Why the last units that were to be loaded were not.
+        self._refusal: str | None = None
         self._phase = EXPLORING
         # As Dense: a mask of the features is one of the logits, and of the loss.
         self.supports_masking = True
@@ -580,6 +582,9 @@ class AlignmentHead(keras.layers.Layer):
             ValueError: If they are those of another head, which is left as it was.
         """
         found = {name: np.asarray(store[name]) for name in store.keys()}  # noqa: SIM118
+        if not found:
+            # Keras comes back with nothing after a failure: that one is to be told.
+            raise ValueError(self._refusal or "No variables of a head were found.")
         if "phase_index" not in found:
             found = _named(found)
         phase = PHASES[int(found["phase_index"])]
@@ -607,13 +612,15 @@ class AlignmentHead(keras.layers.Layer):
             "w": (groups, width),
             "bias": (self.units,),
         }
+        self._refusal = None
         if shapes != wanted:
-            raise ValueError(
+            self._refusal = (
                 "The saved units are those of another head. This one has shapes "
                 f"{wanted}, with gates='{self.gates}' and share_gates="
                 f"{self.share_gates}. Received: {shapes}. Align as it was done when "
                 "they were saved; heads of version 0.1.0 have share_gates=False."
             )
+            raise ValueError(self._refusal)
 
     def set_weights(self, weights: list[Any]) -> None:
         """Sets the head's weights and, with them, its phase and width."""
