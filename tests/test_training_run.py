@@ -20,8 +20,16 @@ from keras_dalign.head import features
 BACKEND = keras.backend.backend()
 
 
-def compiled(base=None, n=96, gates="random", explore=2, compile_with=None, **options):
-    model = kd.align(base or mlp(), n_samples=n, gates=gates, seed=1)
+def compiled(
+    base=None,
+    n=96,
+    gates="random",
+    explore=2,
+    compile_with=None,
+    width=None,
+    **options,
+):
+    model = kd.align(base or mlp(), n_samples=n, gates=gates, width=width, seed=1)
     model.compile(
         kd.DAlign(keras.optimizers.Adam(1e-2), explore=explore, **options),
         loss=cross_entropy(),
@@ -707,9 +715,115 @@ def test_l2_auto_in_fit(capsys):
     model.fit(x, y, epochs=3, verbose=1)
     shown = capsys.readouterr().out
     assert "held-out loss" in shown
+    assert "width 8: held-out loss" in shown
     assert "Epoch 3 (solve)" in shown
     assert "gap: " in shown
-    assert "Newton" in shown
+    assert "L-BFGS" in shown
+    # No rank is needed, and none was looked at.
+    assert model.switch_report.rank is None
+    assert model.head.width in (8, 16)
+
+
+def test_the_width_is_chosen_before_the_epochs_of_the_solver():
+    x, y = digits(96)
+    options = {"l2": 1e-3, "tol": 1e-8}
+    model = solving(n=10**12, options=options)
+    widths, frozen = [], []
+
+    class Look(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            widths.append(self.model.head.width)
+            frozen.append(weights(self.model.trunk))
+
+    history = model.fit(x, y, epochs=3, verbose=0, callbacks=[Look()]).history
+    assert widths[:2] == [None, None]
+    assert set(widths[2:]) == {model.head.width}
+    assert 8 <= model.head.width <= 64
+    for later in frozen[2:]:
+        assert_equal(frozen[1], later)
+    assert history["gap"][-1] <= 1e-7
+    # The solution is that of a head which had the width from the beginning.
+    given = compiled(
+        n=96,
+        width=model.head.width,
+        exploit_optimizer="solve",
+        solve_options=options,
+    )
+    given.fit(x, y, epochs=3, verbose=0)
+    np.testing.assert_array_equal(np.array(given.head.r), np.array(model.head.r))
+    np.testing.assert_allclose(
+        given.predict(x, verbose=0), model.predict(x, verbose=0), atol=2e-2
+    )
+
+
+def test_a_width_that_the_user_asked_for_is_kept():
+    x, y = digits(96)
+    model = solving(width=11, options={"l2": 1e-3})
+    model.fit(x, y, epochs=3, verbose=0)
+    assert model.head.width == 11
+
+
+def chosen_width(base=None, **options):
+    """Solves at a width that the samples choose, far from the default."""
+    return solving(base, n=10**6, options={"l2": 1e-5, "tol": 1e-7, **options})
+
+
+@pytest.fixture(scope="module")
+def solved_at_a_chosen_width():
+    x, y = digits(96)
+    model = chosen_width()
+    model.fit(x, y, epochs=3, verbose=0, shuffle=False)
+    assert 8 <= model.head.width <= 64 < model.head.default_width()
+    return model
+
+
+def test_a_chosen_width_survives_a_file(solved_at_a_chosen_width, tmp_path):
+    x, y = digits(96)
+    model = solved_at_a_chosen_width
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.head.width == model.head.width
+    assert loaded.head.requested_width is None
+    assert loaded.phase == "exploiting"
+    assert_equal(weights(model), weights(loaded))
+    np.testing.assert_array_equal(
+        model.predict(x, verbose=0), loaded.predict(x, verbose=0)
+    )
+    # It was solved: the width is not chosen again, and nothing moves.
+    again = loaded.fit(x, y, epochs=3, verbose=0).history
+    assert loaded.head.width == model.head.width
+    assert set(again["phase"]) == {1}
+    assert again["gap"][-1] <= 1e-7
+
+
+def test_backup_and_restore_at_a_chosen_width(solved_at_a_chosen_width, tmp_path):
+    x, y = digits(96)
+    whole = solved_at_a_chosen_width
+
+    class Kill(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 6:
+                raise KeyboardInterrupt
+
+    arguments = {"epochs": 3, "verbose": 0, "shuffle": False}
+    backup = keras.callbacks.BackupAndRestore
+    killed = chosen_width()
+    with pytest.raises(KeyboardInterrupt):
+        killed.fit(x, y, callbacks=[backup(tmp_path / "backup"), Kill()], **arguments)
+    resumed = chosen_width(base=mlp(seed=7))
+    history = resumed.fit(x, y, callbacks=[backup(tmp_path / "backup")], **arguments)
+    assert history.epoch[0] == 6
+    assert resumed.head.width == whole.head.width
+    assert_equal(weights(whole.trunk), weights(resumed.trunk))
+    np.testing.assert_array_equal(np.array(whole.head.r), np.array(resumed.head.r))
+    # One minimum, from wherever the solver goes on.
+    assert history.history["gap"][-1] <= 1e-7
+    assert history.history["loss"][-1] == pytest.approx(
+        whole.history.history["loss"][-1], abs=2e-7
+    )
+    np.testing.assert_allclose(
+        whole.predict(x, verbose=0), resumed.predict(x, verbose=0), atol=2e-2
+    )
 
 
 def test_solving_without_metrics_or_with_a_dict_of_them():
