@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from keras_dalign.numerics.gram import Array
 from keras_dalign.numerics.operators import DenseOperator, Operator, Products
-from keras_dalign.solving.problem import ConvexProblem
 
 if TYPE_CHECKING:
     from keras_dalign.conditions.jacobian import Jacobian
+    from keras_dalign.numerics.gram import Array
+    from keras_dalign.solving.problem import ConvexProblem
 
 
 @dataclasses.dataclass(frozen=True)

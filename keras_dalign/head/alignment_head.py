@@ -348,6 +348,9 @@ class AlignmentHead(keras.layers.Layer):
 
         Args:
             z: The output layer's features, shape `(n, p)`.
+
+        Returns:
+            The outputs that exploitation does not train.
         """
         outputs = np.zeros((len(z), self.units))
         if self.dense is None:

@@ -313,7 +313,8 @@ def check_rank(
     which no head separates; (c) in float64, the eigenvalues of the Gram matrix of the
     distinct samples, or of `max_rows` of them chosen at random if there are more.
     Where each output has gates of its own, (c) is done for all of them, and the check
-    is of the output whose rank is least. If (a) or (c) fails, the set of samples that causes it is looked for.
+    is of the output whose rank is least. If (a) or (c) fails, the set of samples that
+    causes it is looked for.
 
     An eigenvalue of the Gram matrix counts as zero up to
     `max(rows, d, m) * eps * lambda_max`, the usual bound on what rounding leaves of a

@@ -158,7 +158,7 @@ def solve(
     one: it starts at 8 gates and is doubled until the loss of the samples held out
     falls by less than its standard error.
 
-    Cost: one gradient takes `4 n d C m` multiply-adds for `n` samples, `d` features,
+    Cost: one gradient takes `4 n d C m` flop for `n` samples, `d` features,
     `C` outputs and width `m`, and some 20 to 40 gradients reach a gap of 1e-6; they are
     computed in float32 on the device of the backend where the problem is large. Memory
     beside the features: the gates, `n m` numbers for gates that outputs share (computed

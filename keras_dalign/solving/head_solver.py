@@ -163,6 +163,9 @@ class HeadSolver:
 
         Returns:
             The solution.
+
+        Raises:
+            KeyboardInterrupt: If it was interrupted.
         """
         start = self.problem.theta_of(self.head)
         own_start = self._objective(start)[0]
@@ -318,9 +321,7 @@ class HeadSolver:
         self, problem: ConvexProblem, mask: np.ndarray | None, basis: Array | None
     ) -> HeldOut:
         if mask is None:
-            judges = self.validation
-            if judges is None:
-                raise RuntimeError("There are no samples to judge by.")
+            judges = self.validation or problem
             if judges.width != problem.width:
                 judges = judges.with_gates(problem.gates.r, problem.gates.w)
             return HeldOut(problem, judges, own=False)
@@ -364,11 +365,12 @@ class HeadSolver:
         self, last: Iterate, reason: str, rank: RankCheck | None
     ) -> list[str]:
         if reason == "rounding":
-            return [
+            text = (
                 f"In float64 the gap is {last.gap:.3g}. Solve with a small `l2`, which "
                 "bounds the weights, accept a larger `tol`, or make the model in "
                 "float64."
-            ]
+            )
+            return [text]
         remedies = []
         if reason == "max_iterations":
             remedies.append("Raise `max_iterations`, or accept a larger `tol`.")

@@ -131,6 +131,5 @@ def choose_l2(
             # Weaker weights take ever more iterations, and fit what is held out less.
             break
         best = len(trials) - 1, last
-    if best is None:
-        raise RuntimeError("No weight was tried.")
-    return L2Choice(trials[best[0]].l2, best[1], tuple(trials))
+    index, last = best if best else (0, last)
+    return L2Choice(trials[index].l2, last, tuple(trials))

@@ -336,7 +336,11 @@ class ConvexProblem:
     def single_output(self, output: int) -> ConvexProblem:
         """The gated features of one output: its products and Gram matrix.
 
-        Its offset and targets are 0.
+        Args:
+            output: The output.
+
+        Returns:
+            A problem whose offset and targets are 0.
         """
         r, w = self.gates.of_output(output)
         zeros = np.zeros((self.n, 1))

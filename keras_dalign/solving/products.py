@@ -1,11 +1,11 @@
 """Products with the gated features `Phi` and their transpose, never forming `Phi`.
 
-    (Phi theta)_ic = sum_k G_ick (v_i . q_ck) + b_c,   G_ick = w_ck s(slope * r_ck . v_i)
+    (Phi theta)_ic = sum_k G_ick (v_i . q_ck) + b_c,  G_ick = w_ck s(slope r_ck . v_i)
 
-for trained parameters `theta = (q, b)`. Each takes `2 n d C m` multiply-adds, a block of
-rows at a time: `P = V Q` for the block, then a sum over `k` with the gates, and the
-other way round. `NumpyProducts` is the reference, in float64; `DeviceProducts` computes
-the same in float32, compiled by Keras's backend, where the model runs.
+for trained parameters `theta = (q, b)`. Each takes `2 n d C m` flop, a block of rows at
+a time: `P = V Q` for the block, then a sum over `k` with the gates, and the other way
+round. `NumpyProducts` is the reference, in float64; `DeviceProducts` computes the same
+in float32, compiled by Keras's backend, where the model runs.
 
 Gates are kept where they take little memory (`n m` numbers where outputs share them),
 and computed again for every block where they do not.
@@ -124,7 +124,7 @@ class Products(abc.ABC):
 
     @functools.cached_property
     def kept_gates(self) -> np.ndarray | None:
-        """Values of the gates, `(n, G, m)`; None if they are computed block by block."""
+        """Values of the gates, `(n, G, m)`; None where blocks compute their own."""
         if self.gates.kept is None and (
             self.gates.nbytes(self.rows.n, self.dtype) > _KEPT_GATES_BYTES
         ):

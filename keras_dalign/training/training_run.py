@@ -193,6 +193,9 @@ class TrainingRun:
         """Exploits with the solver; each of its iterations is an epoch.
 
         The last epoch is that of the model as it is left, measured by its own outputs.
+
+        Raises:
+            RuntimeError: If the switch kept no features.
         """
         model = self.model
         options = SolveOptions.from_dict(model.optimizer.solve_options)
