@@ -10,6 +10,7 @@ from pipelines.reporting.comparison import Estimate, points
 from pipelines.reporting.results import (
     AUGMENTATIONS,
     PHASES,
+    RUNS,
     TIME_REFERENCE,
     Result,
     Results,
@@ -226,6 +227,15 @@ def commits(results: Iterable[Result]) -> list[str]:
         found[name, state] = found.get((name, state), 0) + 1
     runs = {key: f"{n} run{'s' * (n > 1)}" for key, n in found.items()}
     return [f"{name}{state} ({runs[name, state]})" for name, state in sorted(found)]
+
+
+def code(results: Results) -> str:
+    """All commits that something was made with, and what has changed since."""
+    names, origins = commits(results.by_run.values()), results.origins
+    if origins is None:
+        return f"Code: {'; '.join(names)}."
+    names += origins.commits(without=RUNS)
+    return f"Code: {'; '.join(names)}. {origins.sentence}"
 
 
 def dirty(results: Results) -> int:
