@@ -37,7 +37,7 @@ from pipelines.reporting.verdict import NOT_RUN, verdict
 
 __all__ = ["NOT_RUN", "cli", "main", "read", "runs", "summary", "tell"]
 
-_SWITCH = ("epoch", "rank", "n", "full", "complete")
+_SWITCH = ("epoch", "width", "rank", "n", "full", "complete")
 _PARAMETERS = ("base", "total", "exploited")
 _PROVENANCE = ("title", "partial", "source", "data_sha256", "device", "threads")
 

@@ -546,7 +546,9 @@ def dense_problem(model, x):
     zh = head.normalize_exactly(z)
     features = []
     for c in range(head.units):
-        phi = explicit_features(zh, *head.gates_of(c), head.slope)
+        r, w = head.gates_in_use()
+        group = c % len(w)
+        phi = explicit_features(zh, r[:, group], w[group], head.slope)
         features.append(np.concatenate([phi, np.ones((len(x), 1))], axis=1))
     offset = np.zeros((len(x), head.units))
     if head.dense is not None:
@@ -561,7 +563,7 @@ def dense_problem(model, x):
     )
     theta = [np.append(q[:, c].T, b[c]) for c in range(head.units)]
     centre = [
-        np.append(r[:, c].T if head.gates == "learned" else 0 * r[:, c].T, 0.0)
+        np.append(r[:, c].T if head.gates == "learned" else 0 * q[:, c].T, 0.0)
         for c in range(head.units)
     ]
     return offset, features, np.stack(theta), np.stack(centre)

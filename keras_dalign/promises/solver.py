@@ -177,8 +177,8 @@ def solve(
             Gram matrix) or `"auto"`.
         l2: Non-negative weight of the L2 term, or `"auto"`.
         max_iterations: Most iterations.
-        validation_data: `(x, y)`, `(x, y, sample_weight)` or a stream, for the choice of
-            L2 weight and width.
+        validation_data: `(x, y)`, `(x, y, sample_weight)` or a stream, for the choice
+            of L2 weight and width.
         reestimate_batch_norm: Whether the switch re-estimates batch-norm statistics
             over `x`.
         batch_size: Samples per batch of the trunk, for arrays.
@@ -222,6 +222,7 @@ def solve(
             on_iterate=lambda iterate: say(_progress(iterate, solver.l2)),
             rank=None if report is None else report.rank,
         )
+        say(_progress(solution.last, solver.l2))
         certificate = certify_features(
             model,
             features,

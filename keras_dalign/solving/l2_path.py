@@ -92,7 +92,7 @@ def choose_l2(
         The weight, its minimum, and all trials.
     """
     trained = samples.trained
-    unit = float(trained.weights.sum()) / trained.normalizer
+    unit = samples.mean_weight
     weakest = _WEAKEST_BY_SEEN if samples.own else 0.0
     trials: list[L2Trial] = []
     best: tuple[int, Iterate] | None = None
@@ -131,5 +131,5 @@ def choose_l2(
             # Weaker weights take ever more iterations, and fit what is held out less.
             break
         best = len(trials) - 1, last
-    index, last = best if best else (0, last)
+    index, last = best or (0, last)
     return L2Choice(trials[index].l2, last, tuple(trials))

@@ -306,9 +306,12 @@ def _gap(finished: list[Result], _: Results) -> str:
 
 
 def _rank(finished: list[Result], _: Results) -> str:
-    checks = [check for each in finished if (check := each.metrics.get("switch"))]
-    if not checks:
+    switches = [found for each in finished if (found := each.metrics.get("switch"))]
+    if not switches:
         return "no switch"
+    checks = [switch for switch in switches if "rank" in switch]
+    if not checks:
+        return "not needed"
     # The worst seed speaks for all.
     worst = min(checks, key=lambda check: check["rank"] / check["n"])
     if not all(check["full"] for check in checks):
