@@ -16,6 +16,7 @@ too. `certify` says how far from that minimum a model is, at most.
 Data flow one way: the subpackages are layers, and import only those above them in this
 list.
 
+- `compat`: the private names of Keras that the others rely on;
 - `numerics`: losses, Gram matrices, subspaces, ranks (`union` is the matroid union that
   explains them), column spaces (by factors, Gram matrices or `lsqr`): arrays, and no
   model;
