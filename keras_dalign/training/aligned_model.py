@@ -343,6 +343,11 @@ class AlignedModel(keras.Model):
             self.trunk.compute_output_shape(input_shape)
         )
 
+    def compute_output_spec(self, *args: Any, **kwargs: Any) -> keras.KerasTensor:
+        """Shape and dtype of the logits for symbolic inputs; arguments of `call`."""
+        spec = super().compute_output_spec(*args, **kwargs)
+        return keras.KerasTensor(spec.shape, self.head.output_dtype)
+
     def get_config(self) -> dict[str, Any]:
         """The arguments that rebuild this model (its phase is among the weights)."""
         serialize = keras.saving.serialize_keras_object
