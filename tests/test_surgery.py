@@ -963,6 +963,35 @@ def test_the_loss_of_the_base_model_is_inherited(activation, loss, expected):
         assert convex_loss(found) == convex_loss(expected)
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        SPARSE(from_logits=True, reduction="sum"),
+        ONE_HOT(from_logits=True, label_smoothing=0.1),
+        BINARY(from_logits=True),
+        "mse",
+        None,
+    ],
+)
+@pytest.mark.parametrize("how", ["file", "config", "clone"])
+def test_the_inherited_loss_is_kept_with_the_model(loss, how, tmp_path):
+    base = mlp()
+    base.compile("sgd", loss=loss)
+    model = kd.align(base, n_samples=20)
+    expected = model.inherited_loss
+    if how == "file":
+        model.save(tmp_path / "model.keras")
+        model = keras.models.load_model(tmp_path / "model.keras")
+    elif how == "config":
+        model = kd.AlignedModel.from_config(model.get_config())
+    else:
+        model = keras.models.clone_model(model)
+    if loss is None:
+        assert expected is model.inherited_loss is None
+    else:
+        assert convex_loss(model.inherited_loss) == convex_loss(expected)
+
+
 @pytest.mark.filterwarnings("ignore:The trailing")
 def test_an_inherited_loss_is_what_the_base_model_was_trained_on():
     y = np.arange(len(X)) % 4

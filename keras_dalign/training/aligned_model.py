@@ -356,6 +356,7 @@ class AlignedModel(keras.Model):
             "head": serialize(self.head),
             "name": self.name,
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
+            "inherited_loss": serialize(self.inherited_loss),
         }
 
     @classmethod
@@ -368,7 +369,11 @@ class AlignedModel(keras.Model):
             config[key] = keras.saving.deserialize_keras_object(
                 config[key], custom_objects=custom_objects
             )
-        return cls(**config)
+        # Files of earlier versions have none.
+        loss = config.pop("inherited_loss", None)
+        model = cls(**config)
+        model.inherited_loss = keras.losses.get(loss)
+        return model
 
 
 def _feature_shape(trunk: keras.Model) -> Any:
