@@ -183,7 +183,7 @@ def test_no_model_is_left_with_a_higher_loss_than_it_had(seed):
     # Learned gates are moved by noise at the switch.
     switched = 1e-2 if model.head.gates == "learned" else 0.0
     assert after <= before + 1e-6 * abs(before) + switched
-    assert result.value == pytest.approx(after, rel=1e-4, abs=1e-6)
+    assert result.value == pytest.approx(after, rel=1e-3, abs=1e-6)
     gap = kd.certify(model, x, y).gap
     assert result.gap == pytest.approx(gap, rel=1e-3, abs=2e-6)
     assert result.converged == (result.reason == "gap")
@@ -225,7 +225,7 @@ def test_what_float32_cannot_hold_is_not_called_converged(n):
     model.compile("sgd", "mse")
     after = model.evaluate(x, y, verbose=0)
     assert after < 0.7 * before
-    assert result.value == pytest.approx(after, rel=1e-4)
+    assert result.value == pytest.approx(after, rel=1e-3)
     gap = kd.certify(model, x, y).gap
     assert result.gap == pytest.approx(gap, rel=1e-2, abs=1e-7)
     assert result.converged == (gap <= 1.1e-6)

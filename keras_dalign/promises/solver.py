@@ -252,7 +252,7 @@ def solve(
         path=solution.path,
         width=solver.problem.width,
         widths=solution.widths,
-        dtype=model.head.compute_dtype,
+        dtype=model.head.output_dtype,
     )
 
 

@@ -45,8 +45,8 @@ _COMPONENTS_HOLD = 0.95
 _RIDGES = tuple(10.0**-k for k in range(2, 17))
 _RIDGE_TOLERANCE = 1e-4
 _RIDGE_ITERATIONS = 200
-# An estimate to second order only: it counts several times.
-_CANCELLATION_WEIGHT = 10.0
+# An estimate of the mean, and compiled functions differ: it counts many times.
+_CANCELLATION_WEIGHT = 100.0
 
 _METHOD_NAMES = {"lbfgs": "L-BFGS", "direct": "the closed form"}
 _ENDS = {

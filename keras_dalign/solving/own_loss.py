@@ -79,10 +79,11 @@ class OwnLoss:
         logits = self.logits()
         loss = problem.loss_of(logits)
         slopes = problem.loss_gradient(logits)
-        unit = _UNIT.get(str(self.head.compute_dtype), 2.0**-52)
+        unit = _UNIT.get(str(self.head.output_dtype), 2.0**-52)
         outputs = _ULPS * unit * (float(np.abs(slopes * logits).sum()) + loss)
         # Terms of size ||phi|| ||theta|| were rounded before they were summed up.
         theta = problem.theta_of(self.head)
+        unit = _UNIT.get(str(self.head.compute_dtype), 2.0**-52)
         error = unit * problem.row_lengths() * float(np.linalg.norm(theta))
         curvature = problem.loss.max_curvature(problem.units)
         shares = problem.weights / problem.normalizer
