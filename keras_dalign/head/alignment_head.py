@@ -310,9 +310,16 @@ class AlignmentHead(keras.layers.Layer):
         """
         p = self.dim - 1
         features = ops.reshape(features, (-1, p))
-        u = self.standardize(features, training=training)
-        dtype = keras.backend.result_type(u.dtype, "float32")
-        u = ops.cast(u, dtype)
+        dtype = keras.backend.result_type(self.compute_dtype, "float32")
+        if training:
+            u = ops.cast(self.standardize(features, training=True), dtype)
+        else:
+            # Batch normalisation computes x / s - mean / s, which cancels where a
+            # feature varies little around a large mean.
+            moments = (self.standardize.moving_mean, self.standardize.moving_variance)
+            mean, variance = (ops.cast(moment, dtype) for moment in moments)
+            u = ops.cast(features, dtype) - mean
+            u = u * ops.rsqrt(variance + self.standardize.epsilon)
         square = ops.sum(ops.square(u), axis=-1, keepdims=True)
         # A sample whose features are all at their mean maps to [0, ..., 0, 1].
         u = u * (math.sqrt(p) * ops.rsqrt(ops.maximum(square, 1e-12)))

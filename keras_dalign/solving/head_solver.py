@@ -45,8 +45,6 @@ _COMPONENTS_HOLD = 0.95
 _RIDGES = tuple(10.0**-k for k in range(2, 17))
 _RIDGE_TOLERANCE = 1e-4
 _RIDGE_ITERATIONS = 200
-# An estimate of the mean, and compiled functions differ: it counts many times.
-_CANCELLATION_WEIGHT = 100.0
 
 _METHOD_NAMES = {"lbfgs": "L-BFGS", "direct": "the closed form"}
 _ENDS = {
@@ -243,7 +241,7 @@ class HeadSolver:
         """
 
         def cost(found: tuple[float, OwnMeasure]) -> float:
-            return found[0] + _CANCELLATION_WEIGHT * found[1].cancellation
+            return found[0] + found[1].cancellation + found[1].drift
 
         problem = self.problem.centred(start)
         # What the curvature of the loss is at most, for features of length sqrt(d).

@@ -32,14 +32,16 @@ class OwnMeasure:
         loss: Of the head's outputs, without an L2 term, summed in float64.
         outputs: To first order, the effect of some units in the last place of every
             logit.
-        cancellation: To second order, the effect of large parameters whose terms
-            cancel. The loss then depends on the order of sums, which compiled functions
-            choose for themselves.
+        cancellation: The effect of large parameters whose terms cancel, as an estimate
+            to second order. The loss then depends on the order of sums, which compiled
+            functions choose for themselves.
+        drift: The same to first order, if all samples were off in the worst direction.
     """
 
     loss: float
     outputs: float
     cancellation: float
+    drift: float
 
 
 class OwnLoss:
@@ -88,10 +90,11 @@ class OwnLoss:
         curvature = problem.loss.max_curvature(problem.units)
         shares = problem.weights / problem.normalizer
         bends = shares * curvature
+        sizes = np.linalg.norm(slopes, axis=1)
         if not isinstance(problem.loss, SquaredError):
             # A sample with a small gradient has a small curvature, too.
-            bends = np.minimum(bends, np.linalg.norm(slopes, axis=1))
-        return OwnMeasure(loss, outputs, float(bends @ error**2))
+            bends = np.minimum(bends, sizes)
+        return OwnMeasure(loss, outputs, float(bends @ error**2), float(sizes @ error))
 
 
 def _call(head: AlignmentHead, features: Any) -> Any:
