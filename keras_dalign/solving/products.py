@@ -182,43 +182,57 @@ class NumpyProducts(Products):
     def product(self, theta: Array) -> Array:
         """See `Products`."""
         out = np.empty((self.rows.n, self.units))
-        q, bias = self._parts(theta)
+        q, constant, bias = self._parts(theta)
         for part in self._blocks():
-            out[part] = self._forward(self.rows.block(part, self.dtype), part, q)[0]
+            u = self.rows.centred(part, self.dtype)
+            out[part] = self._forward(u, part, q, constant)[0]
         out += bias
         return out
 
     def sweep(self, theta: Array, cotangents: Cotangents) -> Array:
         """See `Products`."""
-        q, bias = self._parts(theta)
-        gradient = np.zeros_like(q)
+        q, constant, bias = self._parts(theta)
+        gradient = np.zeros(q.shape, self.dtype)
+        gradient_constant = np.zeros(q.shape[1])
         gradient_b = np.zeros(self.units)
         for part in self._blocks():
-            v = self.rows.block(part, self.dtype)
-            logits, gates = self._forward(v, part, q)
-            u = cotangents(part, logits + bias)
-            gradient_b += u.sum(axis=0)
-            weighted = gates * u.astype(self.dtype)[:, :, None]
-            gradient += v.T @ weighted.reshape(len(v), -1)
-        return np.concatenate([gradient.ravel(), gradient_b], dtype=np.float64)
+            u = self.rows.centred(part, self.dtype)
+            logits, gates = self._forward(u, part, q, constant)
+            slopes = cotangents(part, logits + bias)
+            gradient_b += slopes.sum(axis=0)
+            weighted = gates * slopes.astype(self.dtype)[:, :, None]
+            weighted = weighted.reshape(len(u), -1)
+            if self.rows.scales is not None:
+                gradient_constant += weighted.sum(axis=0)
+                weighted *= self.rows.scales[part, None].astype(self.dtype)
+            gradient += u.T @ weighted
+        found = self.rows.unfold(gradient.astype(np.float64), gradient_constant)
+        return np.concatenate([found.ravel(), gradient_b])
 
-    def _parts(self, theta: Array) -> tuple[np.ndarray, Array]:
-        q = theta[: -self.units].reshape(self.rows.d, -1)
-        return q.astype(self.dtype), theta[-self.units :]
+    def _parts(self, theta: Array) -> tuple[np.ndarray, np.ndarray | None, Array]:
+        """Coefficients of the features `(p, C m)`, of the constant, and the bias."""
+        q, constant = self.rows.fold(theta[: -self.units].reshape(self.rows.d, -1))
+        if constant is not None:
+            constant = constant.astype(self.dtype)
+        return q.astype(self.dtype), constant, theta[-self.units :]
 
     def _blocks(self) -> Iterator[slice]:
         columns = self.rows.d + 2 * self.units * self.gates.width
         return self.rows.blocks(self.dtype.itemsize * columns, _BLOCK_BYTES)
 
     def _forward(
-        self, v: np.ndarray, part: slice, q: np.ndarray
+        self, u: np.ndarray, part: slice, q: np.ndarray, constant: np.ndarray | None
     ) -> tuple[Array, np.ndarray]:
         """Logits `(rows, C)` without bias, and the gates `(rows, G, m)`."""
         if self.kept_gates is not None:
             gates = self.kept_gates[part]
         else:
-            gates = self.gates.values(v).astype(self.dtype)
-        projections = (v @ q).reshape(len(v), self.units, -1)
+            gates = self.gates.values(self.rows.block(part)).astype(self.dtype)
+        projections = u @ q
+        if self.rows.scales is not None:
+            projections *= self.rows.scales[part, None].astype(self.dtype)
+            projections += constant
+        projections = projections.reshape(len(u), self.units, -1)
         if self.gates.groups == 1:
             logits = np.einsum("icm,im->ic", projections, gates[:, 0])
         else:
