@@ -106,7 +106,13 @@ def features_of(base: Any, data: Data) -> tuple[Any, FeatureSet]:
     model = kd.align(base, n_samples=len(data.x), seed=0, copy=True)
     width = first_width(model.head, SolveOptions(l2="auto"))
     _, features = switch(
-        model, data.x, data.y, width=width, keep_features=True, digest=True
+        model,
+        data.x,
+        data.y,
+        width=width,
+        rank_matters=False,
+        keep_features=True,
+        digest=True,
     )
     return model, features
 

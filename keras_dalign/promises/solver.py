@@ -202,7 +202,17 @@ def solve(
     try:
         free = first_width(model.head, options) if model.phase != EXPLOITING else None
         features = _features(
-            model, x, y, sample_weight, convex, reestimate_batch_norm, free, passes
+            model,
+            x,
+            y,
+            sample_weight,
+            convex,
+            {
+                "fresh_statistics": reestimate_batch_norm,
+                "width": free,
+                "rank_matters": options.l2 == 0,
+            },
+            passes,
         )
         validation = None
         if validation_data is not None:
@@ -299,8 +309,7 @@ def _features(
     y: Any,
     sample_weight: Any,
     loss: ConvexLoss,
-    fresh_statistics: bool,
-    width: int | None,
+    switching: dict[str, Any],
     passes: dict[str, Any],
 ) -> FeatureSet:
     """The trunk's features, after the switch."""
@@ -315,10 +324,9 @@ def _features(
         x,
         y,
         sample_weight,
-        width=width,
         keep_features=True,
         digest=True,
-        fresh_statistics=fresh_statistics,
+        **switching,
         **({} if noise is None else {"noise": noise}),
         **passes,
     )

@@ -34,8 +34,7 @@ class SwitchReport:
         n_samples: Samples seen.
         n_batch_norms: Batch-normalisation layers whose statistics were
             re-estimated (the head's standardisation not counted).
-        rank: The rank check; None where the solver chooses the width for an L2 term,
-            which needs no rank.
+        rank: The rank check; None where exploitation has an L2 term, which needs none.
         seconds: Wall time of the switch.
     """
 
@@ -62,6 +61,7 @@ def switch(
     steps: int | None = None,
     noise: float = 1e-3,
     width: int | None = None,
+    rank_matters: bool = True,
     keep_features: bool = False,
     digest: bool = False,
     fresh_statistics: bool = True,
@@ -81,8 +81,9 @@ def switch(
         batch_size: Int, samples per batch for arrays.
         steps: Int, batches per pass over an endless stream.
         noise: Float, see `AlignmentHead.start_exploiting`.
-        width: Number of random gates to begin with, where the solver chooses it for an
-            L2 term; the rank is then not checked. None for the default.
+        width: Number of random gates; None for the default.
+        rank_matters: Whether to check the rank. An L2 term makes the optimum unique at
+            any rank.
         keep_features: Whether to return the features.
         digest: Whether to return digests of the inputs with them.
         fresh_statistics: Whether to re-estimate the trunk's batch-norm statistics.
@@ -108,7 +109,7 @@ def switch(
         head.standardize.moving_mean.assign(mean)
         head.standardize.moving_variance.assign(variance)
         model.start_exploiting(noise, width)
-        rank = None if width is not None else _rank(head, features)
+        rank = _rank(head, features) if rank_matters else None
     except BaseException:
         restore()
         raise

@@ -131,7 +131,11 @@ class TrainingRun:
         return bool(self.model.stop_training)
 
     def _features(
-        self, wanted: bool | str, digest: bool, width: int | None = None
+        self,
+        wanted: bool | str,
+        digest: bool,
+        width: int | None = None,
+        rank_matters: bool = True,
     ) -> FeatureSet | None:
         """The features, if they are to be kept; switches first if that is to come."""
         model = self.model
@@ -151,6 +155,7 @@ class TrainingRun:
                 self.sample_weight,
                 noise=model.optimizer.noise,
                 width=width,
+                rank_matters=rank_matters,
                 keep_features=plan.keep,
                 digest=digest,
                 **passes,
@@ -200,7 +205,9 @@ class TrainingRun:
         model = self.model
         options = SolveOptions.from_dict(model.optimizer.solve_options)
         free = first_width(model.head, options) if model.phase != EXPLOITING else None
-        features = self._features(wanted=True, digest=True, width=free)
+        features = self._features(
+            wanted=True, digest=True, width=free, rank_matters=options.l2 == 0
+        )
         if features is None:
             raise RuntimeError("The switch kept no features.")
         weights = self._class_weighted(features)
