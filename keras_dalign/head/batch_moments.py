@@ -1,10 +1,10 @@
 """A batch normalised by its own mean and variance, in as few looks as the backend can.
 
 Mean, variance and normalisation cost three looks at an activation, where inference has
-one. TensorFlow and PyTorch have a kernel for the three of them on the processor, and
-XLA fuses what the formula below says. All of them subtract the mean before they square,
-since `E[x^2] - E[x]^2` cancels in single precision: a mean of 1,000 standard deviations
-leaves no digit of the variance.
+one. On the processor TensorFlow has a kernel for the three of them and PyTorch for the
+first two; XLA fuses what the formula below says. All of them subtract the mean before
+they square, since `E[x^2] - E[x]^2` cancels in single precision: a mean of 1,000
+standard deviations leaves no digit of the variance.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def moments_and_normalized(
     """
     axes = [axis for axis in range(len(x.shape)) if axis != layer.axis % len(x.shape)]
     count = math.prod(ops.shape(x)[axis] for axis in axes)
-    kernel = _kernel(layer, x, mask, count)
+    kernel = _kernel(layer, x, mask)
     if kernel is not None:
         mean, variance, normalized = kernel(layer, x, count)
         return (ops.cast(count, x.dtype), mean, variance), normalized
@@ -74,11 +74,9 @@ def normalize(layer: BatchNormalization, x: Any, mean: Any, variance: Any) -> An
 
 
 def has_tensorflow_kernel() -> bool:
-    """Whether TensorFlow's kernel is used, which its XLA must then not compile.
-
-    XLA makes `E[x^2] - E[x]^2` of it. What cuDNN makes of it is not documented, so that
-    on accelerators XLA is left to fuse the formula.
-    """
+    """Whether TensorFlow's kernel is used, which its XLA must then not compile."""
+    # XLA makes `E[x^2] - E[x]^2` of it. What cuDNN makes of it is not documented, so
+    # that on accelerators XLA is left to fuse the formula.
     if keras.backend.backend() != "tensorflow":
         return False
     import tensorflow as tf  # noqa: PLC0415  (only where it is the backend)
@@ -88,13 +86,12 @@ def has_tensorflow_kernel() -> bool:
 
 
 def _kernel(
-    layer: BatchNormalization, x: Any, mask: Any, count: Any
+    layer: BatchNormalization, x: Any, mask: Any
 ) -> Callable[..., tuple[Any, Any, Any]] | None:
     if mask is not None or layer.axis % len(x.shape) != len(x.shape) - 1:
         return None
     if keras.backend.backend() == "torch":
-        # Its divisor is count - 1.
-        return _torch_kernel if count > 1 else None
+        return _torch_kernel
     if has_tensorflow_kernel() and x.dtype == "float32":
         return _tensorflow_kernel
     return None
@@ -122,23 +119,11 @@ def _tensorflow_kernel(
     return mean, variance, tf.reshape(normalized, tf.shape(x))
 
 
-def _torch_kernel(
-    layer: BatchNormalization, x: Any, count: int
-) -> tuple[Any, Any, Any]:
+def _torch_kernel(layer: BatchNormalization, x: Any, _: Any) -> tuple[Any, Any, Any]:
     import torch  # noqa: PLC0415  (only where it is the backend)
 
-    mean, variance = torch.zeros(2, x.shape[-1], dtype=x.dtype, device=x.device)
-    # Outside of cuDNN, whose sums are not documented.
-    with torch.backends.cudnn.flags(enabled=False):
-        normalized = torch.nn.functional.batch_norm(
-            x.reshape(-1, x.shape[-1]),
-            mean,
-            variance,
-            None if layer.gamma is None else ops.cast(layer.gamma, x.dtype),
-            None if layer.beta is None else ops.cast(layer.beta, x.dtype),
-            training=True,
-            # The moving statistics become those of the batch.
-            momentum=1.0,
-            eps=layer.epsilon,
-        )
-    return mean, variance * ((count - 1) / count), normalized.reshape(x.shape)
+    # Not torch.nn.functional.batch_norm: its sums in single precision lose a mean that
+    # is far from 0, and with it the variance.
+    rows = x.reshape(-1, x.shape[-1])
+    variance, mean = torch.var_mean(rows, dim=0, correction=0)
+    return mean, variance, normalize(layer, x, mean, variance)
