@@ -14,7 +14,7 @@ import keras
 
 from keras_dalign.head import data
 from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
-from keras_dalign.head.features import FeaturePass, FeatureSet
+from keras_dalign.head.features import FeaturePass, FeatureSet, plan_cache
 from keras_dalign.head.objective import loss_of
 from keras_dalign.numerics.html_table import html_table
 from keras_dalign.promises.certificate import Certificate, certify_features
@@ -155,7 +155,10 @@ def solve(
     judge, of all features, and it ends at 1e-7.
 
     Memory: the gates, `n * C * m` floats in float64 for `C` outputs of width `m`, the
-    features, and no more than that again for the method.
+    features, and no more than that again for the method. The trunk's features by
+    themselves, in its own precision, go to a temporary file (in the folder that the
+    environment variable `TMPDIR` names) where they take more than half of the memory
+    that is free.
 
     Args:
         model: An `AlignedModel` in either phase.
@@ -182,6 +185,7 @@ def solve(
     Raises:
         ValueError: If an argument is out of its range, the model has no alignment head,
             the loss is not known or not convex, or the data do not fit.
+        OSError: If the features fit neither into memory nor on the disk.
     """
     begin = time.perf_counter()
     options = SolveOptions(tol=tol, method=method, l2=l2, max_iterations=max_iterations)
@@ -192,7 +196,7 @@ def solve(
     before, report_before = model.get_weights(), model.switch_report
     try:
         features = _features(
-            model, x, y, sample_weight, convex, reestimate_batch_norm, passes
+            model, x, y, sample_weight, convex, reestimate_batch_norm, passes, say
         )
         problem = ConvexProblem.of_head(model.head, features, convex)
         validation = None
@@ -280,12 +284,17 @@ def _features(
     loss: ConvexLoss,
     fresh_statistics: bool,
     passes: dict[str, Any],
+    say: _Speaker,
 ) -> FeatureSet:
     """The trunk's features, after the switch."""
     if y is not None:
         loss.targets(keras.ops.convert_to_numpy(y), model.head.units)
+    is_array = data.is_arrays(x)
+    n = data.n_samples(x) if is_array else None
+    plan = plan_cache(model.head, n, True, is_array)
+    say(plan.reason)
     if model.phase == EXPLOITING:
-        everything = FeaturePass(model, keep=True, digest=True)
+        everything = FeaturePass(model, keep=plan.keep, digest=True)
         return everything.run(x, y, sample_weight, **passes).feature_set()
     noise = getattr(getattr(model, "optimizer", None), "noise", None)
     before = model.get_weights()
@@ -295,7 +304,7 @@ def _features(
             x,
             y,
             sample_weight,
-            keep_features=True,
+            keep_features=plan.keep,
             digest=True,
             fresh_statistics=fresh_statistics,
             **({} if noise is None else {"noise": noise}),

@@ -56,7 +56,7 @@ def switch(
     batch_size: int = 256,
     steps: int | None = None,
     noise: float = 1e-3,
-    keep_features: bool = False,
+    keep_features: bool | str = False,
     digest: bool = False,
     fresh_statistics: bool = True,
 ) -> tuple[SwitchReport, FeatureSet | None]:
@@ -75,7 +75,8 @@ def switch(
         batch_size: Int, samples per batch for arrays.
         steps: Int, batches per pass over an endless stream.
         noise: Float, see `AlignmentHead.start_exploiting`.
-        keep_features: Whether to return the features.
+        keep_features: Whether to return the features: False, True or `"disk"`, see
+            `FeaturePass`.
         digest: Whether to return digests of the inputs with them.
         fresh_statistics: Whether to re-estimate the trunk's batch-norm statistics.
 
@@ -84,6 +85,7 @@ def switch(
 
     Raises:
         ValueError: If features are non-finite, or constant over the data.
+        OSError: If the features are kept on a disk that is too small for them.
     """
     begin = time.perf_counter()
     before = model.trunk.get_weights()
