@@ -311,8 +311,9 @@ class AlignmentHead(keras.layers.Layer):
         p = self.dim - 1
         features = ops.reshape(features, (-1, p))
         dtype = keras.backend.result_type(self.compute_dtype, "float32")
-        if training:
-            u = ops.cast(self.standardize(features, training=True), dtype)
+        if self._phase == EXPLORING:
+            # A call of the layer, whose statistics may be looked at and set anew.
+            u = ops.cast(self.standardize(features, training=training), dtype)
         else:
             # Batch normalisation computes x / s - mean / s, which cancels where a
             # feature varies little around a large mean.
