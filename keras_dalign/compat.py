@@ -165,15 +165,16 @@ def new_variables(layer: keras.Layer, old: Iterable[Any]) -> Iterator[None]:
     Yields:
         Nothing; within the context `layer.add_weight` works.
     """
-    was_locked = layer._tracker.locked
-    layer._tracker.unlock()
+    tracker = layer._tracker  # noqa: SLF001
+    was_locked = tracker.locked
+    tracker.unlock()
     try:
         for variable in old:
             if variable is not None:
-                layer._untrack_variable(variable)
+                layer._untrack_variable(variable)  # noqa: SLF001
         # Paths of variables begin with that of their layer.
-        with layer._open_name_scope():
+        with layer._open_name_scope():  # noqa: SLF001
             yield
     finally:
         if was_locked:
-            layer._tracker.lock()
+            tracker.lock()

@@ -544,11 +544,9 @@ def test_a_diverged_run_has_no_numbers_and_goes_on(layer, lost):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute")
-def test_under_a_distribution_strategy(two_cpus):
-    import tensorflow as tf
-
+def test_under_a_distribution_strategy(mirrored):
     x, y = digits(40)
-    with tf.distribute.MirroredStrategy(two_cpus).scope():
+    with mirrored.scope():
         model = mlp()
         model.compile("sgd", loss=cross_entropy())
     found, _ = fitted(model, x, y)

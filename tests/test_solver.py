@@ -381,7 +381,7 @@ def test_the_noise_at_the_switch_is_that_of_the_optimizer(noise):
     model, x, y = trained(gates="learned")
     if noise is not None:
         model.compile(kd.DAlign("adam", noise=noise), loss=cross_entropy())
-    expected = model.head.gates_at_switch(1e-3 if noise is None else noise)
+    expected = model.head.gates_at_switch(1e-3 if noise is None else noise)[0]
     solve(model, x, y, tol=0.5, verbose=0)
     gates = keras.ops.convert_to_numpy(model.head.r)
     np.testing.assert_array_equal(gates, expected.astype("float32"))

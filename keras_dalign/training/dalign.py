@@ -219,12 +219,10 @@ class DAlign(keras.optimizers.Optimizer):
         self.built: bool = True
 
     def build_exploitation(self, variables: list[keras.Variable]) -> None:
-        """Builds the optimizer of exploitation on the units that there are.
+        """Builds the optimizer of exploitation on the units that there are, if any.
 
         Units are made anew when the width changes; the optimizer then begins anew, too.
         """
-        if not variables:
-            return
         optimizer = _unwrapped(self.exploit_optimizer)
         if self.exploit_optimizer.built:
             known = optimizer._trainable_variables
@@ -232,7 +230,8 @@ class DAlign(keras.optimizers.Optimizer):
                 return
             config = keras.saving.serialize_keras_object(self.exploit_optimizer)
             self.exploit_optimizer = keras.saving.deserialize_keras_object(config)
-        self.exploit_optimizer.build(variables)
+        if variables:
+            self.exploit_optimizer.build(variables)
 
     def build(self, variables: list[keras.Variable]) -> None:
         """Refuses models without an alignment head; others were built by `compile`.
