@@ -21,6 +21,7 @@ from typing import Any
 import keras
 import numpy as np
 import scipy.optimize
+from keras_dalign.solving.descent import choose_method, descend
 from sklearn.linear_model import LogisticRegression
 
 import keras_dalign as kd
@@ -30,7 +31,6 @@ from keras_dalign.head.features import FeaturePass
 from keras_dalign.numerics.gram import Array, explicit_features
 from keras_dalign.numerics.losses import SoftmaxCrossEntropy
 from keras_dalign.promises.solver import solve
-from keras_dalign.solving.descent import choose_method, descend
 from keras_dalign.solving.problem import ConvexProblem
 
 DIGITS_GAP = 1e-10

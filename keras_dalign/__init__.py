@@ -16,10 +16,12 @@ too. `certify` says how far from that minimum a model is, at most.
 Data flow one way: the subpackages are layers, and import only those above them in this
 list.
 
+- `compat`: the private names of Keras that the others rely on;
 - `numerics`: losses, Gram matrices, subspaces, ranks (`union` is the matroid union that
   explains them), column spaces (by factors, Gram matrices or `lsqr`): arrays, and no
   model;
-- `head`: the `alignment_head`, `batch_norm`, `features` and the `objective`;
+- `head`: the `alignment_head` (and `pointwise_dense`, its linear part where that is a
+  convolution), `batch_norm`, `features` and the `objective`;
 - `solving`: `problem` is the convex problem of a head on kept features; `descent`
   minimises it by the steps of `lbfgs`, `newton` or `direct`, which move a `walk`;
   `l2_path` chooses its L2 weight, `head_solver` says how it went;

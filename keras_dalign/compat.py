@@ -1,12 +1,157 @@
-"""Private names of Keras that the package relies on, each behind a small function."""
+"""The private names of Keras that this package reads, each behind a small function.
+
+Keras has no public way to ask how a symbolic tensor was made. If a release moves one of
+these names, this module is what has to follow, and its tests say so.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import keras
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One symbolic call of an operation.
+
+    Attributes:
+        operation: What was called: a layer, a model or an operation of `keras.ops`.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        inputs: The symbolic tensors among the arguments, flat.
+        outputs: The symbolic tensors that it gave, flat.
+    """
+
+    operation: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: list[keras.KerasTensor]
+    outputs: list[keras.KerasTensor]
+
+
+def _call(node: Any) -> Call:
+    arguments = node.arguments
+    return Call(
+        node.operation,
+        arguments.args,
+        arguments.kwargs,
+        node.input_tensors,
+        node.output_tensors,
+    )
+
+
+def producer(tensor: keras.KerasTensor) -> tuple[Call, int]:
+    """The call that made a symbolic tensor.
+
+    Args:
+        tensor: The tensor.
+
+    Returns:
+        The call, and the place of the tensor among its outputs.
+    """
+    operation, node_index, tensor_index = tensor._keras_history
+    return _call(operation._inbound_nodes[node_index]), tensor_index
+
+
+def upstream(tensors: Iterable[keras.KerasTensor]) -> list[Any]:
+    """The operations that symbolic tensors are computed by, each of them once.
+
+    Args:
+        tensors: The tensors.
+
+    Returns:
+        Layers (input layers, too), models and operations, as they were called: what is
+        inside of a model is not looked at.
+    """
+    found: dict[int, Any] = {}
+    seen: set[int] = set()
+    waiting = list(tensors)
+    while waiting:
+        tensor = waiting.pop()
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            call, _ = producer(tensor)
+            found[id(call.operation)] = call.operation
+            waiting += call.inputs
+    return list(found.values())
+
+
+def calls(graph: keras.Model) -> list[Call]:
+    """The calls that a Functional model is made of.
+
+    Args:
+        graph: The model.
+
+    Returns:
+        The calls, inputs first: by how far they are from the outputs.
+    """
+    by_depth = graph._nodes_by_depth
+    return [_call(node) for d in sorted(by_depth, reverse=True) for node in by_depth[d]]
+
+
+def calls_of(operation: Any, graph: keras.Model) -> list[Call]:
+    """The calls of an operation that are part of a Functional model.
+
+    Args:
+        operation: A layer or another operation.
+        graph: The model.
+
+    Returns:
+        The calls, in the order in which they were made.
+    """
+    nodes = {id(node) for nodes in graph._nodes_by_depth.values() for node in nodes}
+    return [_call(node) for node in operation._inbound_nodes if id(node) in nodes]
+
+
+def is_functional(model: keras.Model) -> bool:
+    """Whether a model was made from symbolic inputs and outputs."""
+    return hasattr(model, "_inputs_struct")
+
+
+def overrides_call(model: keras.Model) -> bool:
+    """Whether a model's class computes something else than Keras's own classes do."""
+    owner = next(base for base in type(model).__mro__ if "call" in vars(base))
+    return not owner.__module__.startswith("keras.")
+
+
+def graph_ends(model: Any) -> tuple[Any, list[keras.KerasTensor]] | None:
+    """The symbolic inputs and outputs between which a model is a graph of operations.
+
+    Args:
+        model: Anything.
+
+    Returns:
+        The inputs, in the structure that the model takes, and the outputs, flat. None
+        if it is no Functional or built Sequential model, or has its own `call`.
+    """
+    if not isinstance(model, keras.Model) or overrides_call(model):
+        return None
+    if isinstance(model, keras.Sequential):
+        # Asked for its inputs, an unbuilt one raises.
+        inputs = getattr(model, "inputs", None)
+        return (inputs[0], model.outputs) if inputs else None
+    return (model.input, model.outputs) if is_functional(model) else None
+
+
+def build_shapes(model: keras.Model) -> dict[str, Any]:
+    """The shapes of the arguments of `call` that a model was built with, by name."""
+    return getattr(model, "_build_shapes_dict", None) or {}
+
+
+def loss_options(loss: keras.losses.Loss) -> dict[str, Any]:
+    """The arguments of the function that one of Keras's losses wraps.
+
+    Args:
+        loss: A loss of Keras's own.
+
+    Returns:
+        A new dict; `get_config` leaves some of them out.
+    """
+    return dict(loss._fn_kwargs)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ STAGES = (
     "frontier",
     "report",
     "readme",
+    "gate",
     "quickstart",
     "study",
     "study_report",

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines import datasets, exploration, files, provenance
-from pipelines.exploration import Job
+from pipelines import datasets, exploration, files, repository
+from pipelines.exploration import Job, warm_up
 from pipelines.layout import Layout
 from pipelines.locks import locked
 from pipelines.params import EXPLORATION, Params, Run, load, parser
-from pipelines.train import warm_up
 
 
 def main(
@@ -50,7 +49,7 @@ def main(
         files.write_json(folder / layout.history(run).name, {"epochs": entries})
     exploration.discard(backup)
     seconds = [entry["seconds"] for entry in explored.epochs]
-    files.write_json(layout.timing(run), {"epochs": seconds, **provenance.code()})
+    files.write_json(layout.timing(run), {"epochs": seconds, **repository.code()})
     return layout.run(run)
 
 

@@ -15,10 +15,9 @@ import keras
 import keras_dalign as kd
 from pipelines import datasets, files, methods, provenance
 from pipelines.evaluate import cross_entropy, error_rate
-from pipelines.exploration import Exploration, Job, objective
+from pipelines.exploration import Exploration, Job, objective, warm_up
 from pipelines.layout import Layout
 from pipelines.params import Params, Run, load, parser
-from pipelines.train import warm_up
 
 if TYPE_CHECKING:
     from pipelines.methods import Trained

@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pipelines.params import Run
 
+# The repository, and the folders of its code.
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("keras_dalign", "pipelines")
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -73,6 +77,16 @@ class Layout:
     def table(self) -> Path:
         """The report's table in Markdown."""
         return self.results / "table.md"
+
+    @property
+    def overview(self) -> Path:
+        """The part of it that the README shows."""
+        return self.results / "overview.md"
+
+    @property
+    def code(self) -> Path:
+        """Which code the results were made with; not hashed, as it names commits."""
+        return self.results / "code.json"
 
     @property
     def csv(self) -> Path:

@@ -172,15 +172,21 @@ def two_phase(
             "exploited": int(np.prod(q.shape)) + int(np.prod(bias.shape)),
         },
         float(l2),
-        {
-            "epoch": tau,
-            "rank": report.rank.rank,
-            "n": report.rank.rows_checked,
-            "full": report.rank.full,
-            "complete": report.rank.complete,
-            "text": str(report.rank),
-        },
+        {"epoch": tau, "width": model.head.width, **_rank_record(report.rank)},
     )
+
+
+def _rank_record(rank: Any) -> dict[str, Any]:
+    """The rank check of a switch; empty where an L2 term makes it needless."""
+    if rank is None:
+        return {}
+    return {
+        "rank": rank.rank,
+        "n": rank.rows_checked,
+        "full": rank.full,
+        "complete": rank.complete,
+        "text": str(rank),
+    }
 
 
 def last_layer(

@@ -1,17 +1,14 @@
-"""With what a run was made: versions, device, threads, code."""
+"""With what a run was made: versions, device, threads."""
 
 from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import keras
-
-_ROOT = Path(__file__).resolve().parent.parent
 
 
 def environment() -> dict[str, Any]:
@@ -32,15 +29,6 @@ def environment() -> dict[str, Any]:
         "device": _device(backend),
         "threads": _threads(),
     }
-
-
-def code() -> dict[str, Any]:
-    """The commit, and whether the code was changed since; None outside of git."""
-    commit = _git("rev-parse", "HEAD")
-    changed = _git(
-        "status", "--porcelain", "--", "keras_dalign", "pipelines", "params.yaml"
-    )
-    return {"commit": commit, "dirty": None if changed is None else bool(changed)}
 
 
 def _version(name: str) -> str | None:
@@ -88,13 +76,3 @@ def _cpu() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        result = subprocess.run(
-            ["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return result.stdout.strip()

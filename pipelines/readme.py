@@ -1,4 +1,8 @@
-"""Writes the overview of each profile into README.md, between its markers."""
+"""Writes the overview of each profile into README.md, between its markers.
+
+What the reports say of the code is brought up to date on the way, without running
+anything: so it is the command after every change of the code.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +11,22 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines import files, report
-from pipelines.layout import Layout
+from pipelines import files, report, study_report
+from pipelines.layout import ROOT, Layout
+from pipelines.params import load
+from pipelines.studies import settings
 
-ROOT = Path(__file__).resolve().parent.parent
 # Where the results of a profile are, from the repository's root.
 PROFILES = {
     "quick": Path(),
     "cpu": Path("profiles", "cpu"),
     "letter": Path("profiles", "letter"),
+    "studies": Path("profiles", "studies"),
 }
 
 
 def main(*, root: Path = ROOT) -> Path:
-    """Writes README.md anew, with what the reports say.
+    """Writes the reports and README.md anew, with the numbers that there are.
 
     Args:
         root: The repository's root.
@@ -28,6 +34,14 @@ def main(*, root: Path = ROOT) -> Path:
     Returns:
         The path of README.md.
     """
+    for name, folder in PROFILES.items():
+        layout, params = Layout(root / folder), root / folder / "params.yaml"
+        if not layout.overview.is_file():
+            continue
+        if name == "studies":
+            study_report.tell(settings.load(params), layout)
+        else:
+            report.tell(load(params), layout)
     path = root / "README.md"
     files.write_text(path, filled(path.read_text(encoding="utf-8"), root=root))
     return path
@@ -75,11 +89,11 @@ def filled(text: str, *, root: Path = ROOT) -> str:
 
 
 def _overview(name: str, root: Path) -> str:
-    path = report.overview(Layout(root / PROFILES[name]))
+    path = Layout(root / PROFILES[name]).overview
     if not path.is_file():
         raise FileNotFoundError(
             f"The profile {name} has no report yet: {path} is missing. Run its stage "
-            "`report`, or take its markers out of README.md."
+            "`report` or `study_report`, or take its markers out of README.md."
         )
     return path.read_text(encoding="utf-8")
 

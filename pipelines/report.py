@@ -7,6 +7,7 @@ there. What was not run is called so. Files in `results/`:
 - `overview.md`: the same, shorter, for the README;
 - `report.html`: all of it, to look at, in one file;
 - `runs.csv`: the numbers of every run;
+- `code.json`: the files of the code that the results were made with, by commit;
 - `summary.json`: the means and differences, as DVC metrics, without wall times;
 - `figures/`: learning curves and test error; `time-figures/`: what shows wall times.
 """
@@ -19,22 +20,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines import files
+from pipelines import files, origins, repository
 from pipelines.layout import Layout
 from pipelines.params import Params, load, parser
 from pipelines.reporting import bars, comparison, curves, frontier, page, texts
 from pipelines.reporting.results import (
     NUMBERS,
     PHASES,
+    RUNS,
     Result,
     Results,
     read,
+    stages,
 )
 from pipelines.reporting.verdict import NOT_RUN, verdict
 
-__all__ = ["NOT_RUN", "cli", "main", "overview", "read", "runs", "summary"]
+__all__ = ["NOT_RUN", "cli", "main", "read", "runs", "summary", "tell"]
 
-_SWITCH = ("epoch", "rank", "n", "full", "complete")
+_SWITCH = ("epoch", "width", "rank", "n", "full", "complete")
 _PARAMETERS = ("base", "total", "exploited")
 _PROVENANCE = ("title", "partial", "source", "data_sha256", "device", "threads")
 
@@ -51,21 +54,88 @@ def main(*, params: Params | None = None, root: Path = Path()) -> Path:
     """
     params, layout = params or load(), Layout(root)
     results = read(params, layout)
-    files.write_text(layout.table, texts.full(results))
-    files.write_text(overview(layout), texts.overview(results))
+    record(results, layout)
+    draw(results, layout)
     files.write_text(layout.csv, runs(results))
     files.write_json(layout.summary, summary(results))
-    files.write_text(layout.html, page.html(results, draw(results, layout)))
+    tell(params, layout)
     return layout.table
 
 
-def overview(layout: Layout) -> Path:
-    """Where the part for the README is."""
-    return layout.results / "overview.md"
+def tell(params: Params, layout: Layout) -> None:
+    """Writes what there is to read, with the figures as they are.
+
+    It says what has changed in the code since the runs were made, and so has to be
+    written anew when the code changes.
+
+    Args:
+        params: The parameters.
+        layout: Where the files are.
+    """
+    results = read(params, layout)
+    files.write_text(layout.table, texts.full(results))
+    files.write_text(layout.overview, texts.overview(results))
+    files.write_text(layout.html, page.html(results, figures(results, layout)))
+
+
+def record(results: Results, layout: Layout) -> None:
+    """Notes which code the results were made with.
+
+    Args:
+        results: The results.
+        layout: Where the files are.
+    """
+    params = results.params
+    explored = [layout.timing(run.exploration) for run in results.by_run]
+    tuning = [
+        layout.tuning(dataset, augmentation, recipe)
+        for dataset, found in results.tuning.items()
+        for augmentation, errors in found["augmentations"].items()
+        for recipe in errors
+    ]
+    frontiers = [
+        layout.frontier(dataset, seed)
+        for dataset in results.frontier
+        for seed in params.grid.seeds
+    ]
+    made = {
+        RUNS: {each.timing.get("commit") for each in results.by_run.values()},
+        "base training": {
+            files.read_json(each).get("commit") for each in explored if each.is_file()
+        },
+        # They do not say it themselves: DVC hashes them.
+        "tuning": set(map(repository.commit_of, tuning)),
+        "frontier": set(map(repository.commit_of, frontiers)),
+    }
+    if any(made.values()):
+        origins.record(layout.code, made, stages(params))
 
 
 def draw(results: Results, layout: Layout) -> dict[str, Path]:
     """Draws all figures for which there are results.
+
+    Args:
+        results: The results.
+        layout: Where the files are.
+
+    Returns:
+        What `figures` returns.
+    """
+    found = figures(results, layout)
+    for dataset, augmentation in results.groups():
+        if path := found.get(f"curves-{dataset}-{augmentation}"):
+            curves.draw(path, results, dataset, augmentation)
+    for dataset in results.frontier:
+        frontier.draw(found[f"frontier-{dataset}"], results, dataset)
+    if path := found.get("errors"):
+        bars.draw_errors(path, results)
+    if path := found.get("times"):
+        bars.draw_times(path, results)
+    return found
+
+
+def figures(results: Results, layout: Layout) -> dict[str, Path]:
+    """The figures for which there are results.
 
     Args:
         results: The results.
@@ -77,22 +147,18 @@ def draw(results: Results, layout: Layout) -> dict[str, Path]:
     """
     # Apart from the others, which DVC hashes: wall times differ in every run.
     with_times = layout.results / "time-figures"
-    found: dict[str, Path] = {}
-    for dataset, augmentation in results.groups():
-        if results.finished(dataset, augmentation):
-            path = layout.figure(f"{dataset}-{augmentation}")
-            curves.draw(path, results, dataset, augmentation)
-            found[f"curves-{dataset}-{augmentation}"] = path
+    found = {
+        f"curves-{dataset}-{augmentation}": layout.figure(f"{dataset}-{augmentation}")
+        for dataset, augmentation in results.groups()
+        if results.finished(dataset, augmentation)
+    }
+    timed = any(each.seconds is not None for each in results.by_run.values())
     if found:
-        bars.draw_errors(layout.figure("errors"), results)
         found["errors"] = layout.figure("errors")
-    if any(each.seconds is not None for each in results.by_run.values()) and found:
-        bars.draw_times(with_times / "times.png", results)
-        found["times"] = with_times / "times.png"
+        if timed:
+            found["times"] = with_times / "times.png"
     for dataset in results.frontier:
-        path = with_times / f"frontier-{dataset}.png"
-        frontier.draw(path, results, dataset)
-        found[f"frontier-{dataset}"] = path
+        found[f"frontier-{dataset}"] = with_times / f"frontier-{dataset}.png"
     return found
 
 

@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from pipelines import files, provenance
 from pipelines.layout import Layout
 from pipelines.params import pick
-
-FILE = Path(__file__).resolve().parent.parent / "profiles" / "studies" / "params.yaml"
-
-Studies = Mapping[str, Mapping[str, Any]]
-
-
-def load(path: Path = FILE) -> Studies:
-    """Reads the settings of the studies, by name."""
-    studies: Studies = yaml.safe_load(path.read_text(encoding="utf-8"))["studies"]
-    return studies
+from pipelines.studies.settings import FILE, Studies, load
 
 
 def main(name: str, *, studies: Studies | None = None, root: Path = Path()) -> Path:

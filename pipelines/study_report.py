@@ -1,4 +1,4 @@
-"""The figures of the studies of the mechanism."""
+"""The figures of the studies of the mechanism, and which code they were made with."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from pipelines import files
+from pipelines import files, origins, repository
 from pipelines.figure import STYLE, write
 from pipelines.layout import Layout
-from pipelines.study import FILE, Studies, load
+from pipelines.studies.settings import FILE, Studies, load
 
 _PANELS = {"repeats": 1}
 
@@ -28,7 +28,37 @@ def main(*, studies: Studies | None = None, root: Path = Path()) -> list[Path]:
     Returns:
         The paths of the figures.
     """
-    return [draw(name, Layout(root)) for name in studies or load()]
+    studies, layout = studies or load(), Layout(root)
+    made = {name: [repository.commit_of(layout.study(name))] for name in studies}
+    origins.record(layout.code, made, stages(studies))
+    tell(studies, layout)
+    return [draw(name, layout) for name in studies]
+
+
+def tell(studies: Studies, layout: Layout) -> None:
+    """Writes what has changed in the code since the studies were made."""
+    files.write_text(layout.overview, overview(studies, layout))
+
+
+def overview(studies: Studies, layout: Layout) -> str:
+    """Which code the studies were made with, for the README.
+
+    Args:
+        studies: Their settings.
+        layout: Where the files are.
+
+    Returns:
+        A paragraph.
+    """
+    found = origins.read(layout.code, stages(studies))
+    if found is None:
+        return "Code: not recorded.\n"
+    return f"Code: {'; '.join(found.commits())}. {found.sentence}\n"
+
+
+def stages(studies: Studies) -> list[list[str]]:
+    """The words of the commands that make the studies."""
+    return [["study", name] for name in studies]
 
 
 def draw(name: str, layout: Layout) -> Path:

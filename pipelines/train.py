@@ -7,17 +7,13 @@ differ in every run.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import keras
-import numpy as np
-
 import keras_dalign as kd
-from pipelines import datasets, files, methods, provenance
-from pipelines.exploration import Exploration, Job, objective
+from pipelines import datasets, files, methods, provenance, repository
+from pipelines.exploration import Exploration, Job, objective, warm_up
 from pipelines.layout import Layout
 from pipelines.locks import locked
 from pipelines.params import Params, Run, load, parser, pick
@@ -106,19 +102,9 @@ def _write(
     times = {
         "seconds": sum(trained.phases.values()),
         "phases": trained.phases,
-        **provenance.code(),
+        **repository.code(),
     }
     files.write_json(layout.timing(run), times)
-
-
-@functools.cache
-def warm_up() -> None:
-    """Fits a throwaway model, so that no run pays for the framework's first step."""
-    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
-    model.compile(optimizer="adam", **objective())
-    x, y = np.zeros((4, 4), "float32"), np.zeros(4, "int64")
-    model.fit(x, y, batch_size=2, verbose=0)
-    model.predict(x, verbose=0)
 
 
 def cli(arguments: Sequence[str] | None = None) -> None:

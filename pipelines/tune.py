@@ -18,10 +18,9 @@ import numpy as np
 
 from pipelines import datasets, exploration, files, methods, provenance
 from pipelines.evaluate import error_rate
-from pipelines.exploration import Job
+from pipelines.exploration import Job, warm_up
 from pipelines.layout import Layout
 from pipelines.params import Params, Run, load, parser, pick
-from pipelines.train import warm_up
 
 if TYPE_CHECKING:
     from pipelines.datasets import Dataset

@@ -43,7 +43,16 @@ def labels(name, rng, n, outputs):
 
 
 def random_case(
-    name, seed, *, n=12, outputs=3, repeats=0, weighted=False, reduction=None, width=6
+    name,
+    seed,
+    *,
+    n=12,
+    outputs=3,
+    repeats=0,
+    weighted=False,
+    reduction=None,
+    width=6,
+    share=False,
 ):
     """A head on `n` samples, of which the last `repeats` repeat earlier inputs."""
     rng = np.random.default_rng(seed)
@@ -66,10 +75,11 @@ def random_case(
     if weighted:
         weights = rng.random(n) * 3
         weights[: n // 4] = 0.0
+    groups = 1 if share else outputs
     problem = ConvexProblem(
         features,
-        rng.standard_normal((p + 1, outputs, width)) / np.sqrt(p + 1),
-        rng.choice([-1.0, 1.0], (outputs, width)) / np.sqrt(width),
+        rng.standard_normal((p + 1, groups, width)) / np.sqrt(p + 1),
+        rng.choice([-1.0, 1.0], (groups, width)) / np.sqrt(width),
         20.0,
         offset,
         targets,

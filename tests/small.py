@@ -1,5 +1,7 @@
 """Small real data and models that many tests share."""
 
+from pathlib import Path
+
 import keras
 import numpy as np
 from sklearn.datasets import load_digits
@@ -53,3 +55,11 @@ def assert_equal(left, right):
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def maps_in(folder):
+    """The files in a folder that are mapped into memory, if the system tells."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    return [line for line in maps.read_text().splitlines() if str(folder) in line]

@@ -970,3 +970,22 @@ def test_a_quantized_linear_part_is_refused():
         ValueError, match=r"cannot be quantized.*quantization_mode=int8"
     ):
         head(features())
+
+
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("wanted", [None, "float32"])
+def test_the_dtype_of_the_logits(gates, phase, wanted):
+    head = AlignmentHead(
+        2, width=3, gates=gates, dtype="mixed_float16", output_dtype=wanted
+    )
+    head.build((None, 4))
+    if phase == "exploiting":
+        head.start_exploiting()
+    dtype = wanted or "float16"
+    twin = AlignmentHead.from_config(head.get_config())
+    for layer in (head, twin):
+        assert layer.output_dtype == dtype
+        assert keras.backend.standardize_dtype(layer(features()).dtype) == dtype
+        spec = layer(keras.Input((4,)))
+        assert (spec.shape, spec.dtype) == ((None, 2), dtype)

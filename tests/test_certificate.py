@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import keras_dalign as kd
 from keras_dalign.conditions.gradient_bound import GradientBound
+from keras_dalign.head.features import FeaturePass
 from keras_dalign.numerics.gram import explicit_features
 from keras_dalign.numerics.losses import SoftmaxCrossEntropy, SquaredError, convex_loss
 from keras_dalign.promises.certificate import Certificate, certify
@@ -539,16 +540,18 @@ def head_model(x, loss=SPARSE, units=3, **arguments):
     return model
 
 
-def dense_problem(model, x):
+def dense_problem(model, z):
     """Constant part, a dense feature matrix for each output, and parameters, centre."""
     head = model.head
-    z = np.asarray(model.trunk.predict_on_batch(x), "float64")
+    z = np.asarray(z, "float64")
     zh = head.normalize_exactly(z)
     features = []
     for c in range(head.units):
-        phi = explicit_features(zh, *head.gates_of(c), head.slope)
-        features.append(np.concatenate([phi, np.ones((len(x), 1))], axis=1))
-    offset = np.zeros((len(x), head.units))
+        r, w = head.gates_in_use()
+        group = c % len(w)
+        phi = explicit_features(zh, r[:, group], w[group], head.slope)
+        features.append(np.concatenate([phi, np.ones((len(z), 1))], axis=1))
+    offset = np.zeros((len(z), head.units))
     if head.dense is not None:
         kernel, bias = (
             np.asarray(keras.ops.convert_to_numpy(v), "float64")
@@ -561,7 +564,7 @@ def dense_problem(model, x):
     )
     theta = [np.append(q[:, c].T, b[c]) for c in range(head.units)]
     centre = [
-        np.append(r[:, c].T if head.gates == "learned" else 0 * r[:, c].T, 0.0)
+        np.append(r[:, c].T if head.gates == "learned" else 0 * q[:, c].T, 0.0)
         for c in range(head.units)
     ]
     return offset, features, np.stack(theta), np.stack(centre)
@@ -610,7 +613,9 @@ def test_l2_gap_against_dense_features(loss, y, gates, weights):
     found = certify(model, X, y, sample_weight=weights, l2=0.05, batch_size=7)
     all_weights = np.ones(20) if weights is None else weights
     shares = all_weights / convex.normalizer(20, all_weights.sum())
-    offset, features, theta, centre = dense_problem(model, X)
+    offset, features, theta, centre = dense_problem(
+        model, model.trunk.predict_on_batch(X)
+    )
     targets = convex.targets(y, units)
     rest = (centre, offset, features, convex, targets, shares, 0.05)
     value, gradient = regularised(theta, *rest)
@@ -910,3 +915,53 @@ def test_planted_repeats_of_images(batch_size):
     three = np.log(3) - 2 / 3 * np.log(2)
     expected = (2 * 3 * three + 3 * 2 * np.log(2)) / 200
     assert found.lower_bound == pytest.approx(expected, rel=1e-12)
+
+
+def residual_regression(seed):
+    """A residual trunk with a solved head, data, and the exact regularised minimum."""
+    rng = np.random.default_rng(seed)
+    keras.utils.set_random_seed(seed)
+    n, p, outputs, hidden = (int(rng.integers(*ends)) for ends in SIZES)
+    inputs = keras.Input((p,))
+    z = keras.layers.Dense(hidden, activation="relu")(inputs)
+    z = keras.layers.Add()([z, keras.layers.Dense(hidden, activation="relu")(z)])
+    base = keras.Model(inputs, keras.layers.Dense(outputs)(z))
+    x = rng.standard_normal((n, p)).astype("float32")
+    y = (10 ** rng.uniform(-1, 2) * rng.standard_normal((n, outputs))).astype("float32")
+    l2 = float(10 ** rng.uniform(-6, 0))
+    model = kd.align(
+        base,
+        n_samples=n,
+        seed=seed,
+        gates=("random", "learned")[seed % 2],
+        share_gates=seed % 3 == 0,
+    )
+    model.compile("sgd", "mse")
+    method = ("direct", "lbfgs")[seed % 2]
+    result = kd.solve(model, x, y, l2=l2, method=method, tol=1e-9, verbose=0)
+    features = FeaturePass(model, keep=True).run(x, y).feature_set()
+    offset, phis, _, centres = dense_problem(model, features.z)
+    best = 0.0
+    for c in range(outputs):
+        right = (y[:, c] - offset[:, c] - phis[c] @ centres[c]) / np.sqrt(n * outputs)
+        rows = phis[c] / np.sqrt(n * outputs)
+        rows = np.r_[rows, np.sqrt(l2 / 2) * np.eye(rows.shape[1])]
+        right = np.r_[right, np.zeros(rows.shape[1])]
+        found = np.linalg.lstsq(rows, right, rcond=None)[0]
+        best += float(np.sum((rows @ found - right) ** 2))
+    return result, kd.certify(model, x, y, l2=l2), best
+
+
+SIZES = ((5, 60), (1, 6), (1, 4), (2, 9))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_regularised_optimum_is_within_the_certificate(seed):
+    result, certificate, best = residual_regression(seed)
+    for value, gap in (
+        (certificate.l2_loss, certificate.l2_gap),
+        (result.value, result.gap),
+    ):
+        # Up to the rounding of the reference, and of the loss in float32.
+        assert value - gap <= best * (1 + 1e-12)
+        assert value >= best * (1 - 1e-5)

@@ -169,20 +169,23 @@ def test_continued_schedule_round_trip():
         assert value == pytest.approx(float(np.array(schedule.schedule(step + 40))))
 
 
-@pytest.mark.parametrize("exploit", [None, "given"])
-def test_config_round_trip(exploit):
+@pytest.mark.parametrize(
+    ("exploit", "cache"), [(None, False), ("given", "disk"), (None, True)]
+)
+def test_config_round_trip(exploit, cache):
     given = None if exploit is None else optimizers.SGD(0.5, momentum=0.3)
     optimizer = kd.DAlign(
         optimizers.AdamW(3e-3, weight_decay=0.01),
         given,
         explore=7,
         noise=0.01,
-        cache_features=False,
+        cache_features=cache,
         name="mine",
     )
     config = keras.saving.serialize_keras_object(optimizer)
     loaded = keras.saving.deserialize_keras_object(config)
     assert isinstance(loaded, kd.DAlign)
+    assert loaded.cache_features == cache
     assert keras.saving.serialize_keras_object(loaded) == config
     kind = optimizers.AdamW if exploit is None else optimizers.SGD
     assert isinstance(loaded.exploit_optimizer, kind)

@@ -1,6 +1,8 @@
 """The pipeline as DVC runs it: once, twice, and in a clone that pulls."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,8 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("filelock")
 yaml = pytest.importorskip("yaml")
+
+from pipelines import gate  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,6 +67,81 @@ def checkout(tmp_path):
     return folder
 
 
+@pytest.fixture
+def vouched(checkout):
+    """The checkout with a lock for the code as it is, and results that nobody made."""
+    for name in ("runs/digits-none-exploration-0", "results/figures"):
+        (checkout / name).mkdir(parents=True)
+    made = ["data/digits.json", "data/digits.npz", "results/summary.json"]
+    for run in ("digits-none-base-0", "digits-none-solve-0"):
+        (checkout / "runs" / run).mkdir()
+        made.append(f"results/metrics/{run}.json")
+    for name in made:
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text(name, encoding="utf-8")
+    dvc(checkout, "commit", "-f", "-q")
+    shutil.rmtree(checkout / "runs")
+    return checkout
+
+
+def test_gate_is_strict_for_quick(vouched, capsys):
+    gate.main(root=vouched)
+    assert "dvc.yaml: all 7 stages belong to this code." in capsys.readouterr().out
+    losses = vouched / "keras_dalign" / "numerics" / "losses.py"
+    text = losses.read_text(encoding="utf-8")
+    halved = text.replace("return softmax *", "return 0.5 * softmax *")
+    assert halved != text
+    losses.write_text(halved, encoding="utf-8")
+    # The data are those of this code: only what is made from them is not.
+    asked = (
+        r"6 of 7 stages belong to other code: evaluate \(2\), explore \(1\), "
+        r"report \(1\), train \(2\)\. Run"
+    )
+    with pytest.raises(SystemExit, match=asked):
+        gate.main(root=vouched)
+    losses.write_text(text, encoding="utf-8")
+    gate.main(root=vouched)
+    (vouched / "keras_dalign" / "new.py").write_text("", encoding="utf-8")
+    with pytest.raises(SystemExit, match=asked):
+        gate.main(root=vouched)
+
+
+def test_gate_speaks_of_the_other_profiles_and_is_strict_on_demand(vouched, capsys):
+    profile = vouched / "profiles" / "cpu"
+    profile.mkdir(parents=True)
+    shutil.copy(vouched / "dvc.yaml", profile / "dvc.yaml")
+    text = (vouched / "params.yaml").read_text(encoding="utf-8")
+    text = text.replace("code: .", "code: ../..")
+    (profile / "params.yaml").write_text(text, encoding="utf-8")
+    # One that was never run has nothing that could be out of date.
+    gate.main(everything=True, root=vouched)
+    lock = (vouched / "dvc.lock").read_text(encoding="utf-8")
+    lock = lock.replace("./pipelines", "../../pipelines")
+    lock = lock.replace("./keras_dalign", "../../keras_dalign")
+    (profile / "dvc.lock").write_text(lock, encoding="utf-8")
+    gate.main(everything=True, root=vouched)
+    (profile / "dvc.lock").write_text(
+        re.sub(r"(evaluate.py\n.*\n +md5: )\w+", r"\g<1>" + 32 * "a", lock),
+        encoding="utf-8",
+    )
+    (profile / "results").mkdir()
+    made = dict.fromkeys(("0123456789abcdef", "fedcba9876543210"))
+    (profile / "results" / "code.json").write_text(json.dumps(made), encoding="utf-8")
+    capsys.readouterr()
+    gate.main(root=vouched)
+    said = "3 of 7 stages belong to other code"
+    commits = "made with commits 0123456789, fedcba9876"
+    assert f"profiles/cpu/dvc.yaml: {said} ({commits})." in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=rf"{said}: evaluate \(2\), report"):
+        gate.main(everything=True, root=vouched)
+
+
+def test_gate_needs_a_pipeline_that_dvc_can_read(vouched):
+    (vouched / "dvc.yaml").write_text("stages: 1\n", encoding="utf-8")
+    with pytest.raises(RuntimeError, match="cannot read"):
+        gate.main(root=vouched)
+
+
 def test_a_clone_that_pulls_has_nothing_to_do(checkout, tmp_path):
     assert "Running stage 'train@digits-none-solve-0'" in dvc(checkout, "repro")
     assert "Running stage" not in dvc(checkout, "repro")
@@ -102,4 +181,6 @@ def test_two_workers_share_a_cache(checkout, tmp_path):
     output = dvc(checkout, "repro")
     assert "Stage 'train@digits-none-solve-0' is cached" in output
     assert "Running stage 'train@digits-none-base-0'" in output
+    said = (checkout / "results" / "overview.md").read_text(encoding="utf-8")
+    assert "The code that made these results has not changed since." in said
     assert (checkout / "results" / "report.html").exists()

@@ -59,23 +59,23 @@ def numpy(tensor):
 def test_the_grid_is_as_fine_as_the_samples_can_feed(size, n_samples, cells):
     inputs = keras.Input((*size, 3))
     features = layers.GlobalAveragePooling2D()(inputs)
-    found = pooled_less(features, n_samples, set())
-    assert (None if found is None else found.shape) == (cells and (None, *cells, 3))
+    found = pooled_less(features, n_samples)
+    assert (None if found is None else found[1].shape) == (cells and (None, *cells, 3))
 
 
 def test_there_is_a_most_of_features():
     features = layers.GlobalAveragePooling2D()(keras.Input((4, 4, 512)))
-    assert pooled_less(features, 10**7, set()).shape == (None, 2, 2, 512)
+    assert pooled_less(features, 10**7)[1].shape == (None, 2, 2, 512)
     features = layers.GlobalAveragePooling2D()(keras.Input((4, 4, 1024)))
-    assert pooled_less(features, 10**7, set()) is None
+    assert pooled_less(features, 10**7) is None
 
 
 def test_maps_of_other_layouts():
     inputs = keras.Input((3, 6, 6))
     features = layers.GlobalAveragePooling2D(data_format="channels_first")(inputs)
-    assert pooled_less(features, 81, set()).shape == (None, 3, 3, 3)
+    assert pooled_less(features, 81)[1].shape == (None, 3, 3, 3)
     features = layers.GlobalAveragePooling3D()(keras.Input((4, 4, 4, 3)))
-    assert pooled_less(features, 8 * 3 * 3, set()).shape == (None, 2, 2, 2, 3)
+    assert pooled_less(features, 8 * 3 * 3)[1].shape == (None, 2, 2, 2, 3)
 
 
 @pytest.mark.parametrize("behind", [None, "Dropout", "Flatten"])
@@ -115,9 +115,14 @@ def test_else_they_see_what_the_output_layer_sees(make, options):
 
 
 def test_no_name_is_taken_twice():
-    features = pooling_net().layers[-1].input
-    found = pooled_less(features, N, {"pool_less", "pool_less_"})
-    assert found._keras_history.operation.name == "pool_less__"
+    inputs = h = keras.Input((6, 6, 2))
+    for name in ("pool_less", "pool_less_"):
+        h = layers.ReLU(name=name)(h)
+    h = layers.GlobalAveragePooling2D(name="pool")(h)
+    model = kd.align(keras.Model(inputs, layers.Dense(4)(h)), N)
+    names = [layer.name for layer in model.trunk.layers]
+    assert names[1:3] == ["pool_less", "pool_less_"]
+    assert set(names[3:]) == {"pool", "pool_less__"}
 
 
 def test_a_layer_of_the_name_auto_is_meant():
@@ -151,6 +156,164 @@ def test_exploration_is_the_base_models(tmp_path):
     loaded = keras.models.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(
         loaded.predict(x, verbose=0), model.predict(x, verbose=0)
+    )
+
+
+def backbone(name="backbone", pooling=True, **options):
+    """What `keras.applications` gives with `include_top=False` and `pooling="avg"`."""
+    inputs = h = keras.Input((6, 6, 2))
+    h = layers.Conv2D(3, 3, padding="same", name="map")(h)
+    h = layers.BatchNormalization()(h)
+    h = layers.Dropout(0.2)(layers.ReLU()(h))
+    if pooling:
+        h = layers.GlobalAveragePooling2D(name="pool")(h)
+    return keras.Model(inputs, h, name=name, **options)
+
+
+def in_sequential():
+    return keras.Sequential(
+        [keras.Input((6, 6, 2)), backbone(), layers.Dropout(0.5), layers.Dense(4)]
+    )
+
+
+def inner_sequential():
+    inputs = keras.Input((6, 6, 2))
+    inner = [layers.Conv2D(3, 3, name="map"), layers.GlobalAveragePooling2D()]
+    return keras.Model(inputs, layers.Dense(4)(keras.Sequential(inner)(inputs)))
+
+
+def three_deep():
+    inputs = keras.Input((6, 6, 2))
+    h = layers.Dropout(0.3)(backbone("deep")(layers.Rescaling(2.0)(inputs)))
+    middle = keras.Model(inputs, h, name="middle")
+    outer = keras.Sequential([keras.Input((6, 6, 2)), layers.ReLU(), middle])
+    inputs = keras.Input((6, 6, 2))
+    h = layers.Dropout(0.5)(inputs=outer(inputs, training=False))
+    return keras.Model(inputs, layers.Dense(4)(h))
+
+
+def many_ends():
+    """Two inputs and two outputs, by name; the grid is that of the second."""
+    a, b = keras.Input((6, 6, 2), name="a"), keras.Input((6, 6, 2), name="b")
+    both = backbone(pooling=False)(layers.Add()([a, b]))
+    pooled = layers.GlobalAveragePooling2D()(both)
+    ends = {"map": both, "pooled": pooled}
+    inner = keras.Model({"a": a, "b": b}, ends, name="inner")
+    inputs = keras.Input((6, 6, 2))
+    h = inner({"a": inputs, "b": layers.Rescaling(0.5)(inputs)})["pooled"]
+    return keras.Model(inputs, layers.Dense(4)(h))
+
+
+def called_by_others():
+    """The inner model's first and last calls are those of other models."""
+    inner = backbone()
+    first, inputs, last = (keras.Input((6, 6, 2)) for _ in range(3))
+    inner(first)
+    base = keras.Model(inputs, layers.Dense(4)(inner(layers.ReLU()(inputs))))
+    inner(last)
+    return base
+
+
+def of_any_size():
+    """The size of the map is known only where the inner model is called."""
+    inputs = h = keras.Input((None, None, 2))
+    h = layers.GlobalAveragePooling2D()(layers.Conv2D(3, 3, padding="same")(h))
+    inner = keras.Model(inputs, h)
+    return keras.Sequential([keras.Input((6, 6, 2)), inner, layers.Dense(4)])
+
+
+def frozen():
+    base = in_sequential()
+    base.layers[0].trainable = False
+    return base
+
+
+NESTED = [
+    in_sequential,
+    inner_sequential,
+    three_deep,
+    many_ends,
+    called_by_others,
+    of_any_size,
+    frozen,
+]
+
+
+@pytest.mark.parametrize("make", NESTED)
+def test_a_map_pooled_inside_of_a_nested_model(make, tmp_path):
+    """Exploration is the base's bit for bit: the nested model is computed once."""
+    x, y = samples()
+
+    def made():
+        keras.utils.set_random_seed(0)
+        return make()
+
+    def trained(model, optimizer):
+        model.compile(optimizer, cross_entropy())
+        keras.utils.set_random_seed(1)
+        model.fit(x, y, batch_size=40, epochs=2, verbose=0)
+        return model
+
+    base = trained(made(), keras.optimizers.Adam())
+    other = made()
+    model = kd.align(other, n_samples=N, seed=0)
+    grid = model.trunk.output_shape[1]
+    assert len(grid) == 4
+    assert grid[1] > 1
+    assert model.head.q.shape[0] == np.prod(grid[1:]) + 1
+    trained(model, kd.DAlign(keras.optimizers.Adam(), explore=2))
+    for a, b in zip(base.variables, other.variables, strict=True):
+        np.testing.assert_array_equal(numpy(a), numpy(b), err_msg=a.path)
+    np.testing.assert_array_equal(
+        model.predict(x, verbose=0), base.predict(x, verbose=0)
+    )
+    model.fit(x, y, initial_epoch=2, epochs=3, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(
+        loaded.predict(x, verbose=0), model.predict(x, verbose=0)
+    )
+
+
+def test_the_grid_of_a_nested_model_is_that_of_its_map():
+    x, _ = samples()
+    keras.utils.set_random_seed(0)
+    inner = backbone(pooling=False)
+    inputs = keras.Input((6, 6, 2))
+    pooled = keras.Model(inputs, layers.GlobalAveragePooling2D()(inner(inputs)))
+    base = keras.Sequential([keras.Input((6, 6, 2)), pooled, layers.Dense(4)])
+    z, u = (numpy(part) for part in kd.align(base, N).trunk(x))
+    cells = numpy(inner(x)).reshape(N, 3, 2, 3, 2, 3)
+    np.testing.assert_allclose(u, cells.mean(axis=(2, 4)), rtol=1e-5)
+    np.testing.assert_array_equal(z, numpy(pooled(x)))
+
+
+def called_twice():
+    inner = backbone()
+    inputs = keras.Input((6, 6, 2))
+    gate = layers.Reshape((1, 1, 3))(inner(inputs))
+    h = inner(layers.Multiply()([inputs, layers.Conv2D(2, 1)(gate)]))
+    return keras.Model(inputs, layers.Dense(4)(h))
+
+
+def with_its_own_call():
+    class Mine(keras.Model):
+        def call(self, inputs, training=None, mask=None):
+            return super().call(2.0 * inputs, training=training, mask=mask)
+
+    inner = backbone()
+    inner = Mine(inner.input, inner.output)
+    return keras.Sequential([keras.Input((6, 6, 2)), inner, layers.Dense(4)])
+
+
+@pytest.mark.parametrize("make", [called_twice, with_its_own_call])
+def test_nested_models_without_a_grid(make):
+    x, _ = samples()
+    base = make()
+    model = kd.align(base, N)
+    assert model.trunk.output_shape == (None, 3)
+    np.testing.assert_array_equal(
+        numpy(model(x, training=False)), numpy(base(x, training=False))
     )
 
 

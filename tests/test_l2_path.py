@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 from test_problem import problem
 
-from keras_dalign.solving.descent import descend
-from keras_dalign.solving.l2_path import choose_l2, hold_out, principal_components
+from keras_dalign.solving.head_solver import principal_components
+from keras_dalign.solving.held_out import HeldOut, hold_out
+from keras_dalign.solving.l2_path import choose_l2
+from keras_dalign.solving.minimum import minimize
 from keras_dalign.solving.problem import ConvexProblem
 
 
@@ -17,6 +19,15 @@ def noisy(n=120, seed=0, loss="softmax", noise=1.0):
     logits += noise * rng.standard_normal(logits.shape)
     of.targets = np.eye(of.units)[logits.argmax(axis=1)]
     return of
+
+
+def path(of, start=None, seed=0, validation=None, **arguments):
+    """The path judged by a fifth of the samples, or by others."""
+    samples = HeldOut.part_of(of, hold_out(of, seed))
+    if validation is not None:
+        samples = HeldOut.other(of, validation)
+    start = np.zeros(of.size) if start is None else start
+    return choose_l2(samples, start, **arguments)
 
 
 def test_a_fifth_of_every_class_is_held_out():
@@ -36,7 +47,7 @@ def test_a_fifth_of_every_class_is_held_out():
 def test_the_weight_of_the_least_held_out_loss_wins():
     of = noisy(noise=2.0)
     seen = []
-    choice = choose_l2(of, np.zeros(of.size), tol=1e-8, seed=3, watch=seen.append)
+    choice = path(of, tol=1e-8, seed=3, on_trial=seen.append)
     assert tuple(seen) == choice.trials
     weights = [trial.l2 for trial in choice.trials]
     assert weights == sorted(weights, reverse=True)
@@ -53,9 +64,7 @@ def test_the_weight_of_the_least_held_out_loss_wins():
     *finished, given_up = choice.trials
     assert given_up.held_out_loss > choice.trials[-2].held_out_loss
     for trial in finished:
-        *_, last = descend(
-            some, np.zeros(of.size), method="lbfgs", tol=1e-7, l2=trial.l2
-        )
+        last = minimize(some, np.zeros(of.size), method="lbfgs", tol=1e-7, l2=trial.l2)
         logits = rest.logits(last.theta)
         assert trial.held_out_loss == pytest.approx(rest.loss_of(logits), rel=2e-2)
         assert trial.train_loss == pytest.approx(last.loss, rel=2e-2, abs=2e-3)
@@ -65,12 +74,13 @@ def test_the_weight_of_the_least_held_out_loss_wins():
 
 def test_a_weight_that_cannot_win_is_given_up():
     of = noisy(noise=2.0)
-    choice = choose_l2(of, np.zeros(of.size), tol=1e-12)
+    choice = path(of, tol=1e-12)
     last = choice.trials[-1]
     some = of.reweighted((~hold_out(of, 0)).astype(float))
-    before = descend(some, choice.theta, method="newton", tol=1e-12, l2=last.l2)
-    whole = list(before)
-    assert last.iterations < len(whole) - 1
+    whole = []
+    arguments = {"tol": 0.0, "part": 1e-3, "l2": last.l2, "on_iterate": whole.append}
+    minimize(some, choice.last.theta, method="lbfgs", **arguments)
+    assert last.iterations < len(whole)
     there = whole[last.iterations]
     assert last.train_loss == there.loss
     # What it lacks is more than what is left to gain, and stays so to the end.
@@ -85,16 +95,16 @@ def test_the_path_of_a_sum_is_that_of_the_mean():
     total = noisy()
     total.normalizer = 1.0
     total.loss = type(total.loss)(reduction="sum")
-    by_mean = choose_l2(mean, np.zeros(mean.size), tol=1e-8)
-    by_sum = choose_l2(total, np.zeros(mean.size), tol=1e-8)
+    by_mean = path(mean, tol=1e-8)
+    by_sum = path(total, tol=1e-8)
     assert by_sum.l2 == pytest.approx(by_mean.l2 * mean.n)
 
 
 def test_validation_samples_instead():
     of = noisy(seed=1)
     other = noisy(n=60, seed=1)
-    choice = choose_l2(of, np.zeros(of.size), tol=1e-8, validation=other)
-    *_, last = descend(
+    choice = path(of, tol=1e-8, validation=other)
+    last = minimize(
         of, np.zeros(of.size), method="lbfgs", tol=1e-7, l2=choice.trials[0].l2
     )
     expected = other.loss_of(other.logits(last.theta))
@@ -104,11 +114,9 @@ def test_validation_samples_instead():
 def test_samples_the_trunk_has_seen_do_not_vouch_for_weak_weights():
     # No noise: the weaker the weight, the lower the loss of any sample.
     of = noisy(n=600, noise=0.0)
-    seen = choose_l2(of, np.zeros(of.size), tol=1e-10)
+    seen = path(of, tol=1e-10)
     assert seen.l2 == seen.trials[-1].l2 == 1e-3
-    new = choose_l2(
-        of, np.zeros(of.size), tol=1e-10, validation=noisy(n=600, noise=0.0)
-    )
+    new = path(of, tol=1e-10, validation=noisy(n=600, noise=0.0))
     assert new.l2 < 1e-4
     np.testing.assert_array_equal(
         [trial.l2 for trial in new.trials[:4]], [trial.l2 for trial in seen.trials]
@@ -126,60 +134,28 @@ def flat(share, seed=0):
     features[:, :-1] = features[:, :-1] @ turned
     gates = rng.standard_normal((10, of.units, of.width))
     return ConvexProblem(
-        features, gates, of.w, of.slope, of.offset, of.targets, None, of.loss
+        features, gates, of.gates.w, of.slope, of.offset, of.targets, None, of.loss
     )
 
 
 def test_principal_components_hold_what_they_should():
-    features = flat(1e-4).features
+    of = flat(1e-4)
+    features = of.features
     values = np.linalg.svd(features, compute_uv=False) ** 2
     for hold in (0.5, 0.95, 1.0):
-        basis = principal_components(features, hold)
+        basis = principal_components(of.rows, hold)
         k = basis.shape[1]
         np.testing.assert_allclose(basis.T @ basis, np.eye(k), atol=1e-12)
         held = np.sum((features @ basis) ** 2) / np.sum(features**2)
-        assert held >= hold - 1e-12
+        assert held >= hold - 1e-6
         # As few as it takes.
-        assert values[: k - 1].sum() / values.sum() < hold
-    assert principal_components(features, 0.95).shape == (10, 7)
-
-
-@pytest.mark.parametrize("learned", [False, True])
-def test_many_features_are_tried_by_their_principal_components(learned, monkeypatch):
-    of = flat(1e-4)
-    if learned:
-        of.center = np.random.default_rng(5).standard_normal(of.size)
-    arguments = {"tol": 1e-8, "seed": 1}
-    every = choose_l2(of, of.center, **arguments)
-    monkeypatch.setattr("keras_dalign.solving.l2_path._MANY_FEATURES", of.d)
-    sizes = []
-    monkeypatch.setattr(
-        "keras_dalign.solving.l2_path.descend",
-        lambda trained, *args, **kwargs: (
-            sizes.append(trained.d) or descend(trained, *args, **kwargs)
-        ),
-    )
-    some = choose_l2(of, of.center, **arguments)
-    assert set(sizes) == {7}
-    assert some.l2 == every.l2
-    for one, other in zip(some.trials, every.trials, strict=True):
-        assert one.held_out_loss == pytest.approx(other.held_out_loss, rel=1e-2)
-    # In the coordinates of all features, near the minimum there.
-    assert some.theta.shape == (of.size,)
-    values = [
-        of.value_and_gradient(theta, every.l2)[0]
-        for theta in (some.theta, every.theta, of.center)
-    ]
-    assert values[0] - values[1] < 0.01 * (values[2] - values[1])
-    # Samples of their own can vouch for weights that small features matter for.
-    sizes.clear()
-    choose_l2(of, of.center, tol=1e-6, validation=flat(1e-4, seed=1))
-    assert set(sizes) == {of.d}
+        assert values[: k - 1].sum() / values.sum() < hold + 1e-6
+    assert principal_components(of.rows, 0.95).shape == (10, 7)
 
 
 def test_squared_error_has_no_error_rate():
     of = problem("squared", n=50, d=6, width=8)
-    choice = choose_l2(of, np.zeros(of.size), tol=1e-6)
+    choice = path(of, tol=1e-6)
     assert all(trial.held_out_error is None for trial in choice.trials)
     assert "error" not in str(choice.trials[0])
 
@@ -187,11 +163,11 @@ def test_squared_error_has_no_error_rate():
 def test_one_output():
     of = problem("binary", n=50, units=1)
     of.targets = np.random.default_rng(0).integers(0, 2, (50, 1)).astype(float)
-    trial = choose_l2(of, np.zeros(of.size), tol=1e-6).trials[0]
+    trial = path(of, tol=1e-6).trials[0]
     assert 0 < trial.held_out_error < 1
 
 
 def test_too_few_samples():
     of = problem(n=4)
     with pytest.raises(ValueError, match=r"too few samples.*4 samples"):
-        choose_l2(of, np.zeros(of.size), tol=1e-6)
+        path(of, tol=1e-6)

@@ -5,7 +5,7 @@ import keras_dalign
 
 PACKAGE = Path(keras_dalign.__file__).parent
 # Each imports only itself and those before it; what is in no layer is on top.
-LAYERS = ["numerics", "head", "solving", "training", "conditions", "promises"]
+LAYERS = ["compat", "numerics", "head", "solving", "training", "conditions", "promises"]
 
 
 def layer(module):

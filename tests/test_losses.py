@@ -116,24 +116,27 @@ def test_reductions_are_those_of_keras(name, reduction, weighted):
     assert ours == pytest.approx(float(theirs), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_curvature_is_the_derivative_of_the_gradient(name):
-    keras_loss, y, logits = case(name)
-    loss = convex_loss(keras_loss)
+def hessians(loss, logits, targets):
+    """Of each sample's loss, `(n, C, C)`, by central differences."""
     n, units = logits.shape
-    targets = loss.targets(y, units)
-    hessians = np.zeros((n, units, units))
+    found = np.zeros((n, units, units))
     for c in range(units):
         step = np.zeros_like(logits)
         step[:, c] = 1e-5
         above = loss.gradient(logits + step, targets)
         below = loss.gradient(logits - step, targets)
-        hessians[:, :, c] = (above - below) / 2e-5
-    directions = np.random.default_rng(0).standard_normal(logits.shape)
-    expected = np.einsum("ick,ik->ic", hessians, directions)
-    found = loss.curvature(logits, targets, directions)
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
-    assert np.linalg.norm(found) > 1e-3
+        found[:, :, c] = (above - below) / 2e-5
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_value_and_gradient_together_are_those_alone(name):
+    keras_loss, y, logits = case(name)
+    loss = convex_loss(keras_loss)
+    targets = loss.targets(y, logits.shape[1])
+    value, gradient = loss.value_and_gradient(logits, targets)
+    np.testing.assert_array_equal(value, loss.value(logits, targets))
+    np.testing.assert_array_equal(gradient, loss.gradient(logits, targets))
 
 
 @pytest.mark.parametrize(
@@ -148,13 +151,9 @@ def test_no_curvature_passes_the_bound_and_one_reaches_it(loss, worst):
     rng = np.random.default_rng(0)
     logits = np.concatenate([rng.standard_normal((50, 3)) * 3, np.array(worst)])
     targets = np.eye(3)[rng.integers(3, size=len(logits))]
-    columns = [
-        loss.curvature(logits, targets, np.tile(direction, (len(logits), 1)))
-        for direction in np.eye(3)
-    ]
-    largest = np.linalg.eigvalsh(np.stack(columns, axis=2))[:, -1]
+    largest = np.linalg.eigvalsh(hessians(loss, logits, targets))[:, -1]
     bound = loss.max_curvature(3)
-    assert (largest <= bound * (1 + 1e-12)).all()
+    assert (largest <= bound * (1 + 1e-6)).all()
     assert largest[-1] == pytest.approx(bound)
 
 

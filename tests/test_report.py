@@ -10,10 +10,10 @@ pytest.importorskip("matplotlib")
 
 from fabricated import fabricate, grid, provenance
 
-from pipelines import files, readme, report
+from pipelines import closure, files, origins, readme, report, study_report
 from pipelines.layout import Layout
 from pipelines.params import FILE, Run, load
-from pipelines.reporting import curves, frontier, texts
+from pipelines.reporting import curves, frontier, page, texts
 from pipelines.reporting.results import read
 from pipelines.reporting.verdict import (
     TARGETS,
@@ -21,6 +21,7 @@ from pipelines.reporting.verdict import (
     sentences,
     verdict,
 )
+from pipelines.studies import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -194,7 +195,7 @@ def test_partial_data_never_carry_the_name_alone(tmp_path, title):
         fabricate(layout, run, 0.1, partial=True, title=title)
     report.main(params=params, root=tmp_path)
     wanted = title if "(" in title else "MNIST (partial)"
-    for path in (layout.table, report.overview(layout), layout.html):
+    for path in (layout.table, layout.overview, layout.html):
         text = path.read_text(encoding="utf-8")
         assert wanted in text
         assert text.count("MNIST") == text.count(wanted)
@@ -293,10 +294,41 @@ def test_readme_is_filled_between_its_markers(tmp_path):
     path.write_text(empty, encoding="utf-8")
     readme.cli(["--root", str(tmp_path)])
     text = path.read_text(encoding="utf-8")
-    inside = report.overview(layout).read_text(encoding="utf-8")
+    inside = layout.overview.read_text(encoding="utf-8")
     assert text == f"a\n<!-- table quick -->\n{inside}<!-- /table quick -->\nz\n"
     assert "| two-phase, random gates | 10.00 ± 0.00 |" in inside
     assert readme.filled(text, root=tmp_path) == text
+
+
+def test_readme_says_what_has_changed_in_the_code_since(tmp_path, monkeypatch):
+    params, layout = grid(tmp_path), Layout(tmp_path)
+    for run in params.grid.runs():
+        fabricate(layout, run, 0.1)
+    then, commands = closure.on_disk(), report.stages(params)
+    tree = {**then, "keras_dalign/numerics/losses.py": b"gradient = None"}
+    monkeypatch.setattr(origins.repository, "tree", lambda commit: tree)
+    report.main(params=params, root=tmp_path)
+    said = (
+        "Code: commit 0123456789 (6 runs). Changed since, in the code that made these "
+        "results: keras_dalign/numerics/losses.py."
+    )
+    for path in (layout.table, layout.overview, layout.html):
+        assert said in path.read_text(encoding="utf-8")
+    numbers = layout.csv.read_bytes(), layout.figure("errors").read_bytes()
+    # As if the gradient were mended, and another file changed.
+    tree["keras_dalign/numerics/losses.py"] = then["keras_dalign/numerics/losses.py"]
+    code = files.read_json(layout.code)
+    found = closure.digests(tree, commands) | {"pipelines/train.py": "other"}
+    code["0123456789abcdef"]["files"] = found
+    files.write_json(layout.code, code)
+    path = tmp_path / "README.md"
+    path.write_text("<!-- table quick -->\n<!-- /table quick -->\n", encoding="utf-8")
+    readme.main(root=tmp_path)
+    for each in (layout.table, layout.overview, layout.html, path):
+        text = each.read_text(encoding="utf-8")
+        assert "in the code that made these results: pipelines/train.py." in text
+        assert "losses.py" not in text
+    assert numbers == (layout.csv.read_bytes(), layout.figure("errors").read_bytes())
 
 
 @pytest.mark.parametrize(
@@ -318,16 +350,25 @@ def test_readme_says_what_the_reports_say():
     assert readme.filled(text) == text
 
 
-@pytest.mark.parametrize("profile", readme.PROFILES)
+# Also that they say what has changed in the code: `python pipelines readme` does.
+@pytest.mark.parametrize("profile", sorted(set(readme.PROFILES) - {"studies"}))
 def test_committed_results_are_those_of_the_grid(profile):
     folder = ROOT / readme.PROFILES[profile]
     layout = Layout(folder)
-    if not report.overview(layout).exists():
+    if not layout.overview.exists():
         pytest.skip(f"no results of the profile {profile} in this checkout")
     results = report.read(load(folder / FILE.name), layout)
     assert layout.table.read_text(encoding="utf-8") == texts.full(results)
-    assert report.overview(layout).read_text(encoding="utf-8") == texts.overview(
-        results
-    )
+    assert layout.overview.read_text(encoding="utf-8") == texts.overview(results)
     assert layout.csv.read_text(encoding="utf-8") == report.runs(results)
     assert json.loads(layout.summary.read_text()) == report.summary(results)
+    figures = report.figures(results, layout)
+    assert layout.html.read_text(encoding="utf-8") == page.html(results, figures)
+
+
+def test_committed_studies_say_what_has_changed():
+    folder = ROOT / readme.PROFILES["studies"]
+    layout, studies = Layout(folder), settings.load(folder / FILE.name)
+    wanted = study_report.overview(studies, layout)
+    assert layout.overview.read_text(encoding="utf-8") == wanted
+    assert set().union(*files.read_json(layout.code).values()) == {"made", "files"}

@@ -14,6 +14,7 @@ from small import (
 )
 
 import keras_dalign as kd
+from keras_dalign.head import features
 from keras_dalign.head.features import FeaturePass
 from keras_dalign.numerics.gram import explicit_features
 from keras_dalign.promises.solver import solve
@@ -42,7 +43,9 @@ def brute_force_loss(model, x, y, weight=None):
     logits += np.array(head.dense.bias, "float64") + np.array(head.bias, "float64")
     q = np.array(head.q, "float64")
     for c in range(head.units):
-        phi = explicit_features(zh, *head.gates_of(c), head.slope)
+        r, w = head.gates_in_use()
+        group = c % len(w)
+        phi = explicit_features(zh, r[:, group], w[group], head.slope)
         logits[:, c] += phi @ q[:, c, :].T.ravel()
     top = logits.max(axis=1)
     losses = np.log(np.exp(logits - top[:, None]).sum(axis=1)) + top
@@ -59,7 +62,6 @@ def test_a_trained_model_goes_to_the_global_minimum_without_compiling():
     assert result.method == "lbfgs"
     assert result.iterations > 0
     assert result.evaluations >= result.iterations
-    assert result.hessian_products == 0
     assert result.seconds > 0
     assert result.path is None
     assert model.phase == "exploiting"
@@ -70,8 +72,7 @@ def test_a_trained_model_goes_to_the_global_minimum_without_compiling():
     assert again.gap == pytest.approx(result.certificate.gap)
 
 
-@pytest.mark.parametrize("method", ["lbfgs", "newton"])
-def test_nothing_but_q_and_b_changes(method):
+def test_nothing_but_q_and_b_changes():
     x, y = digit_images(96)
     base = convnet()
     base.compile("adam", loss=cross_entropy())
@@ -80,7 +81,7 @@ def test_nothing_but_q_and_b_changes(method):
     solve(model, x, y, tol=0.5, verbose=0)
     before = weights(model)
     paths = [weight.path for weight in model.weights]
-    solve(model, x, y, tol=1e-6, method=method, verbose=0)
+    solve(model, x, y, tol=1e-6, verbose=0)
     changed = {
         path
         for path, old, new in zip(paths, before, weights(model), strict=True)
@@ -129,11 +130,119 @@ def test_dtypes_and_gates(dtype, gates):
     policy = keras.dtype_policies.DTypePolicy(dtype)
     model, x, y = trained(mlp(dtype=policy), gates=gates)
     result = solve(model, x, y, tol=1e-6, verbose=0)
-    assert result.converged
-    assert result.dtype == "float64"
     low = dtype == "mixed_bfloat16"
-    assert result.certificate.gap <= (0.05 if low else 1.5e-6)
-    assert ("model's own weights" in result.message) == (result.certificate.gap > 2e-6)
+    assert result.dtype == ("bfloat16" if low else dtype)
+    assert result.converged or low
+    # The result is that of the model as it is.
+    assert result.gap == pytest.approx(result.certificate.gap, rel=0.02, abs=1e-12)
+    assert result.gap <= (0.05 if low else 1.1e-6)
+
+
+def random_problem(seed):
+    """A small model and data whose problem is often nearly singular."""
+    rng = np.random.default_rng(seed)
+    keras.utils.set_random_seed(seed)
+    n, p = int(rng.integers(3, 60)), int(rng.integers(1, 6))
+    outputs = int(rng.integers(1, 5))
+    kind = str(rng.choice(["mse", "softmax", "binary"]))
+    gates = str(rng.choice(["random", "learned"]))
+    hidden = int(rng.integers(1, 6))
+    outputs = max(outputs, 2) if kind == "softmax" else outputs
+    base = keras.Sequential(
+        [
+            keras.Input((p,)),
+            keras.layers.Dense(hidden, activation="relu"),
+            keras.layers.Dense(outputs),
+        ]
+    )
+    x = rng.integers(-2, 3, (n, p)).astype("float32")
+    if rng.random() < 0.5:
+        x = rng.standard_normal((n, p)).astype("float32")
+    y = {
+        "mse": rng.standard_normal((n, outputs)).astype("float32"),
+        "softmax": rng.integers(0, outputs, n),
+        "binary": rng.integers(0, 2, (n, outputs)).astype("float32"),
+    }[kind]
+    loss = {
+        "mse": "mse",
+        "softmax": cross_entropy(),
+        "binary": keras.losses.BinaryCrossentropy(from_logits=True),
+    }[kind]
+    model = kd.align(base, n_samples=n, seed=seed, gates=gates)
+    model.compile("sgd", loss)
+    return model, x, y
+
+
+@pytest.mark.filterwarnings("ignore:The rank check")
+@pytest.mark.parametrize("seed", [*range(12), 107, 239])
+def test_no_model_is_left_with_a_higher_loss_than_it_had(seed):
+    # 107 divided by zero once; 239 went from a loss of 1.5 to 7 and was "converged".
+    model, x, y = random_problem(seed)
+    before = model.evaluate(x, y, verbose=0)
+    result = solve(model, x, y, verbose=0, max_iterations=200)
+    after = model.evaluate(x, y, verbose=0)
+    # Learned gates are moved by noise at the switch.
+    switched = 1e-2 if model.head.gates == "learned" else 0.0
+    assert after <= before + 1e-6 * abs(before) + switched
+    # Parameters are large here: the loss depends on the order of sums.
+    assert result.value == pytest.approx(after, rel=5e-3, abs=1e-6)
+    gap = kd.certify(model, x, y).gap
+    assert result.gap == pytest.approx(gap, rel=5e-3, abs=2e-6)
+    assert result.converged == (result.reason == "gap")
+    if result.converged:
+        assert gap <= 3e-6
+
+
+def noisy_sine(n):
+    rng = np.random.default_rng(0)
+    x = np.sort(rng.uniform(-3, 3, (200, 1)), axis=0)
+    y = (np.sin(2 * x) + 0.2 * rng.standard_normal(x.shape)).astype("float32")
+    return np.round(x, 1).astype("float32")[:n], y[:n]
+
+
+def sine_model():
+    keras.utils.set_random_seed(0)
+    base = keras.Sequential(
+        [
+            keras.Input((1,)),
+            keras.layers.Dense(32, activation="relu"),
+            keras.layers.Dense(32, activation="relu"),
+            keras.layers.Dense(1),
+        ]
+    )
+    base.compile(keras.optimizers.Adam(3e-3), "mse")
+    return base
+
+
+@pytest.mark.filterwarnings("ignore:The rank check")
+@pytest.mark.parametrize("n", [30, 200])
+def test_what_float32_cannot_hold_is_not_called_converged(n):
+    # In float64 `q` of size 1e14 fits these samples; rounded, the terms do not cancel.
+    x, y = noisy_sine(n)
+    base = sine_model()
+    base.fit(x, y, epochs=30, verbose=0)
+    before = base.evaluate(x, y, verbose=0)
+    model = kd.align(base, n_samples=n, seed=0)
+    result = solve(model, x, y, verbose=0)
+    model.compile("sgd", "mse")
+    after = model.evaluate(x, y, verbose=0)
+    assert after < 0.7 * before
+    assert result.value == pytest.approx(after, rel=1e-3)
+    gap = kd.certify(model, x, y).gap
+    assert result.gap == pytest.approx(gap, rel=1e-2, abs=1e-7)
+    assert result.converged == (gap <= 1.1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The rank check")
+def test_the_history_of_fit_ends_with_the_model_as_it_is():
+    x, y = noisy_sine(200)
+    model = kd.align(sine_model(), n_samples=200, seed=0)
+    model.compile(kd.DAlign(keras.optimizers.Adam(3e-3), "solve"), "mse")
+    with pytest.warns(UserWarning, match="infimum"):
+        history = model.fit(x, y, epochs=30, verbose=0).history
+    certificate = kd.certify(model, x, y)
+    assert history["gap"][-1] == pytest.approx(certificate.gap, rel=1e-2)
+    assert history["loss"][-1] == pytest.approx(certificate.loss, rel=1e-4)
 
 
 def test_squared_error_in_closed_form():
@@ -149,24 +258,24 @@ def test_squared_error_in_closed_form():
     np.testing.assert_allclose(model.predict(x, verbose=0)[:, 0], y, atol=1e-3)
     others = [
         solve(kd.align(base, n_samples=80, seed=0), x, y, method=m, tol=1e-6, verbose=0)
-        for m in ("newton", "lbfgs")
+        for m in ("lbfgs",)
     ]
-    assert [other.converged for other in others] == [True, True]
+    assert [other.converged for other in others] == [True]
 
 
-def test_l2_has_one_optimum_by_every_method():
+def test_l2_has_one_optimum_from_everywhere():
     values, qs = [], []
-    for method in ("lbfgs", "newton"):
-        model, x, y = trained(epochs=2)
-        result = solve(model, x, y, l2=1e-2, method=method, tol=1e-9, verbose=0)
-        assert result.converged
+    for start in (1e-4, 1.0):
+        model, x, y = trained(epochs=2, width=18)
+        solve(model, x, y, tol=start, verbose=0)
+        result = solve(model, x, y, l2=1e-2, tol=1e-9, verbose=0)
         assert result.l2 == 1e-2
         values.append(result.value)
         qs.append(np.array(model.head.q))
         assert result.certificate.l2_loss == pytest.approx(result.value, rel=1e-5)
         assert result.certificate.l2_gap <= 1e-6
         assert result.value > result.certificate.loss
-    assert values[0] == pytest.approx(values[1], abs=1e-9)
+    assert values[0] == pytest.approx(values[1], abs=1e-7)
     np.testing.assert_allclose(*qs, atol=1e-3)
 
 
@@ -177,8 +286,9 @@ def test_l2_auto_refits_on_all_samples():
     assert result.l2 == result.path[int(np.argmin(losses))].l2
     assert result.converged
     assert "chosen on held-out samples" in str(result)
-    same, x, y = trained()
+    same, x, y = trained(width=result.width) if result.width >= 18 else trained()
     direct = solve(same, x, y, l2=result.l2, verbose=0)
+    assert direct.width == result.width
     assert result.value == pytest.approx(direct.value, abs=2e-6)
 
 
@@ -231,6 +341,50 @@ def test_a_stream_in_any_order():
     result = solve(model, stream, tol=1e-6, verbose=0)
     assert result.converged
     assert result.certificate.n_samples == 96
+
+
+@pytest.mark.parametrize("exploits", [False, True])
+def test_features_that_do_not_fit_into_memory_go_to_disk(monkeypatch, capsys, exploits):
+    """And give the same result, bit for bit."""
+    x, y = digit_images(96)
+    base = convnet()
+    base.compile("adam", loss=cross_entropy())
+    base.fit(x, y, epochs=2, verbose=0)
+    results = []
+    for free in (1.0, 1e-6):
+        model = kd.align(base, n_samples=96, seed=1, copy=True)
+        if exploits:
+            solve(model, x, y, tol=0.5, verbose=0)
+        monkeypatch.setattr(features, "free_gib", lambda free=free: free)
+        found = solve(model, x, y, tol=1e-6, verbose=1)
+        results.append([*weights(model), np.array([found.value, found.gap])])
+        monkeypatch.undo()
+    assert_equal(*results)
+    said = [s for s in capsys.readouterr().out.splitlines() if "features" in s]
+    assert "in memory (" in said[0]
+    assert "on disk, in" in said[1]
+
+
+def test_features_that_fit_nowhere_leave_the_model_as_it_was(monkeypatch):
+    model, x, y = trained()
+    before = weights(model)
+    monkeypatch.setattr(features, "free_gib", lambda: 1e-6)
+    monkeypatch.setattr(features, "free_disk_gib", lambda: 1e-6)
+    with pytest.raises(OSError, match=r"take .* GiB.*set .*TMPDIR"):
+        solve(model, x, y, verbose=0)
+    assert model.phase == "exploring"
+    assert_equal(before, weights(model))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.4, None])
+def test_the_noise_at_the_switch_is_that_of_the_optimizer(noise):
+    model, x, y = trained(gates="learned")
+    if noise is not None:
+        model.compile(kd.DAlign("adam", noise=noise), loss=cross_entropy())
+    expected = model.head.gates_at_switch(1e-3 if noise is None else noise)[0]
+    solve(model, x, y, tol=0.5, verbose=0)
+    gates = keras.ops.convert_to_numpy(model.head.r)
+    np.testing.assert_array_equal(gates, expected.astype("float32"))
 
 
 def test_batch_norm_is_estimated_anew_or_not():
@@ -316,7 +470,7 @@ def test_result_as_text_dict_and_table():
     assert str(result.certificate) in str(result)
     table = result._repr_html_()
     assert table.count("<table>") == 2
-    assert "Newton" in table
+    assert "lbfgs" in table
 
 
 class _Interrupted:
@@ -335,13 +489,13 @@ def test_an_interrupt_keeps_what_was_reached(monkeypatch):
     model, x, y = trained(epochs=1)
     solve(model, x, y, tol=1.0, verbose=0)
     start = brute_force_loss(model, x, y)
-    original, interrupted = ConvexProblem.transposed_product, _Interrupted(6)
+    original, interrupted = ConvexProblem.evaluate, _Interrupted(9)
 
-    def transposed_product(self, *arguments):
+    def evaluate(self, *arguments):
         interrupted(self)
         return original(self, *arguments)
 
-    monkeypatch.setattr(ConvexProblem, "transposed_product", transposed_product)
+    monkeypatch.setattr(ConvexProblem, "evaluate", evaluate)
     with pytest.raises(KeyboardInterrupt):
         solve(model, x, y, tol=1e-9, verbose=0)
     monkeypatch.undo()
@@ -386,6 +540,7 @@ def test_an_error_leaves_the_model_as_it_was(monkeypatch):
         ({"tol": 0.0}, "tol=0.0"),
         ({"tol": 1e-17}, "machine precision"),
         ({"method": "sgd"}, "method='sgd'"),
+        ({"method": "newton"}, "method='newton'"),
         ({"method": "direct"}, "squared error alone"),
         ({"l2": -1.0}, "l2=-1.0"),
         ({"max_iterations": 0}, "max_iterations=0"),

@@ -8,6 +8,7 @@ import pytest
 from keras import layers, ops
 
 import keras_dalign as kd
+from keras_dalign.conditions.precision import float64_context, in_float64
 from keras_dalign.numerics.losses import convex_loss
 
 BACKEND = keras.backend.backend()
@@ -301,20 +302,227 @@ def image_model(name):
     return getattr(keras.applications, name)(**options)
 
 
-@pytest.mark.parametrize("name", ["MobileNetV2", "ResNet50", "EfficientNetB0"])
+@pytest.mark.parametrize("name", ["MobileNetV2", "MobileNetV3Small", "EfficientNetB0"])
 def test_keras_applications(name):
-    if BACKEND != "tensorflow" and name != "MobileNetV2":
+    if BACKEND != "tensorflow" and name == "EfficientNetB0":
         pytest.skip("Graphs are the same on every backend: the large ones run on one.")
     base = image_model(name)
     aligned = kd.align(base, 100)
-    assert aligned.head.dense is base.layers[-1]
-    assert aligned.trunk.output_shape == base.layers[-1].input.shape
+    if name == "MobileNetV3Small":
+        last = aligned.head.dense.convolution
+        assert last is base.get_layer("logits")
+    else:
+        last = aligned.head.dense
+        assert last is base.layers[-1]
+    assert aligned.trunk.output_shape == (None, last.input.shape[-1])
     assert ids(aligned.trainable_variables) == ids(base.trainable_variables)
     if BACKEND == "jax":
         return  # Compiling it twice would take longer than all other tests here.
     x = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype("float32")
     aligned.compile()
     np.testing.assert_array_equal(aligned.predict_on_batch(x), base.predict_on_batch(x))
+
+
+def pointwise_tail(*behind, map_layers=(), rank=2, name="base", **options):
+    """A pooled map of one place, a convolution as output layer, and what is behind."""
+    pooling = getattr(layers, f"GlobalAveragePooling{rank}D")
+    convolution = getattr(layers, f"Conv{rank}D")
+    options = {"bias_initializer": "normal", "name": "logits", **options}
+    data_format = options.get("data_format")
+    sides = (4, 3, 2)[:rank]
+    shape = (3, *sides) if data_format == "channels_first" else (*sides, 3)
+    inputs = h = keras.Input(shape)
+    for layer in map_layers:
+        h = layer(h)
+    h = pooling(keepdims=True, data_format=data_format)(h)
+    h = convolution(options.pop("outputs", 4), 1, **options)(h)
+    for layer in behind:
+        h = layer(h)
+    return keras.Model(inputs, h, name=name)
+
+
+MAPS = np.random.default_rng(1).normal(size=(11, 4, 3, 3)).astype("float32")
+
+
+class TestConvolutions:
+    """A convolution on a map of one place is a Dense."""
+
+    @pytest.mark.parametrize(
+        "behind",
+        [
+            [layers.Flatten],
+            [lambda: layers.Reshape((4,))],
+            [layers.GlobalAveragePooling2D],
+            [layers.GlobalMaxPooling2D],
+            [lambda: layers.Activation("linear"), layers.Flatten],
+            [lambda: layers.Reshape((2, 2)), layers.Identity, layers.Flatten],
+        ],
+    )
+    def test_whatever_flattens(self, behind):
+        base = pointwise_tail(*(make() for make in behind))
+        aligned = check(base, MAPS)
+        assert aligned.head.dense.convolution is base.get_layer("logits")
+        assert aligned.trunk.outputs[0].shape == (None, 3)
+
+    @pytest.mark.parametrize("rank", [1, 3])
+    def test_other_ranks(self, rank):
+        shape = (11, *(4, 3, 2)[:rank], 3)
+        x = np.random.default_rng(1).normal(size=shape).astype("float32")
+        check(pointwise_tail(layers.Flatten(), rank=rank), x)
+
+    def test_channels_first(self):
+        base = pointwise_tail(layers.Flatten(), data_format="channels_first")
+        aligned = kd.align(base, N)
+        assert aligned.trunk.outputs[0].shape == (None, 3)
+        if BACKEND != "tensorflow":  # Its convolutions have them last on a CPU.
+            assert_same(aligned, base, MAPS.transpose(0, 3, 1, 2))
+
+    @pytest.mark.parametrize("strides", [1, 2])
+    @pytest.mark.parametrize("padding", ["same", "valid"])
+    def test_strides_and_no_bias(self, strides, padding):
+        options = {"strides": strides, "padding": padding, "use_bias": False}
+        check(pointwise_tail(layers.Flatten(), **options), MAPS)
+
+    def test_lora(self):
+        base = pointwise_tail(layers.Flatten())
+        convolution = base.get_layer("logits")
+        convolution.enable_lora(2)
+        convolution.lora_kernel_b.assign(np.ones(convolution.lora_kernel_b.shape))
+        check(base, MAPS)
+
+    @pytest.mark.parametrize("how", ["argument", "map", "vector"])
+    def test_probabilities_are_dropped(self, how):
+        softmax = {"map": [layers.Softmax()], "vector": [layers.Flatten()]}
+        behind = [*softmax.get(how, []), layers.Flatten(), layers.Identity()]
+        if how == "vector":
+            behind[1] = layers.Activation("softmax")
+        activation = "softmax" if how == "argument" else None
+        base = pointwise_tail(*behind, activation=activation)
+        base.compile("sgd", "sparse_categorical_crossentropy")
+        with pytest.warns(UserWarning, match=r"trailing softmax.*from_logits=True"):
+            aligned = kd.align(base, N)
+        np.testing.assert_allclose(
+            numpy(ops.softmax(aligned(MAPS))), numpy(base(MAPS)), atol=1e-6
+        )
+        assert convex_loss(aligned.inherited_loss) == convex_loss(SPARSE(True))
+
+    def test_a_softmax_over_something_else_stays(self):
+        """Channels first, it is a softmax over the single column."""
+        options = {"data_format": "channels_first"}
+        with pytest.raises(ValueError, match=r"'logits' with activation=softmax"):
+            kd.align(
+                pointwise_tail(layers.Flatten(), activation="softmax", **options), N
+            )
+        base = pointwise_tail(layers.Softmax(), layers.Flatten(), **options)
+        with pytest.raises(ValueError, match=r"does not end in.*\(Softmax\)"):
+            kd.align(base, N)
+
+    def test_by_name(self):
+        base = pointwise_tail(layers.Flatten(), ops.tanh)
+        with pytest.warns(UserWarning, match="behind.*'logits' is dropped"):
+            aligned = kd.align(base, N, layer="logits")
+        flat = layers.Flatten()(base.get_layer("logits").output)
+        assert_same(aligned, keras.Model(base.input, flat), MAPS)
+
+    def test_learned_gates_and_an_activity_regularizer(self):
+        base = pointwise_tail(layers.Flatten(), activity_regularizer="l2")
+        aligned = kd.align(base, N, gates="learned")
+        assert aligned.head.dense is None
+        aligned = check(base, MAPS)
+        losses = []
+        for model in (aligned, base):
+            model(MAPS)
+            losses.append([float(numpy(loss)) for loss in model.losses])
+        assert losses[0] == losses[1]
+        assert len(losses[0]) == 1
+
+    def test_the_pooled_map_is_seen_in_a_grid(self):
+        base = pointwise_tail(
+            layers.Flatten(), map_layers=[layers.Conv2D(5, 2, padding="same")]
+        )
+        aligned = check(base, MAPS, n_samples=3 * 5 * 12)
+        assert aligned.trunk.output_shape == [(None, 5), (None, 4, 3, 5)]
+
+    def test_layers_that_are_named_as_ours(self):
+        named = [layers.ReLU(name=f"{kind}_features") for kind in ("logits", "gated")]
+        base = pointwise_tail(layers.Flatten(), map_layers=named)
+        check(base, MAPS)
+        learned = kd.align(base, N, gates="learned", features="gated_features")
+        assert learned.trunk.output_shape == (None, 4 * 3 * 3)
+
+    @pytest.mark.parametrize("copy", [False, True])
+    def test_training_is_the_base_models_bit_for_bit(self, copy, tmp_path):
+        """Saved and loaded in the middle, too; then it switches and exploits."""
+        y = np.arange(len(MAPS)) % 4
+        loss = SPARSE(from_logits=True)
+
+        def made():
+            keras.utils.set_random_seed(3)
+            norm = layers.BatchNormalization()
+            map_layers = [layers.Conv2D(7, 2), norm, layers.Dropout(0.3)]
+            return pointwise_tail(layers.Flatten(), map_layers=map_layers)
+
+        def trained(model):
+            model.compile("adam", loss)
+            keras.utils.set_random_seed(4)
+            model.fit(MAPS, y, epochs=2, batch_size=4, verbose=0)
+            # In a file, Keras does not keep the state of the dropout.
+            model.save(tmp_path / "model.keras")
+            loaded = keras.models.load_model(tmp_path / "model.keras")
+            loaded.fit(MAPS, y, epochs=2, batch_size=4, shuffle=False, verbose=0)
+            return loaded
+
+        base = trained(made())
+        model = trained(kd.align(made(), N, copy=copy))
+        for a, b in zip(
+            base.trainable_variables, model.trainable_variables, strict=True
+        ):
+            np.testing.assert_array_equal(numpy(a), numpy(b), err_msg=a.path)
+        np.testing.assert_array_equal(predict(model, MAPS), predict(base, MAPS))
+        before = predict(model, MAPS)
+        model.start_exploiting()
+        np.testing.assert_array_equal(predict(model, MAPS), before)
+        result = kd.solve(model, MAPS, y, loss=loss, verbose=0)
+        assert result.gap < 1e-5
+
+    @pytest.mark.parametrize(
+        ("base", "message"),
+        [
+            (
+                lambda: keras.Sequential(
+                    [
+                        keras.Input((4, 3, 3)),
+                        layers.Conv2D(4, 1, name="logits"),
+                        layers.GlobalAveragePooling2D(),
+                    ]
+                ),
+                r"feature vectors.*'logits' on features of shape \(None, 4, 3, 3\)",
+            ),
+            (
+                lambda: pointwise_tail(layers.Flatten(), groups=3, outputs=3),
+                r"does not end in.*\(Conv2D\)",
+            ),
+            (pointwise_tail, r"outputs of shape \(None, 1, 1, 4\) behind 'logits'"),
+            (
+                lambda: mlp(layers.Reshape((4, 1)), layers.GlobalAveragePooling1D()),
+                r"outputs of shape \(None, 1\) behind 'logits' with 4 outputs",
+            ),
+        ],
+    )
+    def test_what_is_no_dense(self, base, message):
+        with pytest.raises(ValueError, match=message):
+            kd.align(base(), N)
+
+    def test_a_convolution_with_its_own_call(self):
+        class Cosine(layers.Conv2D):
+            def call(self, inputs):
+                return ops.tanh(super().call(inputs))
+
+        pooling = layers.GlobalAveragePooling2D(keepdims=True)
+        tail = [Cosine(3, 1, name="cosine"), layers.Flatten()]
+        base = keras.Sequential([keras.Input((4, 4, 3)), pooling, *tail])
+        with pytest.raises(ValueError, match=r"'cosine' of type Cosine.*overrides"):
+            kd.align(base, N)
 
 
 SOFT = {"softmax": ops.softmax, "sigmoid": ops.sigmoid, "log_softmax": ops.log_softmax}
@@ -362,15 +570,51 @@ class TestTails:
             kd.align(base, N)
         assert caught[0].filename == __file__
 
-    def test_the_idiom_of_mixed_precision(self):
-        """Nothing is lost with a linear tail, and nothing is said."""
-        base = mlp(layers.Activation("linear", dtype="float32"), dtype="mixed_bfloat16")
-        aligned = kd.align(base, N)
-        assert aligned.head.compute_dtype == "bfloat16"
-        np.testing.assert_array_equal(
-            numpy(ops.cast(aligned(X), "float32")),
-            numpy(base(X)),
-        )
+    @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+    @pytest.mark.parametrize("gates", ["random", "learned"])
+    @pytest.mark.parametrize(
+        "tail",
+        [
+            lambda: layers.Activation("linear", dtype="float32"),
+            lambda: lambda t: ops.cast(t, "float32"),
+            lambda: layers.Softmax(dtype="float32"),
+            None,
+        ],
+    )
+    @pytest.mark.filterwarnings("ignore:The trailing softmax")
+    def test_the_idiom_of_mixed_precision(self, policy, gates, tail, tmp_path):
+        """Nothing is lost with a tail in single precision: the logits are in it."""
+        base = mlp(*([tail()] if tail else []), dtype=policy)
+        aligned = kd.align(base, N, gates=gates)
+        half = policy.removeprefix("mixed_")
+        assert aligned.head.compute_dtype == half
+        dtype = half if tail is None else "float32"
+
+        def dtype_of(tensor):
+            return keras.backend.standardize_dtype(tensor.dtype)
+
+        assert dtype_of(base(X)) == dtype
+        for model in (aligned, keras.models.clone_model(aligned)):
+            assert dtype_of(model(X)) == dtype
+            assert dtype_of(model(keras.Input((6,)))) == dtype
+        if gates == "random":
+            logits = base.get_layer("logits").output
+            expected = keras.Model(base.input, logits)(X)
+            np.testing.assert_array_equal(
+                numpy(ops.cast(aligned(X), "float32")),
+                numpy(ops.cast(expected, "float32")),
+            )
+        aligned.start_exploiting()
+        aligned.save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        for model in (aligned, loaded):
+            assert dtype_of(model(X)) == dtype
+        with float64_context():
+            assert dtype_of(in_float64(loaded)(X.astype("float64"))) == "float64"
+
+    def test_integers_are_no_logits(self):
+        with pytest.raises(ValueError, match=r"does not end in.*\(Cast\)"):
+            kd.align(mlp(lambda t: ops.cast(t, "int32")), N)
 
     def test_what_does_nothing_is_dropped_silently(self):
         behind = (layers.Identity(), lambda t: ops.cast(t, "float32"))
@@ -717,6 +961,35 @@ def test_the_loss_of_the_base_model_is_inherited(activation, loss, expected):
         assert found is None
     else:
         assert convex_loss(found) == convex_loss(expected)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        SPARSE(from_logits=True, reduction="sum"),
+        ONE_HOT(from_logits=True, label_smoothing=0.1),
+        BINARY(from_logits=True),
+        "mse",
+        None,
+    ],
+)
+@pytest.mark.parametrize("how", ["file", "config", "clone"])
+def test_the_inherited_loss_is_kept_with_the_model(loss, how, tmp_path):
+    base = mlp()
+    base.compile("sgd", loss=loss)
+    model = kd.align(base, n_samples=20)
+    expected = model.inherited_loss
+    if how == "file":
+        model.save(tmp_path / "model.keras")
+        model = keras.models.load_model(tmp_path / "model.keras")
+    elif how == "config":
+        model = kd.AlignedModel.from_config(model.get_config())
+    else:
+        model = keras.models.clone_model(model)
+    if loss is None:
+        assert expected is model.inherited_loss is None
+    else:
+        assert convex_loss(model.inherited_loss) == convex_loss(expected)
 
 
 @pytest.mark.filterwarnings("ignore:The trailing")

@@ -15,6 +15,7 @@ from small import (
 )
 
 import keras_dalign as kd
+from keras_dalign.head import features
 from keras_dalign.numerics.gram import explicit_features
 from keras_dalign.training.switch import switch
 
@@ -231,4 +232,20 @@ def test_the_rank_check_names_repeated_samples():
     model.compile("adam", loss=cross_entropy())
     report, _ = switch(model, x, y, batch_size=10)
     assert report.rank.duplicates == ((7, 50),)
+    assert report.rank.n_parallel == 0
+
+
+@pytest.mark.parametrize("keep", [False, True, "disk"])
+def test_the_rank_check_of_a_sample_names_samples_of_the_data(monkeypatch, keep):
+    monkeypatch.setattr(features, "_SAMPLE_ROWS", 60)
+    x, y = digit_images(96)
+    x[1::2] = x[::2]
+    model = kd.align(convnet(), n_samples=96, seed=3)
+    model.compile("adam", loss=cross_entropy())
+    report, _ = switch(model, x, y, batch_size=10, keep_features=keep)
+    assert report.n_samples == report.rank.n == 96
+    assert report.rank.n_given == 60
+    pairs = report.rank.duplicates
+    assert all(left // 2 == right // 2 for left, right in pairs)
+    assert max(right for _, right in pairs) >= 60
     assert report.rank.n_parallel == 0

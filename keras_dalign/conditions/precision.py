@@ -156,7 +156,7 @@ def _widened_config(config: Any, custom: dict[str, type], shared: set[int]) -> A
             continue
         if key == "shared_object_id" and value not in shared:
             continue
-        if key == "dtype" and value in _NARROW:
+        if key in {"dtype", "output_dtype"} and value in _NARROW:
             result[key] = "float64"
         else:
             result[key] = _widened_config(value, custom, shared)

@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_dalign import compat
+from keras_dalign.head.pointwise_dense import PointwiseDense
 from keras_dalign.numerics.memory import free_gib
 from keras_dalign.numerics.rank import default_width
 
@@ -87,8 +88,11 @@ class AlignmentHead(keras.layers.Layer):
             backend. Defaults to a value derived from Python's global random
             state, which is left as it was.
         dense: The `keras.layers.Dense` to take over as linear part
-            (`gates="random"` only); its activation is ignored. Defaults to a
-            fresh one.
+            (`gates="random"` only); its activation is ignored. Or a
+            `PointwiseDense`, to take over a convolution. Defaults to a fresh
+            `Dense`.
+        output_dtype: String, dtype of the logits. Defaults to the dtype that the head
+            computes in, which is a half-precision one under mixed precision.
         **kwargs: Keyword arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -119,7 +123,8 @@ class AlignmentHead(keras.layers.Layer):
         slope: float = 20.0,
         share_gates: bool = True,
         seed: int | None = None,
-        dense: keras.layers.Dense | None = None,
+        dense: keras.layers.Dense | PointwiseDense | None = None,
+        output_dtype: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -153,9 +158,10 @@ class AlignmentHead(keras.layers.Layer):
                 "gates='learned' together with a `dense` layer. Drop `dense`, or use "
                 "gates='random'."
             )
-        if dense is not None and not isinstance(dense, keras.layers.Dense):
+        if not isinstance(dense, (keras.layers.Dense, PointwiseDense, type(None))):
             raise ValueError(
-                f"`dense` must be a keras.layers.Dense. Received: dense={dense}"
+                "`dense` must be a keras.layers.Dense or a PointwiseDense. Received: "
+                f"dense={dense}"
             )
         if dense is not None and dense.units != units:
             raise ValueError(
@@ -168,6 +174,9 @@ class AlignmentHead(keras.layers.Layer):
             self.dense = dense or keras.layers.Dense(
                 self.units, dtype=self.dtype_policy, name="dense"
             )
+        self.output_dtype = keras.backend.standardize_dtype(
+            output_dtype or self.compute_dtype
+        )
         # Statistics move by a tenth per batch while learned gates explore; at the
         # switch they are replaced by those of the whole training set.
         self.standardize = keras.layers.BatchNormalization(
@@ -291,7 +300,7 @@ class AlignmentHead(keras.layers.Layer):
         dtype = keras.backend.result_type(t.dtype, "float32")
         units = ops.cast(gate * t, dtype) * ops.cast(self.w, dtype)
         outputs = ops.sum(units, axis=-1) + ops.cast(self.bias, dtype)
-        outputs = ops.cast(outputs, self.compute_dtype)
+        outputs = ops.cast(outputs, self.output_dtype)
         if self.dense is not None:
             outputs = self._linear(linear) + outputs
         return outputs
@@ -308,9 +317,17 @@ class AlignmentHead(keras.layers.Layer):
         """
         p = self.dim - 1
         features = ops.reshape(features, (-1, p))
-        u = self.standardize(features, training=training)
-        dtype = keras.backend.result_type(u.dtype, "float32")
-        u = ops.cast(u, dtype)
+        dtype = keras.backend.result_type(self.compute_dtype, "float32")
+        if self._phase == EXPLORING:
+            # A call of the layer, whose statistics may be looked at and set anew.
+            u = ops.cast(self.standardize(features, training=training), dtype)
+        else:
+            # Batch normalisation computes x / s - mean / s, which cancels where a
+            # feature varies little around a large mean.
+            moments = (self.standardize.moving_mean, self.standardize.moving_variance)
+            mean, variance = (ops.cast(moment, dtype) for moment in moments)
+            u = ops.cast(features, dtype) - mean
+            u = u * ops.rsqrt(variance + self.standardize.epsilon)
         square = ops.sum(ops.square(u), axis=-1, keepdims=True)
         # A sample whose features are all at their mean maps to [0, ..., 0, 1].
         u = u * (math.sqrt(p) * ops.rsqrt(ops.maximum(square, 1e-12)))
@@ -375,6 +392,8 @@ class AlignmentHead(keras.layers.Layer):
         return _split(previous_mask)[0]
 
     def _linear(self, z: Any) -> Any:
+        if isinstance(self.dense, PointwiseDense):
+            return ops.cast(self.dense(z), self.output_dtype)
         if self.dense.quantization_mode is not None:
             raise ValueError(
                 "The linear part of an alignment head cannot be quantized. Received: "
@@ -383,7 +402,9 @@ class AlignmentHead(keras.layers.Layer):
             )
         # What Dense.call does, less its activation: aligned models end in logits.
         z = ops.matmul(z, self.dense.kernel)
-        return z if self.dense.bias is None else ops.add(z, self.dense.bias)
+        if self.dense.bias is not None:
+            z = ops.add(z, self.dense.bias)
+        return ops.cast(z, self.output_dtype)
 
     @property
     def phase(self) -> str:
@@ -659,6 +680,11 @@ class AlignmentHead(keras.layers.Layer):
         """Shape of the logits for features of the given shape."""
         return (_split_shapes(input_shape)[0][0], self.units)
 
+    def compute_output_spec(self, *args: Any, **kwargs: Any) -> keras.KerasTensor:
+        """Shape and dtype of the logits for symbolic features; arguments of `call`."""
+        spec = super().compute_output_spec(*args, **kwargs)
+        return keras.KerasTensor(spec.shape, self.output_dtype)
+
     def get_config(self) -> dict[str, Any]:
         """The arguments that rebuild this head (its phase is among the weights)."""
         config = super().get_config()
@@ -671,6 +697,7 @@ class AlignmentHead(keras.layers.Layer):
             share_gates=self.share_gates,
             seed=self.seed,
             dense=keras.saving.serialize_keras_object(self.dense),
+            output_dtype=self.output_dtype,
         )
         return config
 

@@ -13,6 +13,11 @@ from keras.layers import BatchNormalization
 
 from keras_dalign.head import data
 from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
+from keras_dalign.head.batch_moments import (
+    has_tensorflow_kernel,
+    moments_and_normalized,
+    normalize,
+)
 
 # Count, mean and variance.
 _Moments = tuple[np.ndarray, ...]
@@ -80,7 +85,8 @@ def reestimate_batch_norm(
     found: dict[int, Any] = {}
     try:
         for index in range(passes):
-            probe = _MomentsProbe(model, layers, by_batch=index == 0)
+            if index < 2:
+                probe = _MomentsProbe(model, layers, by_batch=index == 0)
             batches = data.batches(x, batch_size=batch_size, steps=steps)
             found = _pool(probe.moments(batch[0]) for batch in batches)
             _set_statistics(layers, found)
@@ -150,6 +156,8 @@ class _MomentsProbe(keras.Model):
         self.model = model
         self.normalizations = layers
         self.by_batch = by_batch
+        if has_tensorflow_kernel():
+            self.jit_compile = False
         self.built = True
 
     def call(self, inputs: Any) -> dict[str, list[Any]]:
@@ -164,25 +172,18 @@ class _MomentsProbe(keras.Model):
         """
         found: dict[int, list[Any]] = {id(layer): [] for layer in self.normalizations}
 
-        def normalize(layer: BatchNormalization, x: Any, mask: Any) -> Any:
+        def normalized(layer: BatchNormalization, x: Any, mask: Any) -> Any:
             x = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
-            count, mean, variance = _moments(layer, x, mask)
+            (count, mean, variance), by_batch = moments_and_normalized(layer, x, mask)
             row = (ops.reshape(count, (1, 1)), mean[None], variance[None])
             found[id(layer)].append(row)
-            if not self.by_batch:
-                mean, variance = layer.moving_mean, layer.moving_variance
-            x = ops.batch_normalization(
-                x,
-                mean=ops.cast(mean, x.dtype),
-                variance=ops.cast(variance, x.dtype),
-                axis=layer.axis,
-                offset=None if layer.beta is None else ops.cast(layer.beta, x.dtype),
-                scale=None if layer.gamma is None else ops.cast(layer.gamma, x.dtype),
-                epsilon=layer.epsilon,
-            )
+            if self.by_batch:
+                x = by_batch
+            else:
+                x = normalize(layer, x, layer.moving_mean, layer.moving_variance)
             return ops.cast(x, layer.compute_dtype)
 
-        with _replaced_call(self.model, self.normalizations, normalize):
+        with _replaced_call(self.model, self.normalizations, normalized):
             self.model(inputs, training=False)
         # A layer that is called twice has two populations, pooled as one.
         return {
@@ -233,33 +234,6 @@ def _replaced_call(
             layer.__dict__.pop("call", None)
         for layer, mode in zip(remat, modes, strict=True):
             layer.__dict__["_remat_mode"] = mode
-
-
-def _moments(layer: BatchNormalization, x: Any, mask: Any) -> tuple[Any, Any, Any]:
-    """Count, mean and variance; the two latter are arbitrary if the count is 0."""
-    axes = [axis for axis in range(len(x.shape)) if axis != layer.axis % len(x.shape)]
-    shape = [1] * len(x.shape)
-    shape[layer.axis] = -1
-    if mask is None:
-        # Not ops.moments: on PyTorch it is E[x^2] - E[x]^2, which cancels.
-        mean = ops.mean(x, axis=axes)
-        variance = ops.mean(ops.square(x - ops.reshape(mean, shape)), axis=axes)
-        return ops.cast(_size(x, axes), x.dtype), mean, variance
-    weights = ops.expand_dims(ops.cast(mask, x.dtype), -1)
-    weights = ops.broadcast_to(weights, ops.shape(x))
-    count = ops.sum(weights, axis=axes)
-    divisor = ops.maximum(count, 1.0)
-    mean = ops.sum(weights * x, axis=axes) / divisor
-    centred = ops.square(x - ops.reshape(mean, shape))
-    return count[0], mean, ops.sum(weights * centred, axis=axes) / divisor
-
-
-def _size(x: Any, axes: list[int]) -> Any:
-    shape = ops.shape(x)
-    size = 1
-    for axis in axes:
-        size = size * shape[axis]
-    return size
 
 
 def _pool(

@@ -14,7 +14,7 @@ import keras
 
 from keras_dalign.head import data
 from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
-from keras_dalign.head.features import FeaturePass, FeatureSet
+from keras_dalign.head.features import FeaturePass, FeatureSet, plan_cache
 from keras_dalign.head.objective import loss_of
 from keras_dalign.numerics.html_table import html_table
 from keras_dalign.promises.certificate import Certificate, certify_features
@@ -158,12 +158,14 @@ def solve(
     one: it starts at 8 gates and is doubled until the loss of the samples held out
     falls by less than its standard error.
 
-    Cost: one gradient takes `4 n d C m` multiply-adds for `n` samples, `d` features,
+    Cost: one gradient takes `4 n d C m` flop for `n` samples, `d` features,
     `C` outputs and width `m`, and some 20 to 40 gradients reach a gap of 1e-6; they are
     computed in float32 on the device of the backend where the problem is large. Memory
     beside the features: the gates, `n m` numbers for gates that outputs share (computed
     block by block beyond 0.5 GiB), logits, `n C` numbers a few times, and some 25
-    vectors of the size of the parameters, `d C m`.
+    vectors of the size of the parameters, `d C m`. The features go to a temporary file
+    (in the folder that the environment variable `TMPDIR` names) where they take more
+    than half of the memory that is free.
 
     Args:
         model: An `AlignedModel` in either phase.
@@ -177,8 +179,8 @@ def solve(
             Gram matrix) or `"auto"`.
         l2: Non-negative weight of the L2 term, or `"auto"`.
         max_iterations: Most iterations.
-        validation_data: `(x, y)`, `(x, y, sample_weight)` or a stream, for the choice of
-            L2 weight and width.
+        validation_data: `(x, y)`, `(x, y, sample_weight)` or a stream, for the choice
+            of L2 weight and width.
         reestimate_batch_norm: Whether the switch re-estimates batch-norm statistics
             over `x`.
         batch_size: Samples per batch of the trunk, for arrays.
@@ -191,6 +193,7 @@ def solve(
     Raises:
         ValueError: If an argument is out of its range, the model has no alignment head,
             the loss is not known or not convex, or the data do not fit.
+        OSError: If the features fit neither into memory nor on the disk.
     """
     begin = time.perf_counter()
     options = SolveOptions(tol=tol, method=method, l2=l2, max_iterations=max_iterations)
@@ -202,7 +205,18 @@ def solve(
     try:
         free = first_width(model.head, options) if model.phase != EXPLOITING else None
         features = _features(
-            model, x, y, sample_weight, convex, reestimate_batch_norm, free, passes
+            model,
+            x,
+            y,
+            sample_weight,
+            convex,
+            {
+                "fresh_statistics": reestimate_batch_norm,
+                "width": free,
+                "rank_matters": options.l2 == 0,
+            },
+            passes,
+            say,
         )
         validation = None
         if validation_data is not None:
@@ -222,6 +236,7 @@ def solve(
             on_iterate=lambda iterate: say(_progress(iterate, solver.l2)),
             rank=None if report is None else report.rank,
         )
+        say(_progress(solution.last, solver.l2))
         certificate = certify_features(
             model,
             features,
@@ -251,7 +266,7 @@ def solve(
         path=solution.path,
         width=solver.problem.width,
         widths=solution.widths,
-        dtype=model.head.compute_dtype,
+        dtype=model.head.output_dtype,
     )
 
 
@@ -298,15 +313,19 @@ def _features(
     y: Any,
     sample_weight: Any,
     loss: ConvexLoss,
-    fresh_statistics: bool,
-    width: int | None,
+    switching: dict[str, Any],
     passes: dict[str, Any],
+    say: _Speaker,
 ) -> FeatureSet:
     """The trunk's features, after the switch."""
     if y is not None:
         loss.targets(keras.ops.convert_to_numpy(y), model.head.units)
+    is_array = data.is_arrays(x)
+    n = data.n_samples(x) if is_array else None
+    plan = plan_cache(model.head, n, True, is_array)
+    say(plan.reason)
     if model.phase == EXPLOITING:
-        everything = FeaturePass(model, keep=True, digest=True)
+        everything = FeaturePass(model, keep=plan.keep, digest=True)
         return everything.run(x, y, sample_weight, **passes).feature_set()
     noise = getattr(getattr(model, "optimizer", None), "noise", None)
     _, features = switch(
@@ -314,10 +333,9 @@ def _features(
         x,
         y,
         sample_weight,
-        width=width,
-        keep_features=True,
+        keep_features=plan.keep,
         digest=True,
-        fresh_statistics=fresh_statistics,
+        **switching,
         **({} if noise is None else {"noise": noise}),
         **passes,
     )

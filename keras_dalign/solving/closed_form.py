@@ -15,11 +15,6 @@ if TYPE_CHECKING:
     from keras_dalign.solving.problem import ConvexProblem, Evaluation
 
 
-# Eigenvalues of a singular Gram matrix that are used, as a part of the largest: of
-# smaller ones hardly a digit is right.
-_LEAST_EIGENVALUE = 1e-11
-
-
 class ClosedForm:
     """Least squares by a factorisation of each `n x n` Gram matrix.
 
@@ -103,7 +98,8 @@ class _Factor:
                 self._cholesky = factor
                 return
         values, vectors = scipy.linalg.eigh(gram, check_finite=False)
-        real = values > _LEAST_EIGENVALUE * values[-1]
+        # Smaller ones may be rounding of a zero.
+        real = values > len(gram) * EPS * values[-1]
         self._vectors, self._values = vectors[:, real], values[real, None]
 
     def solve(self, right: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,66 @@ class FeatureRows:
         u *= np.sqrt(u.shape[1] / np.maximum(square, LEAST_SQUARE))[:, None]
         out[:, -1] = 1.0
         return out
+
+    def centred(self, rows: Any, dtype: npt.DTypeLike) -> np.ndarray:
+        """Some rows of the trunk's features less their mean, or of `v` if that is kept.
+
+        Products with `v` are products with these, scaled by columns and by `scales`:
+        cheaper than to normalise a block.
+
+        Args:
+            rows: A slice or indices.
+            dtype: In what they are computed.
+
+        Returns:
+            Shape `(rows, p)`, or `(rows, d)` without `normalisation`.
+        """
+        raw = self.raw[rows]
+        if self.normalisation is None:
+            return raw.astype(dtype, copy=False)
+        return raw - self.normalisation.mean.astype(dtype)
+
+    @functools.cached_property
+    def scales(self) -> Array | None:
+        """What rows are multiplied by to have length `sqrt(p)`, shape `(n,)`."""
+        if self.normalisation is None:
+            return None
+        out = np.empty(self.n)
+        for part in self.blocks(16 * self.d, 2**22):
+            u = self.centred(part, np.float64) * self.normalisation.inverse
+            square = np.einsum("ij,ij->i", u, u)
+            out[part] = np.sqrt(u.shape[1] / np.maximum(square, LEAST_SQUARE))
+        return out
+
+    def fold(self, q: Array) -> tuple[Array, Array | None]:
+        """Coefficients of the centred features, and of the constant, for those of `v`.
+
+        Args:
+            q: Shape `(d, k)`.
+
+        Returns:
+            Shapes `(p, k)` and `(k,)`: `v q = scales * (centred first) + second`. The
+            second is None, and the first is `q`, without `normalisation`.
+        """
+        if self.normalisation is None:
+            return q, None
+        return q[:-1] * self.normalisation.inverse[:, None], q[-1]
+
+    def unfold(self, gradient: Array, constant: Array) -> Array:
+        """The transpose of `fold`.
+
+        Args:
+            gradient: `centred^T (scales * W)`, shape `(p, k)`.
+            constant: The sum of the rows of `W`, shape `(k,)`; unused without
+                `normalisation`.
+
+        Returns:
+            `v^T W`, shape `(d, k)`.
+        """
+        if self.normalisation is None:
+            return gradient
+        scaled = gradient * self.normalisation.inverse[:, None]
+        return np.concatenate([scaled, constant[None]])
 
     def dense(self) -> Array:
         """All rows in float64, shape `(n, d)`."""

@@ -7,7 +7,6 @@ it is: with its weights rounded to their dtype, and its outputs computed in it.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from keras_dalign.numerics.subspace import first_equal
 from keras_dalign.solving.held_out import HeldOut, hold_out
 from keras_dalign.solving.l2_path import L2Trial, choose_l2
 from keras_dalign.solving.minimum import Iterate, OnIterate, choose_method, minimize
-from keras_dalign.solving.own_loss import OwnLoss
+from keras_dalign.solving.own_loss import OwnLoss, OwnMeasure
 from keras_dalign.solving.problem import ConvexProblem
 from keras_dalign.solving.width import FIRST_WIDTH, WidthTrial, choose_width
 
@@ -42,9 +41,9 @@ _ROWS_SEARCHED = 8192
 _MANY_FEATURES = 256
 _COMPONENTS_HOLD = 0.95
 
-# Ridges tried where rounding spoils the solution, each so many times the one before.
-_RIDGES = 12
-_RIDGE_FACTOR = 100.0
+# Ridges tried where rounding spoils the solution, as parts of the largest curvature.
+_RIDGES = tuple(10.0**-k for k in range(2, 17))
+_RIDGE_TOLERANCE = 1e-4
 _RIDGE_ITERATIONS = 200
 
 _METHOD_NAMES = {"lbfgs": "L-BFGS", "direct": "the closed form"}
@@ -163,9 +162,12 @@ class HeadSolver:
 
         Returns:
             The solution.
+
+        Raises:
+            KeyboardInterrupt: If it was interrupted.
         """
         start = self.problem.theta_of(self.head)
-        own_start = self._objective(start)[0]
+        own_start = self._measure(start)[0]
         path, widths, warm = self._choose(start)
         start = (
             start if self.problem.size == start.size else np.zeros(self.problem.size)
@@ -191,7 +193,7 @@ class HeadSolver:
         except KeyboardInterrupt:
             if current is not None:
                 self._assign(current.theta)
-                if self._objective(current.theta)[0] > own_start:
+                if self._measure(current.theta)[0] > own_start:
                     self._assign(start)
             raise
         return self._finish(last, start, own_start, path, widths, rank)
@@ -208,15 +210,16 @@ class HeadSolver:
         """Sets the head to the best point by its own outputs, and measures it."""
         tol, bound = self.options.tol, last.lower_bound
         self._assign(last.theta)
-        value, rounding = self._objective(last.theta)
+        value, own = self._measure(last.theta)
         reason = last.reason or "stopped"
-        if not self.l2 and value - last.value > tol + rounding:
-            value, rounding = self._with_ridge(last, start, value, rounding)
+        excess = max(value - last.value - own.outputs, own.cancellation)
+        if not self.l2 and excess > tol:
+            value, own = self._with_ridge(last, start, value, own)
         if value > own_start:
             self._assign(start)
-            value = own_start
+            value, own = self._measure(start)
         gap = max(value - bound, 0.0)
-        converged = gap <= tol + rounding
+        converged = gap <= tol + own.outputs
         if reason == "gap" and not converged:
             reason = "rounding"
         message = self._message(last, value, gap, reason, rank)
@@ -225,41 +228,45 @@ class HeadSolver:
         )
 
     def _with_ridge(
-        self, last: Iterate, start: Array, value: float, rounding: float
-    ) -> tuple[float, float]:
+        self, last: Iterate, start: Array, value: float, own: OwnMeasure
+    ) -> tuple[float, OwnMeasure]:
         """Bounds the parameters where they are so large that rounding spoils them.
 
-        Adds `ridge / 2 * ||theta - start||^2` with ever larger ridges, and leaves the
-        head at the point that is best by its own outputs.
+        Adds `ridge / 2 * ||theta - start||^2` with ever smaller ridges, and leaves the
+        head at the point that is best by its own outputs, and by how much these may
+        move with the order of sums.
 
         Returns:
-            The loss there, and the effect of rounding on it.
+            The loss there, and what rounding may do to it.
         """
-        change = last.theta - start
-        gain = max(self.problem.loss_of(self.problem.logits(start)) - last.value, 0.0)
-        ridge = 1e-2 * gain / max(float(change @ change), 1e-300)
+
+        def cost(found: tuple[float, OwnMeasure]) -> float:
+            return found[0] + found[1].cancellation + found[1].drift
+
         problem = self.problem.centred(start)
-        best, best_theta = (value, rounding), last.theta
+        # What the curvature of the loss is at most, for features of length sqrt(d).
+        scale = problem.loss.max_curvature(problem.units) * problem.d
+        scale *= float(problem.weights.sum()) / problem.normalizer
+        best, best_theta = (value, own), last.theta
         theta, worse = start, 0
-        for _ in range(_RIDGES):
-            if not ridge > 0 or worse > 2:
-                break
+        for part in _RIDGES:
             theta = minimize(
                 problem,
-                start if self.method == "direct" else theta,
+                theta,
                 method=self.method,
-                tol=max(self.options.tol, 1e-6 * gain),
+                tol=self.options.tol,
+                part=_RIDGE_TOLERANCE,
                 lower_bound=self.lower_bound,
-                l2=ridge,
+                l2=part * scale,
                 max_iterations=_RIDGE_ITERATIONS,
             ).theta
             self._assign(theta)
-            found = self._objective(theta)
-            if found[0] < best[0]:
-                best, best_theta, worse = found, theta, 0
-            elif math.isfinite(best[0]) and best_theta is not last.theta:
-                worse += 1
-            ridge *= _RIDGE_FACTOR
+            found = self._measure(theta)
+            worse = 0 if cost(found) < cost(best) else worse + 1
+            if worse == 0:
+                best, best_theta = found, theta
+            elif worse > 1 and best_theta is not last.theta:
+                break
         self._assign(best_theta)
         return best
 
@@ -278,7 +285,8 @@ class HeadSolver:
             if problem.d >= _MANY_FEATURES and not start.any():
                 basis = principal_components(problem.rows, _COMPONENTS_HOLD)
         path = None
-        first = self._held_out(problem, mask, basis)
+        coordinates = None if basis is None else problem.coordinates(basis)
+        first = self._held_out(problem, mask, coordinates)
         theta = first.trained.center if basis is not None else start
         if auto:
             choice = choose_l2(
@@ -292,7 +300,7 @@ class HeadSolver:
         widths = None
         if self.set_width is not None:
             found = choose_width(
-                lambda width: self._held_out(self._at_width(width), mask, basis),
+                lambda width: self._held_out(self._at_width(width), mask, coordinates),
                 theta,
                 first=problem.width,
                 largest=self.head.default_width(),
@@ -315,29 +323,28 @@ class HeadSolver:
         return self.problem.with_gates(*self.head.gates_at_switch(width=width))
 
     def _held_out(
-        self, problem: ConvexProblem, mask: np.ndarray | None, basis: Array | None
+        self,
+        problem: ConvexProblem,
+        mask: np.ndarray | None,
+        coordinates: FeatureRows | None,
     ) -> HeldOut:
         if mask is None:
-            judges = self.validation
-            if judges is None:
-                raise RuntimeError("There are no samples to judge by.")
+            judges = self.validation or problem
             if judges.width != problem.width:
                 judges = judges.with_gates(problem.gates.r, problem.gates.w)
-            return HeldOut(problem, judges, own=False)
-        if basis is not None:
-            problem = problem.restricted(basis)
+            return HeldOut.other(problem, judges)
+        if coordinates is not None:
+            problem = problem.restricted(coordinates)
         return HeldOut.part_of(problem, mask)
 
     def _assign(self, theta: Array) -> None:
         self.problem.assign(self.head, theta)
 
-    def _objective(self, theta: Array) -> tuple[float, float]:
-        """The head's own loss with the L2 term, and the effect of rounding on it."""
-        loss, rounding = self.own_loss.measure(self.problem)
-        if self.l2:
-            change = theta - self.problem.center
-            loss += 0.5 * self.l2 * float(change @ change)
-        return loss, rounding
+    def _measure(self, theta: Array) -> tuple[float, OwnMeasure]:
+        """The head's own loss with the L2 term, and what rounding may do to it."""
+        own = self.own_loss.measure(self.problem)
+        change = theta - self.problem.center
+        return own.loss + 0.5 * self.l2 * float(change @ change), own
 
     def _message(
         self,
@@ -364,11 +371,12 @@ class HeadSolver:
         self, last: Iterate, reason: str, rank: RankCheck | None
     ) -> list[str]:
         if reason == "rounding":
-            return [
+            text = (
                 f"In float64 the gap is {last.gap:.3g}. Solve with a small `l2`, which "
                 "bounds the weights, accept a larger `tol`, or make the model in "
                 "float64."
-            ]
+            )
+            return [text]
         remedies = []
         if reason == "max_iterations":
             remedies.append("Raise `max_iterations`, or accept a larger `tol`.")

@@ -26,11 +26,14 @@ class HeldOut:
         judges: The problem of the others. It has the features of all samples if these
             are the problem's own, with a weight of 0 for those that are trained on.
         own: Whether they are the problem's own: samples that the trunk has seen.
+        mean_weight: Sum of the weights of all samples that will be trained on, over
+            the normaliser: 1 for a mean, their number for a sum.
     """
 
     trained: ConvexProblem
     judges: ConvexProblem
     own: bool
+    mean_weight: float
 
     @classmethod
     def part_of(cls, problem: ConvexProblem, mask: np.ndarray) -> HeldOut:
@@ -47,7 +50,22 @@ class HeldOut:
             problem.reweighted((~mask).astype(np.float64)),
             problem.reweighted(mask.astype(np.float64)),
             own=True,
+            mean_weight=float(problem.weights.sum()) / problem.normalizer,
         )
+
+    @classmethod
+    def other(cls, problem: ConvexProblem, judges: ConvexProblem) -> HeldOut:
+        """Holds out no sample of the problem: others judge.
+
+        Args:
+            problem: The problem of the samples that are trained on.
+            judges: That of the others.
+
+        Returns:
+            The two problems.
+        """
+        total = float(problem.weights.sum()) / problem.normalizer
+        return cls(problem, judges, own=False, mean_weight=total)
 
     def logits(self, iterate: Iterate) -> Array:
         """Logits of the samples that judge, `(k, C)`."""

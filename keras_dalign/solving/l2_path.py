@@ -92,7 +92,7 @@ def choose_l2(
         The weight, its minimum, and all trials.
     """
     trained = samples.trained
-    unit = float(trained.weights.sum()) / trained.normalizer
+    unit = samples.mean_weight
     weakest = _WEAKEST_BY_SEEN if samples.own else 0.0
     trials: list[L2Trial] = []
     best: tuple[int, Iterate] | None = None
@@ -131,6 +131,5 @@ def choose_l2(
             # Weaker weights take ever more iterations, and fit what is held out less.
             break
         best = len(trials) - 1, last
-    if best is None:
-        raise RuntimeError("No weight was tried.")
-    return L2Choice(trials[best[0]].l2, best[1], tuple(trials))
+    index, last = best or (0, last)
+    return L2Choice(trials[index].l2, last, tuple(trials))

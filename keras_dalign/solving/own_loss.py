@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 
 from keras_dalign.numerics import device
+from keras_dalign.numerics.losses import SquaredError
 
 if TYPE_CHECKING:
     from keras_dalign.head.alignment_head import AlignmentHead
@@ -19,7 +21,27 @@ _ROWS_AT_ONCE = 4096
 # How far a logit may be off by the rounding of the output's dtype, in units in the last
 # place.
 _ULPS = 4
-_ROUNDING = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+_UNIT = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnMeasure:
+    """A head's loss, and what rounding may do to it.
+
+    Attributes:
+        loss: Of the head's outputs, without an L2 term, summed in float64.
+        outputs: To first order, the effect of some units in the last place of every
+            logit.
+        cancellation: The effect of large parameters whose terms cancel, as an estimate
+            to second order. The loss then depends on the order of sums, which compiled
+            functions choose for themselves.
+        drift: The same to first order, if all samples were off in the worst direction.
+    """
+
+    loss: float
+    outputs: float
+    cancellation: float
+    drift: float
 
 
 class OwnLoss:
@@ -47,21 +69,32 @@ class OwnLoss:
             out[rows] = device.fetch(_call(self.head, part)).astype(np.float64)
         return out
 
-    def measure(self, problem: ConvexProblem) -> tuple[float, float]:
-        """The loss, and how far the rounding of the outputs may move it.
+    def measure(self, problem: ConvexProblem) -> OwnMeasure:
+        """The head's loss, and what rounding may do to it.
 
         Args:
             problem: The problem of these samples.
 
         Returns:
-            The loss without an L2 term, summed in float64, and to first order the
-            effect of some units in the last place of every logit.
+            The measure.
         """
         logits = self.logits()
         loss = problem.loss_of(logits)
-        effect = np.abs(problem.loss_gradient(logits) * logits).sum()
-        unit = _ROUNDING.get(str(self.head.compute_dtype), 2.0**-52)
-        return loss, _ULPS * unit * (float(effect) + loss)
+        slopes = problem.loss_gradient(logits)
+        unit = _UNIT.get(str(self.head.output_dtype), 2.0**-52)
+        outputs = _ULPS * unit * (float(np.abs(slopes * logits).sum()) + loss)
+        # Terms of size ||phi|| ||theta|| were rounded before they were summed up.
+        theta = problem.theta_of(self.head)
+        unit = _UNIT.get(str(self.head.compute_dtype), 2.0**-52)
+        error = unit * problem.row_lengths() * float(np.linalg.norm(theta))
+        curvature = problem.loss.max_curvature(problem.units)
+        shares = problem.weights / problem.normalizer
+        bends = shares * curvature
+        sizes = np.linalg.norm(slopes, axis=1)
+        if not isinstance(problem.loss, SquaredError):
+            # A sample with a small gradient has a small curvature, too.
+            bends = np.minimum(bends, sizes)
+        return OwnMeasure(loss, outputs, float(bends @ error**2), float(sizes @ error))
 
 
 def _call(head: AlignmentHead, features: Any) -> Any:

@@ -273,6 +273,16 @@ class ConvexProblem:
         found = self.evaluate(theta, l2)
         return found.value, found.gradient
 
+    def row_lengths(self) -> Array:
+        """Bounds on `||phi_i||`, the bias included, shape `(n,)`."""
+        # Normalised rows have length sqrt(d); others are measured.
+        if self.rows.normalisation is None:
+            squares = np.einsum("ij,ij->i", self.features, self.features)
+        else:
+            squares = np.full(self.n, float(self.d))
+        lengths: Array = np.sqrt(squares * (self.gates.w**2).sum(axis=1).max() + 1.0)
+        return lengths
+
     def gradient_rounding(self, at: Evaluation, l2: float = 0.0) -> float:
         """Bound on the norm of what rounding adds to a gradient computed in float64.
 
@@ -290,13 +300,7 @@ class ConvexProblem:
             The bound.
         """
         shares = self.weights / self.normalizer
-        # Normalised rows have length sqrt(d); others are measured.
-        if self.rows.normalisation is None:
-            squares = np.einsum("ij,ij->i", self.features, self.features)
-        else:
-            squares = np.full(self.n, float(self.d))
-        squares = squares * float((self.gates.w**2).sum(axis=1).max()) + 1.0
-        lengths = np.sqrt(squares)
+        lengths = self.row_lengths()
         inner = (self.d + self.width + 8) * EPS
         size = float(np.linalg.norm(at.theta))
         logits = inner * (
@@ -336,7 +340,11 @@ class ConvexProblem:
     def single_output(self, output: int) -> ConvexProblem:
         """The gated features of one output: its products and Gram matrix.
 
-        Its offset and targets are 0.
+        Args:
+            output: The output.
+
+        Returns:
+            A problem whose offset and targets are 0.
         """
         r, w = self.gates.of_output(output)
         zeros = np.zeros((self.n, 1))
@@ -359,23 +367,35 @@ class ConvexProblem:
         other.center = np.zeros(other.size)
         return other
 
-    def restricted(self, basis: Array) -> ConvexProblem:
+    def coordinates(self, basis: Array) -> FeatureRows:
+        """The features' coordinates in a subspace, for `restricted`.
+
+        Args:
+            basis: Orthonormal columns, shape `(d, k)`.
+
+        Returns:
+            Shape `(n, k)`, in the dtype of `fast`.
+        """
+        dtype = self.fast.dtype
+        found = np.empty((self.n, basis.shape[1]), dtype)
+        for part in self.rows.blocks(8 * self.d, 2**24):
+            found[part] = self.rows.block(part, dtype) @ basis.astype(dtype)
+        return FeatureRows(found)
+
+    def restricted(self, coordinates: FeatureRows) -> ConvexProblem:
         """The problem of changes from the center that lie in a subspace.
 
         Gates stay what they are; what they gate are the features' coordinates in the
         subspace. There are no gates `r` in those coordinates.
 
         Args:
-            basis: Orthonormal columns, shape `(d, k)`.
+            coordinates: From `coordinates`, of the same samples and any gates.
 
         Returns:
-            The problem, of `k` features in float32, centred at the origin.
+            The problem, of `k` features, centred at the origin.
         """
-        coordinates = np.empty((self.n, basis.shape[1]), "float32")
-        for part in self.rows.blocks(8 * self.d, 2**24):
-            coordinates[part] = self.rows.block(part, np.float32) @ basis.astype("f4")
-        other = self._with_rows(FeatureRows(coordinates))
-        kept = self.gates.all_values(self.rows, np.float32)
+        other = self._with_rows(coordinates)
+        kept = self.gates.all_values(self.rows, coordinates.raw.dtype)
         other.gates = dataclasses.replace(self.gates, kept=kept)
         if self.center.any():
             other.offset = self.logits(self.center)

@@ -1,11 +1,11 @@
 """Products with the gated features `Phi` and their transpose, never forming `Phi`.
 
-    (Phi theta)_ic = sum_k G_ick (v_i . q_ck) + b_c,   G_ick = w_ck s(slope * r_ck . v_i)
+    (Phi theta)_ic = sum_k G_ick (v_i . q_ck) + b_c,  G_ick = w_ck s(slope r_ck . v_i)
 
-for trained parameters `theta = (q, b)`. Each takes `2 n d C m` multiply-adds, a block of
-rows at a time: `P = V Q` for the block, then a sum over `k` with the gates, and the
-other way round. `NumpyProducts` is the reference, in float64; `DeviceProducts` computes
-the same in float32, compiled by Keras's backend, where the model runs.
+for trained parameters `theta = (q, b)`. Each takes `2 n d C m` flop, a block of rows at
+a time: `P = V Q` for the block, then a sum over `k` with the gates, and the other way
+round. `NumpyProducts` is the reference, in float64; `DeviceProducts` computes the same
+in float32, compiled by Keras's backend, where the model runs.
 
 Gates are kept where they take little memory (`n m` numbers where outputs share them),
 and computed again for every block where they do not.
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import scipy.special
 from keras import ops
 
 from keras_dalign.numerics import device
@@ -76,15 +77,23 @@ class Gates:
         group = output % self.groups
         return self.r[:, group], self.w[group]
 
-    def values(self, v: Array) -> Array:
-        """The gates' values times output weights for rows `(rows, d)` of `v`.
+    def values(self, v: np.ndarray) -> np.ndarray:
+        """The gates' values times output weights.
+
+        Args:
+            v: Rows of `v`, shape `(rows, d)`; in float32 the values are, too.
 
         Returns:
-            Shape `(rows, G, m)`, float64.
+            Shape `(rows, G, m)`.
         """
-        d = self.r.shape[0]
-        values = gate_activations(v, self.r.reshape(d, -1), self.slope)
-        return values.reshape(len(v), self.groups, self.width) * self.w
+        r = self.r.reshape(len(self.r), -1)
+        if v.dtype == np.float32:
+            values = scipy.special.expit(np.float32(self.slope) * (v @ r.astype("f4")))
+        else:
+            values = gate_activations(v, r, self.slope)
+        values = values.reshape(len(v), self.groups, self.width)
+        values *= self.w.astype(v.dtype)
+        return values
 
     def all_values(self, rows: FeatureRows, dtype: npt.DTypeLike) -> np.ndarray:
         """The values for all samples, shape `(n, G, m)`."""
@@ -93,7 +102,7 @@ class Gates:
         out = np.empty((rows.n, self.groups, self.width), dtype)
         row_bytes = 8 * (rows.d + 2 * self.groups * self.width)
         for part in rows.blocks(row_bytes, _BLOCK_BYTES):
-            out[part] = self.values(rows.block(part))
+            out[part] = self.values(rows.block(part, dtype))
         return out
 
     def nbytes(self, n: int, dtype: npt.DTypeLike) -> int:
@@ -124,7 +133,7 @@ class Products(abc.ABC):
 
     @functools.cached_property
     def kept_gates(self) -> np.ndarray | None:
-        """Values of the gates, `(n, G, m)`; None if they are computed block by block."""
+        """Values of the gates, `(n, G, m)`; None where blocks compute their own."""
         if self.gates.kept is None and (
             self.gates.nbytes(self.rows.n, self.dtype) > _KEPT_GATES_BYTES
         ):
@@ -182,43 +191,57 @@ class NumpyProducts(Products):
     def product(self, theta: Array) -> Array:
         """See `Products`."""
         out = np.empty((self.rows.n, self.units))
-        q, bias = self._parts(theta)
+        q, constant, bias = self._parts(theta)
         for part in self._blocks():
-            out[part] = self._forward(self.rows.block(part, self.dtype), part, q)[0]
+            u = self.rows.centred(part, self.dtype)
+            out[part] = self._forward(u, part, q, constant)[0]
         out += bias
         return out
 
     def sweep(self, theta: Array, cotangents: Cotangents) -> Array:
         """See `Products`."""
-        q, bias = self._parts(theta)
-        gradient = np.zeros_like(q)
+        q, constant, bias = self._parts(theta)
+        gradient = np.zeros(q.shape, self.dtype)
+        gradient_constant = np.zeros(q.shape[1])
         gradient_b = np.zeros(self.units)
         for part in self._blocks():
-            v = self.rows.block(part, self.dtype)
-            logits, gates = self._forward(v, part, q)
-            u = cotangents(part, logits + bias)
-            gradient_b += u.sum(axis=0)
-            weighted = gates * u.astype(self.dtype)[:, :, None]
-            gradient += v.T @ weighted.reshape(len(v), -1)
-        return np.concatenate([gradient.ravel(), gradient_b], dtype=np.float64)
+            u = self.rows.centred(part, self.dtype)
+            logits, gates = self._forward(u, part, q, constant)
+            slopes = cotangents(part, logits + bias)
+            gradient_b += slopes.sum(axis=0)
+            weighted = gates * slopes.astype(self.dtype)[:, :, None]
+            weighted = weighted.reshape(len(u), -1)
+            if self.rows.scales is not None:
+                gradient_constant += weighted.sum(axis=0)
+                weighted *= self.rows.scales[part, None].astype(self.dtype)
+            gradient += u.T @ weighted
+        found = self.rows.unfold(gradient.astype(np.float64), gradient_constant)
+        return np.concatenate([found.ravel(), gradient_b])
 
-    def _parts(self, theta: Array) -> tuple[np.ndarray, Array]:
-        q = theta[: -self.units].reshape(self.rows.d, -1)
-        return q.astype(self.dtype), theta[-self.units :]
+    def _parts(self, theta: Array) -> tuple[np.ndarray, np.ndarray | None, Array]:
+        """Coefficients of the features `(p, C m)`, of the constant, and the bias."""
+        q, constant = self.rows.fold(theta[: -self.units].reshape(self.rows.d, -1))
+        if constant is not None:
+            constant = constant.astype(self.dtype)
+        return q.astype(self.dtype), constant, theta[-self.units :]
 
     def _blocks(self) -> Iterator[slice]:
         columns = self.rows.d + 2 * self.units * self.gates.width
         return self.rows.blocks(self.dtype.itemsize * columns, _BLOCK_BYTES)
 
     def _forward(
-        self, v: np.ndarray, part: slice, q: np.ndarray
+        self, u: np.ndarray, part: slice, q: np.ndarray, constant: np.ndarray | None
     ) -> tuple[Array, np.ndarray]:
         """Logits `(rows, C)` without bias, and the gates `(rows, G, m)`."""
         if self.kept_gates is not None:
             gates = self.kept_gates[part]
         else:
-            gates = self.gates.values(v).astype(self.dtype)
-        projections = (v @ q).reshape(len(v), self.units, -1)
+            gates = self.gates.values(self.rows.block(part, self.dtype))
+        projections = u @ q
+        if self.rows.scales is not None:
+            projections *= self.rows.scales[part, None].astype(self.dtype)
+            projections += constant
+        projections = projections.reshape(len(u), self.units, -1)
         if self.gates.groups == 1:
             logits = np.einsum("icm,im->ic", projections, gates[:, 0])
         else:
@@ -325,7 +348,7 @@ class DeviceProducts(Products):
             yield part, *held
 
     def _gates_of(self, part: slice) -> np.ndarray:
-        return self.gates.values(self.rows.block(part))
+        return self.gates.values(self.rows.block(part, self.dtype))
 
     def _block_forward(self, raw: Any, gates: Any, q: Any) -> tuple[Any, Any, Any]:
         """Logits without bias, the rows of `v`, and the gates as they were given."""

@@ -79,8 +79,8 @@ def choose_width(
     """Doubles the width until the held-out loss falls by less than its standard error.
 
     Args:
-        samples_at: The samples to train on and to judge by, for a head of a width. Gates
-            are nested: the first ones are the same at every width.
+        samples_at: The samples to train on and to judge by, for a head of a width.
+            Gates are nested: the first ones are the same at every width.
         start: Parameters to start at, for the first width.
         first: The first width.
         largest: No wider head is tried.

@@ -382,6 +382,11 @@ class AlignedModel(keras.Model):
             self.trunk.compute_output_shape(input_shape)
         )
 
+    def compute_output_spec(self, *args: Any, **kwargs: Any) -> keras.KerasTensor:
+        """Shape and dtype of the logits for symbolic inputs; arguments of `call`."""
+        spec = super().compute_output_spec(*args, **kwargs)
+        return keras.KerasTensor(spec.shape, self.head.output_dtype)
+
     def get_config(self) -> dict[str, Any]:
         """The arguments that rebuild this model (its phase is among the weights)."""
         serialize = keras.saving.serialize_keras_object
@@ -390,6 +395,7 @@ class AlignedModel(keras.Model):
             "head": serialize(self.head),
             "name": self.name,
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
+            "inherited_loss": serialize(self.inherited_loss),
         }
 
     @classmethod
@@ -402,7 +408,11 @@ class AlignedModel(keras.Model):
             config[key] = keras.saving.deserialize_keras_object(
                 config[key], custom_objects=custom_objects
             )
-        return cls(**config)
+        # Files of earlier versions have none.
+        loss = config.pop("inherited_loss", None)
+        model = cls(**config)
+        model.inherited_loss = keras.losses.get(loss)
+        return model
 
 
 def _feature_shape(trunk: keras.Model) -> Any:

@@ -15,6 +15,8 @@ from typing import Any
 
 import keras
 
+from keras_dalign import compat
+
 # Fewer samples than this for each feature would leave less than six gated units.
 _SAMPLES_PER_FEATURE = 3
 # What is cached, and what the switch's rank check has to look at, grow with them.
@@ -28,26 +30,32 @@ _PASSED = (keras.layers.Dropout, keras.layers.Flatten)
 
 
 def pooled_less(
-    features: keras.KerasTensor, n_samples: int, names: set[str]
-) -> keras.KerasTensor | None:
+    features: keras.KerasTensor, n_samples: int
+) -> tuple[keras.KerasTensor, keras.KerasTensor] | None:
     """The feature map that a global average pooling made features of, in a grid.
+
+    The pooling may stand inside of a Functional or Sequential model that is called as a
+    layer, at any depth. A model of the same layers is then called in its place, which
+    puts out the map, too.
 
     Args:
         features: Features of an output layer, shape `(batch, p)`.
         n_samples: Number of training samples.
-        names: Names of layers that are taken.
 
     Returns:
-        The averages of the map over the cells of the finest grid that has no more
-        than `n_samples / 3` and no more than 2,048 features, shape
-        `(batch, rows, columns, channels)` (channels first where the pooling has them
-        there). Cells are of one size, and overlap a little where they do not divide
-        the map. None if the features are no pooled map, if its size is unknown, or if
-        the samples are too few for more than one cell.
+        The features again, made beside the map, and the averages of the map over the
+        cells of the finest grid that has no more than `n_samples / 3` and no more than
+        2,048 features, shape `(batch, rows, columns, channels)` (channels first where
+        the pooling has them there). Cells are of one size, and overlap a little where
+        they do not divide the map. None if the features are no pooled map, if its size
+        is unknown, if the samples are too few for more than one cell, or if the model
+        that the pooling is in is called more than once on the way: Keras would not keep
+        its weights shared in a file.
     """
-    pooling, feature_map = _pooled(features)
-    if pooling is None:
+    found = _beside(features)
+    if found is None:
         return None
+    features, pooling, feature_map = found
     shape = list(feature_map.shape[1:])
     channels = shape.pop(0 if pooling.data_format == "channels_first" else -1)
     if channels is None or None in shape:
@@ -55,32 +63,71 @@ def pooled_less(
     grid = _grid(shape, channels, n_samples)
     if grid is None:
         return None
-    name = f"{pooling.name}_less"
-    while name in names:
-        name += "_"
     layer = _POOLINGS[type(pooling)](
         grid.size,
         grid.strides,
         data_format=pooling.data_format,
         dtype=pooling.dtype_policy,
-        name=name,
+        name=_unused(f"{pooling.name}_less", features),
     )
-    return layer(feature_map)
+    return features, layer(feature_map)
 
 
-def _pooled(features: keras.KerasTensor) -> tuple[Any, Any]:
-    """The pooling layer that made the features, and what it pooled; or nothing."""
-    tensor = features
-    while True:
-        operation, node_index, _ = tensor._keras_history
-        if not isinstance(operation, keras.layers.Layer):
-            return None, None
-        inputs = operation._inbound_nodes[node_index].input_tensors
-        if type(operation) in _POOLINGS:
-            return operation, inputs[0]
-        if type(operation) not in _PASSED:
-            return None, None
-        tensor = inputs[0]
+def flattened(
+    tensor: keras.KerasTensor, name: str, dtype: Any = None
+) -> keras.KerasTensor:
+    """Flattens features to vectors.
+
+    Args:
+        tensor: Features, shape `(batch, ...)`.
+        name: Name of the layer that does it; longer if it is taken.
+        dtype: Dtype policy of this layer.
+
+    Returns:
+        The features, shape `(batch, p)`.
+    """
+    return keras.layers.Flatten(dtype=dtype, name=_unused(name, tensor))(tensor)
+
+
+def _unused(name: str, tensor: keras.KerasTensor) -> str:
+    """The name, longer if an operation that the tensor is computed by has it."""
+    taken = {operation.name for operation in compat.upstream([tensor])}
+    while name in taken:
+        name += "_"
+    return name
+
+
+def _beside(
+    features: keras.KerasTensor,
+) -> tuple[keras.KerasTensor, keras.layers.Layer, keras.KerasTensor] | None:
+    """Pooled features, the layer that pooled, and the map: all in the same graph."""
+    call, index = compat.producer(features)
+    layer = call.operation
+    if type(layer) in _POOLINGS:
+        return features, layer, call.inputs[0]
+    if type(layer) in _PASSED:
+        found = _beside(call.inputs[0])
+        if found is None:
+            return None
+        pooled, pooling, feature_map = found
+        if pooled is not call.inputs[0]:
+            args, kwargs = keras.tree.map_structure(
+                lambda value: pooled if value is call.inputs[0] else value,
+                (call.args, call.kwargs),
+            )
+            features = layer(*args, **kwargs)
+        return features, pooling, feature_map
+    ends = compat.graph_ends(layer)
+    if ends is None or layer in compat.upstream(call.inputs):
+        return None
+    inputs, outputs = ends
+    found = _beside(outputs[index])
+    if found is None:
+        return None
+    inside, pooling, inside_map = found
+    both = keras.Model(inputs, [inside, inside_map], name=layer.name)
+    features, feature_map = both(*call.args, **call.kwargs)
+    return features, pooling, feature_map
 
 
 @dataclasses.dataclass(frozen=True)

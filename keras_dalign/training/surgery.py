@@ -12,11 +12,13 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_dalign import compat
 from keras_dalign.head.alignment_head import AlignmentHead
+from keras_dalign.head.pointwise_dense import PointwiseDense, is_pointwise
 from keras_dalign.numerics.losses import convex_loss
 from keras_dalign.numerics.rank import default_width
 from keras_dalign.training.aligned_model import AlignedModel
-from keras_dalign.training.feature_map import pooled_less
+from keras_dalign.training.feature_map import flattened, pooled_less
 
 AUTO = "auto"
 _BY_HAND = (
@@ -24,12 +26,23 @@ _BY_HAND = (
     "keras_dalign.AlignmentHead(units, n_samples=...))."
 )
 # What may stand behind the output layer: operations without weights that turn
-# logits into probabilities, or do nothing.
+# logits into probabilities, that change no number of a map of one place, or that do
+# nothing.
 _PROBABILITIES = ("softmax", "sigmoid", "log_softmax")
 _DROPPED_FUNCTIONS = {
     **{getattr(keras.activations, name): name for name in (*_PROBABILITIES, "linear")},
     **{getattr(ops, name): name for name in _PROBABILITIES},
 }
+_RESHAPING = (
+    keras.layers.Flatten,
+    keras.layers.Reshape,
+    keras.layers.GlobalAveragePooling1D,
+    keras.layers.GlobalAveragePooling2D,
+    keras.layers.GlobalAveragePooling3D,
+    keras.layers.GlobalMaxPooling1D,
+    keras.layers.GlobalMaxPooling2D,
+    keras.layers.GlobalMaxPooling3D,
+)
 
 
 def align(
@@ -47,20 +60,27 @@ def align(
 ) -> AlignedModel:
     """Replaces the output layer of a model by an `AlignmentHead`.
 
-    The result has the model's inputs and outputs (logits). With `gates="random"` it
-    computes, until the switch, what the model computes, bit for bit.
+    The result has the model's inputs and outputs (logits, in the dtype of the model's
+    outputs). With `gates="random"` it computes, until the switch, what the model
+    computes, bit for bit.
+
+    The output layer is a `Dense` on feature vectors, or a convolution with kernels of
+    size 1 on a map of a single place, which is one (models of `keras.applications` that
+    pool with `keepdims` end so). On a larger map that is averaged afterwards it is one
+    as well, but only up to rounding: such a model is refused.
 
     Args:
         model: A built Keras classifier or regressor with one output that ends in
-            `Dense`: Functional, Sequential, from `keras.applications`, or a
+            such a layer: Functional, Sequential, from `keras.applications`, or a
             subclass whose `call` can be traced. A softmax or sigmoid behind (or
-            in) the last `Dense` is dropped with a warning.
+            in) that layer is dropped with a warning.
         n_samples: Positive int, number of training samples.
         gates: `"random"` or `"learned"`, see `AlignmentHead`.
         layer: The output layer, or its name, if it is not to be detected. What
             stands behind it is dropped.
         features: What feeds the gated units. `"auto"`: where the model ends in a
-            global average pooling and gates are random, the feature map in front of
+            global average pooling (its own, or that of a model that it calls as a
+            layer) and gates are random, the feature map in front of
             it, averaged over a coarse grid only, see `feature_map.pooled_less`;
             else, and with None, the output layer's input. Or a layer of the model, or
             its name, whose output is taken (and flattened).
@@ -102,21 +122,15 @@ def align(
         graph = _copied(graph)
         layer, features = _name(layer), _name(features)
     output = _find_output(graph, layer)
-    gated = _gated(graph, output, features, n_samples, gates)
     dense = output.dense
-    if len(output.features.shape) != 2:
-        raise ValueError(
-            "The output layer must work on feature vectors. Received: "
-            f"'{dense.name}' on features of shape {tuple(output.features.shape)}. Pool "
-            "or flatten them in front of it."
-        )
+    linear, gated = _features(graph, output, features, n_samples, gates)
     if gated is None:
-        outputs = output.features
+        outputs = linear
     elif gates == "learned":
         # There is no linear part: what leads to its features alone would be dead.
-        outputs = keras.layers.Flatten()(gated)
+        outputs = flattened(gated, "gated_features")
     else:
-        outputs = [output.features, gated]
+        outputs = [linear, gated]
     trunk = keras.Model(graph.input, outputs, name=f"{model.name}_trunk")
     head = AlignmentHead(
         dense.units,
@@ -127,7 +141,8 @@ def align(
         share_gates=share_gates,
         seed=seed,
         dense=dense if gates == "random" else None,
-        activity_regularizer=dense.activity_regularizer,
+        output_dtype=output.dtype,
+        activity_regularizer=output.layer.activity_regularizer,
         dtype=dense.dtype_policy,
         name="alignment_head",
     )
@@ -161,7 +176,9 @@ def _training_warnings(model: keras.Model) -> list[str]:
     return [text]
 
 
-def output_layer(model: keras.Model) -> tuple[keras.Model, keras.layers.Dense]:
+def output_layer(
+    model: keras.Model,
+) -> tuple[keras.Model, keras.layers.Dense | PointwiseDense]:
     """Cuts a model in front of its output layer.
 
     Args:
@@ -169,11 +186,11 @@ def output_layer(model: keras.Model) -> tuple[keras.Model, keras.layers.Dense]:
 
     Returns:
         The model of the features, which shares the given one's weights, and the output
-        layer.
+        layer. A convolution comes as a `PointwiseDense`.
 
     Raises:
-        ValueError: If the model does not end in a `Dense` on feature vectors, or puts
-            out probabilities.
+        ValueError: If the model does not end in an output layer that `align` takes, or
+            puts out probabilities.
     """
     graph = _as_graph(model)
     output = _find_output(graph, None)
@@ -181,12 +198,6 @@ def output_layer(model: keras.Model) -> tuple[keras.Model, keras.layers.Dense]:
         raise ValueError(
             "The model must put out logits. Received: a model that ends in a softmax "
             "or sigmoid. Remove it, and use a loss made with from_logits=True."
-        )
-    if len(output.features.shape) != 2:
-        raise ValueError(
-            "The output layer must work on feature vectors. Received: "
-            f"'{output.dense.name}' on features of shape "
-            f"{tuple(output.features.shape)}. Pool or flatten them in front of it."
         )
     name = f"{model.name}_features"
     return keras.Model(graph.input, output.features, name=name), output.dense
@@ -216,7 +227,7 @@ def _loss_of_logits(loss: Any, output: _Output) -> keras.losses.Loss | None:
         return loss if _is_convex(loss) else None
     for kind in _FROM_LOGITS.get("".join(output.dropped), ()):
         if type(loss) is kind:
-            options = dict(loss._fn_kwargs)  # noqa: SLF001
+            options = compat.loss_options(loss)
             if options["from_logits"]:
                 return None
             options["from_logits"] = True
@@ -259,14 +270,18 @@ class _Output:
     """The output layer found, the tensor of features it works on, and what to say.
 
     Attributes:
-        dense: The layer.
-        features: What it works on.
+        layer: The layer.
+        dense: The layer, as one that works on feature vectors.
+        features: These vectors, shape `(batch, p)`.
+        dtype: Dtype of the logits.
         warnings: What to say.
         dropped: Names of the nonlinearities behind it; None if unknown things are.
     """
 
-    dense: keras.layers.Dense
+    layer: keras.layers.Layer
+    dense: keras.layers.Dense | PointwiseDense
     features: keras.KerasTensor
+    dtype: str
     warnings: list[str]
     dropped: tuple[str, ...] | None
 
@@ -302,18 +317,19 @@ def _as_graph(model: Any) -> keras.Model:
             f"`model` must be a keras.Model. Received: model={model} (of type "
             f"{type(model).__name__})"
         )
-    if isinstance(model, keras.Sequential):
-        if not model.built or not model.inputs:
-            raise ValueError(
-                "The Sequential model is not built, so its features have no known "
-                f"shape. Received: model '{model.name}'. Begin it with "
-                "keras.Input(shape), or call model.build((None, ...)) first."
-            )
-        graph = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
-    elif _is_functional(model) and not _overrides_call(model):
-        graph = model
-    else:
+    if isinstance(model, keras.Sequential) and not getattr(model, "inputs", None):
+        raise ValueError(
+            "The Sequential model is not built, so its features have no known "
+            f"shape. Received: model '{model.name}'. Begin it with "
+            "keras.Input(shape), or call model.build((None, ...)) first."
+        )
+    ends = compat.graph_ends(model)
+    if ends is None:
         graph = _traced(model)
+    elif isinstance(model, keras.Sequential):
+        graph = keras.Model(*ends, name=model.name)
+    else:
+        graph = model
     if len(graph.outputs) != 1:
         raise ValueError(
             "Only models with one output can be aligned. Received: "
@@ -330,10 +346,10 @@ def _traced(model: keras.Model) -> keras.Model:
             "The model is not built. Received: subclassed model "
             f"'{model.name}'. Call it on a batch of data first."
         )
-    if _is_functional(model):
+    if compat.is_functional(model):
         inputs = model.input
     else:
-        shapes = getattr(model, "_build_shapes_dict", None) or {}
+        shapes = compat.build_shapes(model)
         if len(shapes) != 1 or not _is_shape(next(iter(shapes.values()))):
             raise ValueError(
                 "The input shape of the subclassed model is unknown. Received: model "
@@ -370,23 +386,13 @@ def _untraceable(model: keras.Model, error: Exception) -> ValueError:
 
 def _operations(graph: keras.Model) -> list[str]:
     """What a graph does, in order: layers by name, other operations by kind."""
+    operations = [call.operation for call in compat.calls(graph)]
     return [
-        node.operation.name
-        if isinstance(node.operation, keras.layers.Layer)
-        else type(node.operation).__name__
-        for depth in sorted(graph._nodes_by_depth, reverse=True)
-        for node in graph._nodes_by_depth[depth]
+        operation.name
+        if isinstance(operation, keras.layers.Layer)
+        else type(operation).__name__
+        for operation in operations
     ]
-
-
-def _is_functional(model: keras.Model) -> bool:
-    return hasattr(model, "_inputs_struct")
-
-
-def _overrides_call(model: keras.Model) -> bool:
-    """Whether a subclass of Functional models computes more than its graph."""
-    owner = next(base for base in type(model).__mro__ if "call" in vars(base))
-    return not owner.__module__.startswith("keras.")
 
 
 def _is_shape(shape: Any) -> bool:
@@ -417,30 +423,41 @@ def _name(value: Any) -> Any:
 def _find_output(graph: keras.Model, layer: Any) -> _Output:
     if layer is not None:
         return _named_output(graph, layer)
-    tensor = graph.outputs[0]
+    output = tensor = graph.outputs[0]
     dropped: list[str] = []
     while True:
-        operation, node_index, tensor_index = tensor._keras_history
-        node = operation._inbound_nodes[node_index]
+        call, index = compat.producer(tensor)
+        operation = call.operation
         if isinstance(operation, keras.Model):
             # The output is made inside of a nested model: step into it.
             try:
-                inner = operation.call(*node.arguments.args, **node.arguments.kwargs)
+                inner = operation.call(*call.args, **call.kwargs)
             except Exception as error:
                 raise _untraceable(operation, error) from error
-            tensor = keras.tree.flatten(inner)[tensor_index]
-        elif isinstance(operation, keras.layers.Dense):
+            tensor = keras.tree.flatten(inner)[index]
+        elif isinstance(operation, keras.layers.Dense) or is_pointwise(operation):
             break
-        elif _may_be_dropped(operation):
+        elif _is_dropped(operation, tensor, output.shape[-1]):
             dropped.append(str(_nonlinearity(operation)))
-            tensor = node.input_tensors[0]
+            tensor = call.inputs[0]
+        elif isinstance(operation, _RESHAPING):
+            tensor = call.inputs[0]
         else:
             raise ValueError(
-                "The model does not end in a Dense layer. Received: "
-                f"'{operation.name}' ({type(operation).__name__}) at the end of model "
-                f"'{graph.name}'. Name the output layer with `layer=`. {_BY_HAND}"
+                "The model does not end in a Dense layer or a convolution of kernel "
+                f"size 1. Received: '{operation.name}' ({type(operation).__name__}) at "
+                f"the end of model '{graph.name}'. Name the output layer with "
+                f"`layer=`. {_BY_HAND}"
             )
-    return _output_at(operation, node, dropped)
+    found = _output_at(call, dropped, output.dtype)
+    if tuple(output.shape[1:]) != (found.dense.units,):
+        raise ValueError(
+            "The model must put out the vector of what its output layer computes. "
+            f"Received: outputs of shape {tuple(output.shape)} behind "
+            f"'{operation.name}' with {found.dense.units} outputs. Name the output "
+            "layer with `layer=`."
+        )
+    return found
 
 
 def _named_output(graph: keras.Model, layer: Any) -> _Output:
@@ -452,14 +469,14 @@ def _named_output(graph: keras.Model, layer: Any) -> _Output:
                 f"are: {names}"
             )
         layer = graph.get_layer(layer)
-    if not isinstance(layer, keras.layers.Dense):
+    if not isinstance(layer, keras.layers.Dense) and not is_pointwise(layer):
         raise ValueError(
-            "The output layer must be a Dense layer. Received: "
-            f"layer={layer} (of type {type(layer).__name__})"
+            "The output layer must be a Dense layer or a convolution of kernel size 1. "
+            f"Received: layer={layer} (of type {type(layer).__name__})"
         )
-    node = _last_node(graph, layer)
-    output = _output_at(layer, node, [])
-    if node.output_tensors[0] is not graph.outputs[0]:
+    call = _last_call(graph, layer)
+    output = _output_at(call, [], call.outputs[0].dtype)
+    if call.outputs[0] is not graph.outputs[0]:
         output.warnings.append(
             f"Everything behind the output layer '{layer.name}' is dropped: the "
             "aligned model ends in its logits."
@@ -468,26 +485,38 @@ def _named_output(graph: keras.Model, layer: Any) -> _Output:
     return output
 
 
-def _output_at(dense: Any, node: Any, dropped: list[str]) -> _Output:
-    if type(dense).call is not keras.layers.Dense.call:
+def _output_at(call: compat.Call, dropped: list[str], dtype: str) -> _Output:
+    """An output layer that was found, nonlinearities dropped behind it, and a dtype."""
+    layer = call.operation
+    if compat.overrides_call(layer):
         raise ValueError(
-            "The output layer must compute what Dense computes. Received: "
-            f"'{dense.name}' of type {type(dense).__name__}, which overrides `call`. "
+            "The output layer must compute what Keras's own layer computes. Received: "
+            f"'{layer.name}' of type {type(layer).__name__}, which overrides `call`. "
             f"{_BY_HAND}"
         )
-    if dense.quantization_mode is not None:
+    if layer.quantization_mode is not None:
         raise ValueError(
             "A quantized output layer cannot be trained. Received: "
-            f"'{dense.name}' with quantization_mode={dense.quantization_mode}. Align "
+            f"'{layer.name}' with quantization_mode={layer.quantization_mode}. Align "
             "the model before quantizing it."
         )
-    activation = _activation(dense.activation)
-    if activation in _PROBABILITIES:
+    dense, features = layer, call.inputs[0]
+    if is_pointwise(layer) and _is_one_place(features, layer.data_format):
+        dense = PointwiseDense(layer, name=layer.name)
+        features = flattened(features, f"{layer.name}_features", layer.dtype_policy)
+    if len(features.shape) != 2:
+        raise ValueError(
+            "The output layer must work on feature vectors. Received: "
+            f"'{layer.name}' on features of shape {tuple(features.shape)}. Pool "
+            "or flatten them in front of it."
+        )
+    activation = _activation(layer.activation)
+    if activation in _PROBABILITIES and call.outputs[0].shape[-1] == dense.units:
         dropped = [*dropped, activation]
     elif activation != "linear":
         raise ValueError(
             "The output layer has a nonlinearity that no loss undoes. Received: "
-            f"'{dense.name}' with activation={_name(dense.activation)}. Make its "
+            f"'{layer.name}' with activation={_name(layer.activation)}. Make its "
             f"activation None, or add a Dense layer behind it. {_BY_HAND}"
         )
     messages = [
@@ -497,11 +526,22 @@ def _output_at(dense: Any, node: Any, dropped: list[str]) -> _Output:
         if name in _PROBABILITIES
     ]
     dropped = [name for name in dropped if name != "linear"]
-    return _Output(dense, node.input_tensors[0], messages, tuple(dropped))
+    return _Output(layer, dense, features, dtype, messages, tuple(dropped))
 
 
-def _may_be_dropped(operation: Any) -> bool:
-    return _nonlinearity(operation) in (*_PROBABILITIES, "linear")
+def _is_dropped(operation: Any, tensor: keras.KerasTensor, units: int | None) -> bool:
+    """Whether what gave a tensor may stand behind an output layer of these units."""
+    if not keras.backend.is_float_dtype(tensor.dtype):
+        return False
+    name = _nonlinearity(operation)
+    # Along any other axis, a softmax would not be one over the outputs.
+    return name == "linear" or (name in _PROBABILITIES and tensor.shape[-1] == units)
+
+
+def _is_one_place(features: keras.KerasTensor, data_format: str) -> bool:
+    shape = features.shape
+    sides = shape[2:] if data_format == "channels_first" else shape[1:-1]
+    return set(sides) == {1}
 
 
 def _nonlinearity(operation: Any) -> str | None:
@@ -530,10 +570,9 @@ def _activation(activation: Any) -> str | None:
     return _DROPPED_FUNCTIONS.get(activation)
 
 
-def _last_node(graph: keras.Model, layer: keras.layers.Layer) -> Any:
+def _last_call(graph: keras.Model, layer: keras.layers.Layer) -> compat.Call:
     """The last call of a layer within the model's graph."""
-    nodes = {id(node) for nodes in graph._nodes_by_depth.values() for node in nodes}
-    calls = [node for node in layer._inbound_nodes if id(node) in nodes]
+    calls = compat.calls_of(layer, graph)
     if not calls:
         raise ValueError(
             "The layer takes no part in the model. Received: "
@@ -542,18 +581,18 @@ def _last_node(graph: keras.Model, layer: keras.layers.Layer) -> Any:
     return calls[-1]
 
 
-def _gated(
+def _features(
     graph: keras.Model, output: _Output, features: Any, n_samples: int, gates: str
-) -> keras.KerasTensor | None:
-    """What feeds the gated units, if it is not the output layer's input."""
+) -> tuple[keras.KerasTensor, keras.KerasTensor | None]:
+    """What feeds the output layer, and what feeds the gated units if that is other."""
     if features is None:
-        return None
+        return output.features, None
     names = {known.name for known in graph.layers}
     if features != AUTO or AUTO in names:
-        return _feature_tensor(graph, features)
+        return output.features, _feature_tensor(graph, features)
     if gates != "random":
-        return None
-    return pooled_less(output.features, n_samples, names)
+        return output.features, None
+    return pooled_less(output.features, n_samples) or (output.features, None)
 
 
 def _feature_tensor(graph: keras.Model, features: Any) -> keras.KerasTensor:
@@ -569,4 +608,4 @@ def _feature_tensor(graph: keras.Model, features: Any) -> keras.KerasTensor:
         raise ValueError(
             f"`features` must be a layer of the model or its name. Received: {features}"
         )
-    return _last_node(graph, features).output_tensors[0]
+    return _last_call(graph, features).outputs[0]

@@ -34,8 +34,7 @@ class SwitchReport:
         n_samples: Samples seen.
         n_batch_norms: Batch-normalisation layers whose statistics were
             re-estimated (the head's standardisation not counted).
-        rank: The rank check; None where the solver chooses the width for an L2 term,
-            which needs no rank.
+        rank: The rank check; None where exploitation has an L2 term, which needs none.
         seconds: Wall time of the switch.
     """
 
@@ -62,7 +61,8 @@ def switch(
     steps: int | None = None,
     noise: float = 1e-3,
     width: int | None = None,
-    keep_features: bool = False,
+    rank_matters: bool = True,
+    keep_features: bool | str = False,
     digest: bool = False,
     fresh_statistics: bool = True,
 ) -> tuple[SwitchReport, FeatureSet | None]:
@@ -81,9 +81,11 @@ def switch(
         batch_size: Int, samples per batch for arrays.
         steps: Int, batches per pass over an endless stream.
         noise: Float, see `AlignmentHead.start_exploiting`.
-        width: Number of random gates to begin with, where the solver chooses it for an
-            L2 term; the rank is then not checked. None for the default.
-        keep_features: Whether to return the features.
+        width: Number of random gates; None for the default.
+        rank_matters: Whether to check the rank. An L2 term makes the optimum unique at
+            any rank.
+        keep_features: Whether to return the features: False, True or `"disk"`, see
+            `FeaturePass`.
         digest: Whether to return digests of the inputs with them.
         fresh_statistics: Whether to re-estimate the trunk's batch-norm statistics.
 
@@ -92,6 +94,7 @@ def switch(
 
     Raises:
         ValueError: If features are non-finite, or constant over the data.
+        OSError: If the features are kept on a disk that is too small for them.
     """
     begin = time.perf_counter()
     restore = model.snapshot()
@@ -108,7 +111,7 @@ def switch(
         head.standardize.moving_mean.assign(mean)
         head.standardize.moving_variance.assign(variance)
         model.start_exploiting(noise, width)
-        rank = None if width is not None else _rank(head, features)
+        rank = _rank(head, features) if rank_matters else None
     except BaseException:
         restore()
         raise

@@ -273,7 +273,8 @@ def _dataset(results: Results, figures: Mapping[str, Path], dataset: str) -> str
 def _provenance(results: Results) -> str:
     if not results.by_run:
         return f"<p>Everything in this grid: {NOT_RUN}.</p>"
-    return _dirty(results) + _table(tables.provenance(results), results, numbers=False)
+    table = _table(tables.provenance(results), results, numbers=False)
+    return f"{_dirty(results)}<p>{escape(tables.code(results))}</p>{table}"
 
 
 def _figure(path: Path, text: str) -> str:

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pipelines import files
+from pipelines import files, origins
 from pipelines.params import Params, Run
 from pipelines.reporting import comparison
 
 if TYPE_CHECKING:
     from pipelines.layout import Layout
+    from pipelines.origins import Origins
     from pipelines.reporting.comparison import Estimate
 
 # The method that the others are compared with: the base with re-estimated batch-norm
@@ -23,6 +24,8 @@ TIME_REFERENCE = "base"
 # Base training in all its forms. Everything else is held against the targets.
 BASES = ("base", "base_bn", "base_short")
 
+# What the origins call the runs of the grid.
+RUNS = "runs"
 PHASES = ("explore", "switch", "exploit")
 NUMBERS = ("error_rate", "train_loss", "train_error_rate", "lower_bound", "gap")
 AUGMENTATIONS = {
@@ -76,12 +79,14 @@ class Results:
         by_run: The runs that were made.
         tuning: By data set, what each recipe reached; without what was not run.
         frontier: By data set, error and time against the share that is explored.
+        origins: The code that all of it was made with; None if it was not noted.
     """
 
     params: Params
     by_run: Mapping[Run, Result]
     tuning: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     frontier: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    origins: Origins | None = None
 
     def of(self, dataset: str, augmentation: str, method: str) -> list[Result]:
         """The results for all seeds, in their order, or none if a seed was not run."""
@@ -217,7 +222,17 @@ def read(params: Params, layout: Layout) -> Results:
     for noun, found in (("tuning", tuning), ("frontier", frontier)):
         made += [(key, f"{noun} of {key}", found[key]["provenance"]) for key in found]
     _check(made)
-    return Results(params, by_run, tuning, frontier)
+    return Results(
+        params, by_run, tuning, frontier, origins.read(layout.code, stages(params))
+    )
+
+
+def stages(params: Params) -> list[list[str]]:
+    """The words of the commands whose results a report shows."""
+    names = ["prepare", "explore", "train", "evaluate"]
+    names += ["tune"] * bool(params.tune.datasets)
+    names += ["frontier"] * bool(params.frontier.datasets)
+    return [[name] for name in names]
 
 
 def read_tuning(params: Params, layout: Layout, dataset: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pipelines.reporting.comparison import Estimate, points
 from pipelines.reporting.results import (
     AUGMENTATIONS,
     PHASES,
+    RUNS,
     TIME_REFERENCE,
     Result,
     Results,
@@ -228,6 +229,15 @@ def commits(results: Iterable[Result]) -> list[str]:
     return [f"{name}{state} ({runs[name, state]})" for name, state in sorted(found)]
 
 
+def code(results: Results) -> str:
+    """All commits that something was made with, and what has changed since."""
+    names, origins = commits(results.by_run.values()), results.origins
+    if origins is None:
+        return f"Code: {'; '.join(names)}."
+    names += origins.commits(without=RUNS)
+    return f"Code: {'; '.join(names)}. {origins.sentence}"
+
+
 def dirty(results: Results) -> int:
     """Number of runs that were made with uncommitted changes."""
     return sum(bool(each.timing.get("dirty")) for each in results.by_run.values())
@@ -296,9 +306,12 @@ def _gap(finished: list[Result], _: Results) -> str:
 
 
 def _rank(finished: list[Result], _: Results) -> str:
-    checks = [check for each in finished if (check := each.metrics.get("switch"))]
-    if not checks:
+    switches = [found for each in finished if (found := each.metrics.get("switch"))]
+    if not switches:
         return "no switch"
+    checks = [switch for switch in switches if "rank" in switch]
+    if not checks:
+        return "not needed"
     # The worst seed speaks for all.
     worst = min(checks, key=lambda check: check["rank"] / check["n"])
     if not all(check["full"] for check in checks):

@@ -97,7 +97,7 @@ def _made(results: Results) -> list[str]:
     texts = [
         f"Data: {'; '.join(data)}.",
         *(f"Measured with {each}." for each in tables.machines(found)),
-        f"Code: {'; '.join(tables.commits(found))}.",
+        tables.code(results),
     ]
     if n := tables.dirty(results):
         texts.append(

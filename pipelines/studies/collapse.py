@@ -55,9 +55,10 @@ def run(settings: Mapping[str, Any]) -> list[Row]:
                     batch_size=settings["batch_size"],
                     verbose=0,
                 )
-                if model.switch_report is None:
-                    raise RuntimeError("The model did not reach its switch.")
-                found = model.switch_report.rank
+                report = model.switch_report
+                if report is None or report.rank is None:
+                    raise RuntimeError("The model did not reach its rank check.")
+                found = report.rank
                 rows.append(
                     {
                         "gates": gates,

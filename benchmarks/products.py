@@ -1,0 +1,120 @@
+"""Products with the gated features, against the machine's matrix multiplications.
+
+For several shapes: one gradient's worth of products (`Phi theta`, then `Phi^T u`) in
+NumPy float64, in NumPy float32 and in float32 on the device of Keras's backend, and
+two plain multiplications of the same shapes by NumPy in float32. They alternate; each
+number is the median over the rounds. Run it once for each backend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import keras
+import numpy as np
+
+from benchmarks import common
+from benchmarks.common import Target
+from keras_dalign.solving.feature_rows import FeatureRows, Normalisation
+from keras_dalign.solving.products import DeviceProducts, Gates, NumpyProducts
+
+# Samples, features without the constant, outputs, width; and what they are.
+SHAPES = {
+    "grid of a ResNet-8, narrow": (20_000, 1024, 10, 8),
+    "grid of a ResNet-8, wide": (20_000, 1024, 10, 64),
+    "100 outputs": (5_000, 1024, 100, 16),
+    "pooled features": (50_000, 64, 10, 32),
+    "128 features": (50_000, 128, 10, 16),
+}
+
+
+def problem(n: int, p: int, width: int) -> tuple[FeatureRows, Gates]:
+    """Random features that are normalised block by block, and shared gates."""
+    rng = np.random.default_rng(0)
+    raw = rng.random((n, p), dtype="float32")
+    moments = raw.mean(axis=0, dtype=float), 1.0 / raw.std(axis=0, dtype=float)
+    r = rng.standard_normal((p + 1, 1, width)) / np.sqrt(p + 1)
+    return (
+        FeatureRows(raw, Normalisation(*moments)),
+        Gates(r, np.full((1, width), width**-0.5), 20.0),
+    )
+
+
+def measure(shape: tuple[int, int, int, int], rounds: int) -> dict[str, float]:
+    """Rates in Gflop/s, of the multiplications and of the products."""
+    n, p, units, width = shape
+    rows, gates = problem(n, p, width)
+    rng = np.random.default_rng(1)
+    theta = rng.standard_normal((p + 1) * units * width + units)
+    q = theta[: p * units * width].reshape(p, -1).astype("float32")
+
+    def gemm() -> None:
+        rows.raw.T @ (rows.raw @ q)
+
+    def sweep(products: Any) -> Callable[[], Any]:
+        return lambda: products.sweep(theta, lambda _, logits: logits)
+
+    kinds = {
+        "sgemm": gemm,
+        "numpy float64": sweep(NumpyProducts(rows, gates, units)),
+        "numpy float32": sweep(NumpyProducts(rows, gates, units, np.float32)),
+        "device float32": sweep(DeviceProducts(rows, gates, units)),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for round_ in range(rounds + 1):
+        for name, run in kinds.items():
+            begin = time.perf_counter()
+            run()
+            if round_:  # The first one compiles.
+                seconds[name].append(time.perf_counter() - begin)
+    flop = 4.0 * n * p * units * width
+    return {name: flop / median(times) / 1e9 for name, times in seconds.items()}
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=9)
+
+
+def main() -> None:
+    """Measures, prints and writes the results."""
+    options = common.arguments(__doc__, more=_options)
+    backend = keras.backend.backend()
+    found = {name: measure(shape, options.rounds) for name, shape in SHAPES.items()}
+    shares = {name: r["device float32"] / r["sgemm"] for name, r in found.items()}
+    against = {
+        name: r["device float32"] / r["numpy float32"] for name, r in found.items()
+    }
+    targets = [
+        Target("least share of the sgemm rate", min(shares.values()), 0.6, True),
+        Target("least rate over NumPy float32", min(against.values()), 1.0, True),
+    ]
+    rows = [
+        [
+            name,
+            " x ".join(f"{size:,}" for size in SHAPES[name]),
+            *(f"{rates[kind]:.0f}" for kind in rates),
+            f"{shares[name]:.2f}",
+        ]
+        for name, rates in found.items()
+    ]
+    header = ["shape", "n x p x C x m", *next(iter(found.values())), "device / sgemm"]
+    common.write(
+        options.out,
+        f"products_{backend}",
+        title=f"Products with the gated features, {backend}",
+        body=[
+            f"Gflop/s of one gradient's products, medians of {options.rounds} rounds.",
+            common.table(header, rows),
+        ],
+        targets=targets,
+        settings={"shapes": SHAPES, "rounds": options.rounds},
+        measurements=found,
+    )
+
+
+if __name__ == "__main__":
+    main()

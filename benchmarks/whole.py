@@ -1,0 +1,324 @@
+"""`solve(l2="auto")` on whole data sets: time, growth with the samples, memory.
+
+Trains ResNet-8 on all of CIFAR-10 (20 epochs, crops and flips, Adam with a cosine
+schedule from 5e-3, batch 128) and on all of MNIST (10 epochs), or takes networks that
+an earlier run left in `--cache`. On each: all of `solve(l2="auto")` over the training
+time, the test error beside that of a head of the width that fits any labels, the time
+without the trunk's passes, and that time for growing parts of the samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+import tracemalloc
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import keras
+import numpy as np
+
+import keras_dalign as kd
+from benchmarks import common
+from benchmarks.common import Data, Target
+from keras_dalign.head.features import FeatureSet
+from keras_dalign.numerics.losses import SoftmaxCrossEntropy
+from keras_dalign.solving.head_solver import HeadSolver, first_width
+from keras_dalign.solving.options import SolveOptions
+from keras_dalign.training.switch import switch
+from pipelines.stream import FollowEpoch, Stream
+
+BATCH_SIZE = 128
+EPOCHS = {"cifar10": 20, "mnist": 10}
+RATES = {"cifar10": 5e-3, "mnist": 3e-3}
+AUGMENT = {"cifar10": {"crop": 4, "flip": True}, "mnist": None}
+SIZES = (1_000, 2_000, 5_000, 10_000, 20_000, 50_000)
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def read(folder: Path, name: str) -> Data:
+    """All images of a data set, in [0, 1]."""
+    with np.load(folder / f"{name}.npz") as arrays:
+        x, x_test = (
+            (arrays[key] / 255).astype("float32") for key in ("x_train", "x_test")
+        )
+        y, y_test = (arrays[key].astype("int64") for key in ("y_train", "y_test"))
+    if x.ndim == 3:
+        x, x_test = x[..., None], x_test[..., None]
+    return Data(x, y, x_test, y_test)
+
+
+def trained(name: str, data: Data, seed: int, cache: Path) -> tuple[Any, float]:
+    """A trained base model, and the seconds that its training took."""
+    file = cache / f"keras-dalign-{name}-{seed}.keras"
+    note = file.with_suffix(".json")
+    if file.exists() and note.exists():
+        return keras.models.load_model(file), json.loads(note.read_text())["seconds"]
+    keras.utils.set_random_seed(seed)
+    base = kd.models.resnet(8, data.x.shape[1:], 10)
+    epochs = EPOCHS[name]
+    stream = Stream(data.x, data.y, BATCH_SIZE, seed, AUGMENT[name])
+    schedule = keras.optimizers.schedules.CosineDecay(RATES[name], epochs * len(stream))
+    base.compile(keras.optimizers.Adam(schedule), LOSS, metrics=["accuracy"])
+    begin = time.perf_counter()
+    follow = [FollowEpoch(stream)]
+    base.fit(stream, epochs=epochs, shuffle=False, verbose=2, callbacks=follow)
+    seconds = time.perf_counter() - begin
+    base.save(file)
+    note.write_text(json.dumps({"seconds": seconds}))
+    return base, seconds
+
+
+def scores(logits: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    """Test error in percent, and the mean negative log likelihood."""
+    logits = np.asarray(logits, dtype=float)
+    return {
+        "test error": 100.0 * float(np.mean(logits.argmax(axis=1) != y)),
+        "test nll": float(SoftmaxCrossEntropy().value(logits, np.eye(10)[y]).mean()),
+    }
+
+
+def solved(base: Any, data: Data, width: int | None = None) -> dict[str, Any]:
+    """Everything that `solve` does, as a user calls it."""
+    model = kd.align(base, n_samples=len(data.x), seed=0, width=width, copy=True)
+    begin = time.perf_counter()
+    result = kd.solve(model, data.x, data.y, l2="auto", loss=LOSS, verbose=0)
+    seconds = time.perf_counter() - begin
+    widths = [trial.width for trial in result.widths or ()]
+    return {
+        "seconds": seconds,
+        "switch": model.switch_report.seconds,
+        "width": result.width,
+        "widths": widths,
+        "d": model.head.dim,
+        "l2": result.l2,
+        "gap": result.gap,
+        "gradients": result.evaluations,
+        **scores(model.predict(data.x_test, batch_size=256, verbose=0), data.y_test),
+    }
+
+
+def features_of(base: Any, data: Data) -> tuple[Any, FeatureSet]:
+    """An aligned model after its switch, and its features of all samples."""
+    model = kd.align(base, n_samples=len(data.x), seed=0, copy=True)
+    width = first_width(model.head, SolveOptions(l2="auto"))
+    _, features = switch(
+        model,
+        data.x,
+        data.y,
+        width=width,
+        rank_matters=False,
+        keep_features=True,
+        digest=True,
+    )
+    return model, features
+
+
+def part_of(features: FeatureSet, rows: np.ndarray) -> FeatureSet:
+    """Some of the samples."""
+    z = keras.tree.map_structure(lambda leaf: leaf[rows], features.z)
+    digests = [features.digests[row] for row in rows]
+    return FeatureSet(z, features.y[rows], None, features.batch_size, digests)
+
+
+def solve_features(model: Any, features: FeatureSet) -> dict[str, Any]:
+    """The path, the widths and the minimum, without the trunk."""
+    model.set_width(8)
+    begin = time.perf_counter()
+    solver = HeadSolver(
+        model.head,
+        features,
+        SoftmaxCrossEntropy(),
+        SolveOptions(l2="auto"),
+        set_width=model.set_width,
+    )
+    solution = solver.solve()
+    return {
+        "n": len(features.y),
+        "seconds": time.perf_counter() - begin,
+        "width": model.head.width,
+        "gap": solution.gap,
+        "gradients": solution.last.evaluations,
+    }
+
+
+def growth(model: Any, features: FeatureSet, repeats: int) -> dict[str, Any]:
+    """Seconds for growing parts of the samples, and the fitted exponent."""
+    order = np.random.default_rng(0).permutation(len(features.y))
+    runs = []
+    for size in SIZES:
+        part = part_of(features, np.sort(order[:size]))
+        found = [
+            solve_features(model, part) for _ in range(repeats if size < 20_000 else 1)
+        ]
+        seconds = median(run["seconds"] for run in found)
+        runs.append({**found[-1], "seconds": seconds})
+    logs = np.log([[run["n"], run["seconds"]] for run in runs])
+    exponent = float(np.polyfit(logs[:, 0], logs[:, 1], 1)[0])
+    return {"runs": runs, "exponent": exponent}
+
+
+def memory(model: Any, features: FeatureSet) -> dict[str, float]:
+    """Peak of what NumPy allocates beyond the features, in float64 numbers `n m`."""
+    tracemalloc.start()
+    found = solve_features(model, features)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    numbers = found["n"] * found["width"]
+    return {"peak bytes": peak, "width": found["width"], "floats": peak / 8 / numbers}
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All runs on one data set."""
+    data = read(options.data, name)
+    seeds = []
+    for seed in range(options.seeds if name == "cifar10" else 1):
+        base, seconds = trained(name, data, seed, options.cache)
+        found: dict[str, Any] = {"seed": seed, "base seconds": seconds}
+        logits = base.predict(data.x_test, batch_size=256, verbose=0)
+        found["base"] = scores(logits, data.y_test)
+        found["auto"] = solved(base, data)
+        if options.wide and name == "cifar10":
+            wide = -(-2 * len(data.x) // found["auto"]["d"])
+            found["wide"] = solved(base, data, width=wide)
+        seeds.append(found)
+        print(json.dumps(found))
+    model, features = features_of(base, data)
+    whole = solve_features(model, features)
+    return {
+        "seeds": seeds,
+        "without the trunk": whole,
+        "growth": growth(model, features, options.repeats),
+        "memory": memory(model, features),
+    }
+
+
+def targets_of(found: dict[str, Any], wide: bool) -> list[Target]:
+    """The figures that must be shown."""
+    targets = [
+        Target(f"{name}: exponent of the growth", runs["growth"]["exponent"], 1.1)
+        for name, runs in found.items()
+    ]
+    if "cifar10" in found:
+        seeds = found["cifar10"]["seeds"]
+        ratios = [run["auto"]["seconds"] / run["base seconds"] for run in seeds]
+        targets.append(Target("CIFAR-10: solve / training", fmean(ratios), 0.12))
+        if wide:
+            lost = [
+                run["auto"]["test error"] - run["wide"]["test error"] for run in seeds
+            ]
+            targets.append(
+                Target("CIFAR-10: points lost to the wide head", fmean(lost), 0.15)
+            )
+        floats = found["cifar10"]["memory"]["floats"]
+        targets.append(Target("CIFAR-10: memory beyond features, n m", floats, 1.5))
+    if "mnist" in found:
+        seconds = found["mnist"]["without the trunk"]["seconds"]
+        base = found["mnist"]["seeds"][0]["base seconds"]
+        targets.append(Target("MNIST: path and solve, seconds", seconds, 15.0))
+        targets.append(Target("MNIST: path and solve / training", seconds / base, 0.05))
+    return targets
+
+
+def _seed_rows(name: str, found: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for run in found["seeds"]:
+        base = run["base"]
+        rows.append(
+            [
+                name,
+                f"{run['seed']}",
+                "base",
+                "",
+                f"{base['test error']:.2f}",
+                f"{base['test nll']:.3f}",
+                f"{run['base seconds']:.0f}",
+                "",
+            ]
+        )
+        for kind in ("auto", "wide"):
+            if kind in run:
+                one = run[kind]
+                rows.append(
+                    [
+                        name,
+                        f"{run['seed']}",
+                        f"solve, {kind}",
+                        f"{one['width']}",
+                        f"{one['test error']:.2f}",
+                        f"{one['test nll']:.3f}",
+                        f"{one['seconds']:.0f}",
+                        f"{one['seconds'] / run['base seconds']:.3f}",
+                    ]
+                )
+    return rows
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=common.ROOT.parent / "shared" / "data",
+        help="folder with cifar10.npz and mnist.npz",
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="folder for the trained networks",
+    )
+    parser.add_argument("--sets", nargs="+", default=["cifar10", "mnist"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--wide", action=argparse.BooleanOptionalAction, default=True)
+
+
+def main() -> None:
+    """Measures, prints and writes the results."""
+    options = common.arguments(__doc__, seeds=3, more=_options)
+    common.warm_up()
+    found = {name: measure(name, options) for name in options.sets}
+    header = [
+        "data",
+        "seed",
+        "model",
+        "width",
+        "test error, %",
+        "test NLL",
+        "seconds",
+        "/ training",
+    ]
+    rows = [row for name, runs in found.items() for row in _seed_rows(name, runs)]
+    sizes = [
+        [
+            name,
+            f"{run['n']:,}",
+            f"{run['width']}",
+            f"{run['gradients']}",
+            f"{run['gap']:.1e}",
+            f"{run['seconds']:.2f}",
+        ]
+        for name, runs in found.items()
+        for run in runs["growth"]["runs"]
+    ]
+    common.write(
+        options.out,
+        "whole",
+        title="Whole data sets",
+        body=[
+            common.table(header, rows),
+            "Path, widths and minimum without the trunk, for parts of the samples:",
+            common.table(
+                ["data", "n", "width", "gradients, last", "gap", "seconds"], sizes
+            ),
+        ],
+        targets=targets_of(found, options.wide),
+        settings={"batch size": BATCH_SIZE, "epochs": EPOCHS, "rates": RATES},
+        measurements=found,
+    )
+
+
+if __name__ == "__main__":
+    main()
