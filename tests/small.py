@@ -46,6 +46,21 @@ def cross_entropy(**arguments):
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True, **arguments)
 
 
+# The kinds of gates that a head may have.
+KINDS = {
+    "shared": {},
+    "separate": {"share_gates": False},
+    "learned": {"gates": "learned"},
+}
+
+
+def gates_of(head, output):
+    """Gates `(d, width)` and output weights `(width,)` of one output, float64."""
+    r, w = head.gates_in_use()
+    group = 0 if head.share_gates else output
+    return r[:, group], w[group]
+
+
 def weights(model):
     return [np.array(w) for w in model.get_weights()]
 

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from small import KINDS, gates_of
 
 from keras_dalign import AlignmentHead
 from keras_dalign.head import alignment_head
@@ -15,11 +16,6 @@ from keras_dalign.numerics.rank import default_width, least_gates
 
 BACKEND = keras.backend.backend()
 GATES = ["random", "learned"]
-KINDS = {
-    "shared": {},
-    "separate": {"share_gates": False},
-    "learned": {"gates": "learned"},
-}
 PHASES = ["exploring", "exploiting"]
 POLICIES = ["float32", "mixed_bfloat16", "mixed_float16"]
 # Keras computes in float64 on TensorFlow alone: its `result_type` maps float64 to
@@ -73,13 +69,6 @@ def exploiting(kind="shared", units=3, z=None, u=None, seed=5, **options):
         head.start_exploiting(noise=0.3)
         head.q.assign_add(np.random.default_rng(2).normal(size=head.q.shape))
     return head
-
-
-def gates_of(head, output):
-    """Gates `(d, width)` and output weights `(width,)` of one output."""
-    r, w = head.gates_in_use()
-    group = 0 if head.share_gates else output
-    return r[:, group], w[group]
 
 
 def reference(head, z, u=None):
