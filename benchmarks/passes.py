@@ -2,11 +2,12 @@
 
 At the switch the trunk goes over the data twice: once to re-estimate its batch-norm
 statistics, once to compute the features. The unit is one pass of the trunk's own
-inference over the same data in the same batches, by a trunk that is compiled already;
-the two passes are those of a fresh trunk, which has yet to be traced and compiled for
-each of them. Passes and units follow one another, round by round, and the figure is the
-median over the rounds of the ratio of their times. Beside wall time stands the
-processors' time, which other work on the machine disturbs less.
+inference over the same data in the same batches. A trunk at the switch has yet to be
+traced and compiled for each of the three, which counts for all of them; beside that
+stands the cost in passes of a trunk that is compiled already. The passes follow one
+another, round by round, and the figure is the median over the rounds of the ratio of
+their times. Processor time is shown beside wall time, as other work on the machine
+disturbs it less.
 
 `KERAS_BACKEND` chooses the backend; each writes its own files.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,8 @@ from keras_dalign.head.batch_predictor import BatchPredictor
 from keras_dalign.head.features import FeaturePass
 
 BATCH_SIZE = 256
-UNIT, STATISTICS, FEATURES = "inference", "statistics", "features"
+UNIT, COMPILED = "inference", "inference, compiled"
+STATISTICS, FEATURES = "statistics", "features"
 # Their cost together, in inference passes.
 MOST = 2.2
 
@@ -76,50 +79,46 @@ def measure(x: np.ndarray, rounds: int) -> dict[str, list[Seconds]]:
         rounds: Number of rounds.
 
     Returns:
-        Wall time and processor time of each pass, by its name, one for each round; of
-        inference the mean of the one before the others and the one behind them.
+        Wall time and processor time of each pass, by its name, one for each round.
     """
     base = kd.models.resnet(8, x.shape[1:])
 
     def fresh() -> kd.AlignedModel:
         return kd.align(base, n_samples=len(x), seed=0, copy=True)
 
-    predictor = BatchPredictor(fresh().trunk)
-    infer(predictor, x[: 2 * BATCH_SIZE])
-    # The batches of the data, which may differ in size from those.
-    before = timed(lambda: infer(predictor, x))
-    before = timed(lambda: infer(predictor, x))
-    found: dict[str, list[Seconds]] = {UNIT: [], STATISTICS: [], FEATURES: []}
+    # What a process does only once is done.
+    infer(BatchPredictor(fresh().trunk), x[: 2 * BATCH_SIZE])
+    found: dict[str, list[Seconds]] = {
+        name: [] for name in (UNIT, COMPILED, STATISTICS, FEATURES)
+    }
     for _ in range(rounds):
-        model = fresh()
-        passes = {
-            STATISTICS: lambda model=model: kd.reestimate_batch_norm(
-                model.trunk, x, batch_size=BATCH_SIZE
-            ),
-            FEATURES: lambda model=model: FeaturePass(model, keep=True).run(
-                x, batch_size=BATCH_SIZE
-            ),
-        }
-        for name, function in passes.items():
+        model, predictor = fresh(), BatchPredictor(fresh().trunk)
+        functions = (
+            partial(infer, predictor, x),
+            partial(infer, predictor, x),
+            partial(kd.reestimate_batch_norm, model.trunk, x, batch_size=BATCH_SIZE),
+            partial(FeaturePass(model, keep=True).run, x, batch_size=BATCH_SIZE),
+        )
+        for name, function in zip(found, functions, strict=True):
             found[name].append(timed(function))
-        after = timed(lambda: infer(predictor, x))
-        found[UNIT].append(((before[0] + after[0]) / 2, (before[1] + after[1]) / 2))
-        before = after
     return found
 
 
-def ratios(seconds: dict[str, list[Seconds]], *names: str) -> tuple[float, float]:
-    """Medians over the rounds of passes' times over that of inference.
+def ratios(
+    seconds: dict[str, list[Seconds]], *names: str, unit: str = UNIT
+) -> tuple[float, float]:
+    """Medians over the rounds of passes' times over those of inference.
 
     Args:
         seconds: From `measure`.
         *names: The passes, taken together.
+        unit: `UNIT` or `COMPILED`.
 
     Returns:
         The ratio of wall times and that of processor times.
     """
     passes = np.sum([seconds[name] for name in names], axis=0)
-    wall, processor = np.median(passes / np.asarray(seconds[UNIT]), axis=0)
+    wall, processor = np.median(passes / np.asarray(seconds[unit]), axis=0)
     return float(wall), float(processor)
 
 
@@ -145,16 +144,19 @@ def main() -> None:
     measured = {n: measure(x[:n], options.rounds) for n in options.samples}
     rows, targets = [], []
     for n, seconds in measured.items():
-        inference = float(np.median([wall for wall, _ in seconds[UNIT]]))
-        total, processor = ratios(seconds, STATISTICS, FEATURES)
+        both = STATISTICS, FEATURES
+        total, processor = ratios(seconds, *both)
         rows.append(
             [
                 f"{n:,}",
-                f"{inference:.2f}",
-                f"{ratios(seconds, STATISTICS)[0]:.2f}",
-                f"{ratios(seconds, FEATURES)[0]:.2f}",
+                *(
+                    f"{np.median([wall for wall, _ in seconds[unit]]):.2f}"
+                    for unit in (UNIT, COMPILED)
+                ),
+                *(f"{ratios(seconds, name)[0]:.2f}" for name in both),
                 f"{total:.2f}",
                 f"{processor:.2f}",
+                f"{ratios(seconds, *both, unit=COMPILED)[0]:.2f}",
             ]
         )
         claim = f"{n:,} samples, {backend}: both passes, in inference passes"
@@ -162,10 +164,20 @@ def main() -> None:
     source = options.data.name if options.data.exists() else "noise"
     about = (
         f"ResNet-8, images of 32x32x3 ({source}), batch size {BATCH_SIZE}; "
-        f"{options.rounds} rounds, medians. Statistics and features are in units of "
-        "inference, tracing and compilation included."
+        f"{options.rounds} rounds, medians. Statistics and features are in inference "
+        "passes of a fresh trunk, whose tracing and compilation count for all of them; "
+        "the last column is in passes of a trunk that is compiled already."
     )
-    header = ["samples", "inference, s", "statistics", "features", "both", "both, CPU"]
+    header = [
+        "samples",
+        "inference, s",
+        "compiled, s",
+        "statistics",
+        "features",
+        "both",
+        "both, CPU",
+        "both, in compiled passes",
+    ]
     common.write(
         options.out,
         f"passes_{backend}",
