@@ -165,15 +165,15 @@ def new_variables(layer: keras.Layer, old: Iterable[Any]) -> Iterator[None]:
     Yields:
         Nothing; within the context `layer.add_weight` works.
     """
-    tracker = layer._tracker  # noqa: SLF001
+    tracker = layer._tracker
     was_locked = tracker.locked
     tracker.unlock()
     try:
         for variable in old:
             if variable is not None:
-                layer._untrack_variable(variable)  # noqa: SLF001
+                layer._untrack_variable(variable)
         # Paths of variables begin with that of their layer.
-        with layer._open_name_scope():  # noqa: SLF001
+        with layer._open_name_scope():
             yield
     finally:
         if was_locked:

@@ -1,10 +1,11 @@
 """A batch normalised by its own mean and variance, in as few looks as the backend can.
 
 Mean, variance and normalisation cost three looks at an activation, where inference has
-one. On the processor TensorFlow has a kernel for the three of them and PyTorch for the
-first two; XLA fuses what the formula below says. All of them subtract the mean before
-they square, since `E[x^2] - E[x]^2` cancels in single precision: a mean of 1,000
-standard deviations leaves no digit of the variance.
+one. On the processor, TensorFlow has a kernel for the three of them, and PyTorch needs
+two looks if what is centred for the variance is normalised in place. XLA fuses what the
+formula below says. All of them subtract the mean before they square: `E[x^2] - E[x]^2`
+cancels in single precision, and has no digit right where the mean is 1,000 standard
+deviations.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from keras import ops
 from keras.layers import BatchNormalization
 
 Moments = tuple[Any, Any, Any]
+
+_BLOCK_ROWS = 4096
 
 
 def moments_and_normalized(
@@ -103,9 +106,9 @@ def _tensorflow_kernel(
     import tensorflow as tf  # noqa: PLC0415  (only where it is the backend)
 
     channels = x.shape[-1]
-    images = x if len(x.shape) == 4 else tf.reshape(x, (-1, 1, 1, channels))
+    is_map = len(x.shape) == 4
     normalized, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
-        x=images,
+        x=x if is_map else tf.reshape(x, (-1, 1, 1, channels)),
         scale=tf.ones(channels) if layer.gamma is None else layer.gamma.value,
         offset=tf.zeros(channels) if layer.beta is None else layer.beta.value,
         mean=[],
@@ -113,17 +116,36 @@ def _tensorflow_kernel(
         epsilon=layer.epsilon,
         is_training=True,
     )
-    count = tf.cast(count, x.dtype)
     # Its divisor is count - 1, or 1.
-    variance *= tf.maximum(count - 1.0, 1.0) / tf.maximum(count, 1.0)
-    return mean, variance, tf.reshape(normalized, tf.shape(x))
+    if isinstance(count, int):
+        variance *= max(count - 1, 1) / max(count, 1)
+    else:
+        count = tf.cast(count, x.dtype)
+        variance *= tf.maximum(count - 1.0, 1.0) / tf.maximum(count, 1.0)
+    return mean, variance, normalized if is_map else tf.reshape(normalized, tf.shape(x))
 
 
-def _torch_kernel(layer: BatchNormalization, x: Any, _: Any) -> tuple[Any, Any, Any]:
+def _torch_kernel(
+    layer: BatchNormalization, x: Any, count: int
+) -> tuple[Any, Any, Any]:
     import torch  # noqa: PLC0415  (only where it is the backend)
 
-    # Not torch.nn.functional.batch_norm: its sums in single precision lose a mean that
-    # is far from 0, and with it the variance.
-    rows = x.reshape(-1, x.shape[-1])
-    variance, mean = torch.var_mean(rows, dim=0, correction=0)
-    return mean, variance, normalize(layer, x, mean, variance)
+    # Not torch.nn.functional.batch_norm, whose sums in single precision lose a mean
+    # that is far from 0, nor torch.var_mean, which takes three times as long.
+    channels = x.shape[-1]
+    centred = x.reshape(-1, channels)
+    mean = centred.mean(dim=0)
+    centred = centred - mean
+    # Nor do norms sum pairwise: over blocks of rows, of which the norms are summed.
+    whole = count - count % _BLOCK_ROWS
+    blocks = centred[:whole].reshape(-1, _BLOCK_ROWS, channels)
+    squares = torch.linalg.vector_norm(blocks, dim=1).square().sum(dim=0)
+    squares += torch.linalg.vector_norm(centred[whole:], dim=0).square()
+    variance = squares / count
+    factor = torch.rsqrt(variance + layer.epsilon)
+    if layer.gamma is not None:
+        factor = factor * ops.cast(layer.gamma, x.dtype)
+    normalized = centred.mul_(factor)
+    if layer.beta is not None:
+        normalized = normalized.add_(ops.cast(layer.beta, x.dtype))
+    return mean, variance, normalized.reshape(x.shape)

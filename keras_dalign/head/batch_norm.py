@@ -144,7 +144,8 @@ class _MomentsProbe(keras.Model):
 
     Being a Keras model, it is compiled by Keras on every backend. Outputs have one
     row per call of the layer, so that the replicas of a distribution strategy come
-    out as further rows.
+    out as further rows; and one array per layer, since small operations by the dozen
+    would take longer to trace than the layers themselves.
     """
 
     def __init__(
@@ -160,23 +161,23 @@ class _MomentsProbe(keras.Model):
             self.jit_compile = False
         self.built = True
 
-    def call(self, inputs: Any) -> dict[str, list[Any]]:
+    def call(self, inputs: Any) -> dict[str, Any]:
         """Runs the model in inference mode and looks at its normalisations.
 
         Args:
             inputs: The model's inputs.
 
         Returns:
-            Counts `(calls, 1)`, means and variances `(calls, channels)`, by index of
-            the layer, for those that were called.
+            Count, mean and variance side by side, `(calls, 1 + 2 * channels)`, by
+            index of the layer, for those that were called.
         """
         found: dict[int, list[Any]] = {id(layer): [] for layer in self.normalizations}
 
         def normalized(layer: BatchNormalization, x: Any, mask: Any) -> Any:
             x = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
             (count, mean, variance), by_batch = moments_and_normalized(layer, x, mask)
-            row = (ops.reshape(count, (1, 1)), mean[None], variance[None])
-            found[id(layer)].append(row)
+            row = ops.concatenate([ops.reshape(count, (1,)), mean, variance])
+            found[id(layer)].append(ops.reshape(row, (1, -1)))
             if self.by_batch:
                 x = by_batch
             else:
@@ -187,20 +188,23 @@ class _MomentsProbe(keras.Model):
             self.model(inputs, training=False)
         # A layer that is called twice has two populations, pooled as one.
         return {
-            str(index): [
-                ops.concatenate(parts, axis=0)
-                for parts in zip(*found[id(layer)], strict=True)
-            ]
+            str(index): rows[0] if len(rows) == 1 else ops.concatenate(rows, axis=0)
             for index, layer in enumerate(self.normalizations)
-            if found[id(layer)]
+            if (rows := found[id(layer)])
         }
 
     def moments(self, x: Any) -> dict[int, _Moments]:
         """The moments of one batch, as float64 arrays of one row per replica."""
         return {
-            int(index): tuple(np.asarray(part, dtype="float64") for part in parts)
-            for index, parts in self.predict_on_batch(x).items()
+            int(index): _parts(np.asarray(rows, dtype="float64"))
+            for index, rows in self.predict_on_batch(x).items()
         }
+
+
+def _parts(rows: np.ndarray) -> _Moments:
+    channels = rows.shape[1] // 2
+    count, mean, variance = np.split(rows, [1, 1 + channels], axis=1)
+    return count, mean, variance
 
 
 @contextmanager
