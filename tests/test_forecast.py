@@ -79,10 +79,10 @@ def test_gradient_descent_stays_below(n, conflicts, exact, step, near, **argumen
     bounds = found.bound(np.arange(301))
     assert (losses[1:] <= bounds[1:]).all()
     assert (np.diff(bounds[1:]) <= 0).all()
-    # Squared errors near 0 are squares of what rounding leaves of the logits.
-    assert bounds[0] == pytest.approx(losses[0], rel=1e-12, abs=1e-23)
-    # The allowance for rounding is small.
+    # Squared errors are squares of differences of logits, which are rounded.
     root = np.sqrt(found.loss)
+    assert np.sqrt(bounds[0]) == root == pytest.approx(losses[0] ** 0.5, 1e-12, 1e-12)
+    # The allowance for rounding is small.
     assert (np.sqrt(bounds[1:]) <= root + 1e-10 * (1 + root)).all()
 
 
