@@ -165,8 +165,9 @@ def new_variables(layer: keras.Layer, old: Iterable[Any]) -> Iterator[None]:
     Yields:
         Nothing; within the context `layer.add_weight` works.
     """
-    was_locked = layer._tracker.locked
-    layer._tracker.unlock()
+    tracker = layer._tracker
+    was_locked = tracker.locked
+    tracker.unlock()
     try:
         for variable in old:
             if variable is not None:
@@ -176,4 +177,4 @@ def new_variables(layer: keras.Layer, old: Iterable[Any]) -> Iterator[None]:
             yield
     finally:
         if was_locked:
-            layer._tracker.lock()
+            tracker.lock()

@@ -18,6 +18,14 @@ def two_cpus():
     return ["cpu:0", "cpu:1"]
 
 
+@pytest.fixture(scope="session")
+def mirrored(two_cpus):
+    """One strategy for all tests, as the reductions of several get mixed up."""
+    import tensorflow as tf
+
+    return tf.distribute.MirroredStrategy(two_cpus)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory):
     """Many tests compile the same steps, which takes JAX longer than to run them."""

@@ -75,11 +75,11 @@ def random_case(
     if weighted:
         weights = rng.random(n) * 3
         weights[: n // 4] = 0.0
-    groups = 1 if share else outputs
+    gates = 1 if share else outputs
     problem = ConvexProblem(
         features,
-        rng.standard_normal((p + 1, groups, width)) / np.sqrt(p + 1),
-        rng.choice([-1.0, 1.0], (groups, width)) / np.sqrt(width),
+        rng.standard_normal((p + 1, gates, width)) / np.sqrt(p + 1),
+        rng.choice([-1.0, 1.0], (gates, width)) / np.sqrt(width),
         20.0,
         offset,
         targets,

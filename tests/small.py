@@ -1,5 +1,7 @@
 """Small real data and models that many tests share."""
 
+from pathlib import Path
+
 import keras
 import numpy as np
 from sklearn.datasets import load_digits
@@ -44,6 +46,21 @@ def cross_entropy(**arguments):
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True, **arguments)
 
 
+# The kinds of gates that a head may have.
+KINDS = {
+    "shared": {},
+    "separate": {"share_gates": False},
+    "learned": {"gates": "learned"},
+}
+
+
+def gates_of(head, output):
+    """Gates `(d, width)` and output weights `(width,)` of one output, float64."""
+    r, w = head.gates_in_use()
+    group = 0 if head.share_gates else output
+    return r[:, group], w[group]
+
+
 def weights(model):
     return [np.array(w) for w in model.get_weights()]
 
@@ -53,3 +70,11 @@ def assert_equal(left, right):
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def maps_in(folder):
+    """The files in a folder that are mapped into memory, if the system tells."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    return [line for line in maps.read_text().splitlines() if str(folder) in line]

@@ -20,7 +20,8 @@ BACKEND = keras.backend.backend()
 
 
 def aligned(base=None, n=96, gates="random", explore=2, compiled=True, **options):
-    model = kd.align(base or mlp(), n_samples=n, gates=gates, seed=1)
+    head = {key: options.pop(key) for key in ("width", "share_gates") if key in options}
+    model = kd.align(base or mlp(), n_samples=n, gates=gates, seed=1, **head)
     if compiled:
         model.compile(
             kd.DAlign(keras.optimizers.Adam(1e-2), explore=explore, **options),
@@ -220,15 +221,173 @@ def test_set_weights_brings_the_phase_back():
     assert history.history["phase"] == [0, 0, 1]
 
 
-def test_resuming_with_a_different_head_is_an_error(tmp_path):
+def test_lists_of_weights_bring_the_width_along():
+    model, x, _ = exploiting(width=10)
+    before = model.predict(x, verbose=0)
+    for other in (aligned(convnet(seed=8)), exploiting(width=14)[0]):
+        assert other.predict(x, verbose=0).shape == (96, 10)
+        other.set_weights(model.get_weights())
+        assert other.phase == "exploiting"
+        assert other.head.width == 10
+        np.testing.assert_array_equal(before, other.predict(x, verbose=0))
+
+
+def test_weights_of_another_width_load(tmp_path):
+    """The head takes over the width, the optimizer of exploitation its state."""
+    model, x, y = exploiting(width=10)
+    model.save_weights(tmp_path / "model.weights.h5")
+    other, _, _ = exploiting(width=14)
+    other.load_weights(tmp_path / "model.weights.h5")
+    assert other.head.width == 10
+    arguments = {"epochs": 2, "batch_size": 20, "shuffle": False, "verbose": 0}
+    for each in (model, other):
+        each.fit(x, y, **arguments)
+    assert_equal(weights(model), weights(other))
+
+
+# Keras's, after a failure.
+@pytest.mark.filterwarnings("ignore:Skipping nested container")
+@pytest.mark.parametrize("phase", ["exploring", "exploiting"])
+@pytest.mark.parametrize("what", ["shared", "separate", "trunk", "head"])
+def test_weights_that_do_not_fit_leave_the_model_as_it_was(what, phase, tmp_path):
+    x, y = digits(96)
+    arguments = {"batch_size": 20, "shuffle": False, "verbose": 0}
+    share_gates = what != "shared"
+    if what == "trunk":
+        keras.utils.set_random_seed(0)
+        base = keras.Sequential(
+            [
+                keras.Input((64,)),
+                keras.layers.Dense(20, "relu", name="hidden"),
+                keras.layers.Dense(16, "relu", name="features"),
+                keras.layers.Dense(10, name="logits"),
+            ]
+        )
+        wrong = aligned(base, width=13)
+    elif what == "head":
+        wrong = aligned(width=13, gates="learned")
+    else:
+        wrong = aligned(width=13, share_gates=not share_gates)
+    wrong.fit(x, y, epochs=3, **arguments)
+    wrong.save_weights(tmp_path / "wrong.weights.h5")
+    epochs = 2 if phase == "exploring" else 4
+    models = [aligned(share_gates=share_gates) for _ in range(2)]
+    for model in models:
+        model.fit(x, y, epochs=epochs, **arguments)
+    model, control = models
+    with pytest.raises(ValueError, match=r"do not fit this model.*left as it was"):
+        model.load_weights(tmp_path / "wrong.weights.h5")
+    assert model.phase == phase
+    assert_equal(weights(control), weights(model))
+    # The optimizers, too, go on where they were.
+    for each in models:
+        each.fit(x, y, initial_epoch=epochs, epochs=6, **arguments)
+    assert_equal(weights(control), weights(model))
+
+
+def test_gates_of_the_other_kind_are_named(tmp_path):
     model, _, _ = exploiting()
     model.save_weights(tmp_path / "model.weights.h5")
-    other = kd.align(convnet(), n_samples=500)
-    before = weights(other)
-    with pytest.raises(ValueError, match=r"do not fit this model.*width"):
+    other = aligned(convnet(), share_gates=False)
+    with pytest.raises(ValueError, match=r"share_gates=False.*Received.*'r'.*\(1, 1"):
         other.load_weights(tmp_path / "model.weights.h5")
-    assert other.phase == "exploring"
-    assert_equal(before, weights(other))
+
+
+def test_the_steps_are_those_of_the_units_there_are():
+    """Compiled functions hold on to variables, which another width replaces."""
+    x, y = digits(96)
+    model = aligned()
+    arguments = {"batch_size": 20, "shuffle": False, "verbose": 0}
+    model.fit(x, y, epochs=3, **arguments)
+    model.evaluate(x, y, verbose=0)
+    model.set_width(9)
+    assert model.head.width == 9
+    start = model.predict(x, verbose=0)
+    model.fit(x, y, epochs=1, **arguments)
+    assert np.abs(np.array(model.head.q)).max() > 0
+    trained = model.predict(x, verbose=0)
+    assert np.abs(trained - start).max() > 1e-3
+    np.testing.assert_allclose(trained, keras.ops.convert_to_numpy(model(x)), atol=1e-5)
+    everything = {id(v) for v in model.optimizer.exploit_optimizer._trainable_variables}
+    assert everything == {id(model.head.q), id(model.head.bias)}
+
+
+def test_back_in_exploration_nothing_of_the_units_is_left(tmp_path):
+    x, y = digits(96)
+    model = aligned()
+    explored = model.get_weights()
+    model.fit(x, y, epochs=3, verbose=0)
+    model.set_weights(explored)
+    assert model.head.width is None
+    assert not model.optimizer.exploit_optimizer.built
+    # So that it can be saved and loaded like any other.
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for each in (model, loaded):
+        each.fit(x, y, epochs=3, shuffle=False, verbose=0)
+    assert_equal(weights(model), weights(loaded))
+
+
+OLD = Path(__file__).parent / "files"
+OLD_FILES = [
+    f"{gates}-{phase}"
+    for gates in ("random", "learned")
+    for phase in ("exploring", "exploiting")
+]
+
+
+def old(name):
+    """A model of version 0.1.0, and the data that it was trained on."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(20, 6)).astype("float32"), rng.integers(0, 3, 20)
+    if name != "random-exploring":
+        return keras.saving.load_model(OLD / f"{name}.keras"), x, y
+    # Units had an optimizer from the beginning on; its state is not needed.
+    with pytest.warns(UserWarning, match="Skipping variable loading for optimizer"):
+        return keras.saving.load_model(OLD / f"{name}.keras"), x, y
+
+
+@pytest.mark.parametrize("name", OLD_FILES)
+def test_files_of_version_0_1_0_load(name):
+    model, x, y = old(name)
+    gates, phase = name.split("-")
+    assert (model.head.gates, model.phase) == (gates, phase)
+    assert not model.head.share_gates
+    if name != "random-exploring":
+        assert model.head.r.shape == (17, 3, 3)
+    expected = np.load(OLD / "logits.npz")[name]
+    np.testing.assert_allclose(model.predict(x, verbose=0), expected, atol=1e-5)
+    # They go on, and are files of this version from then on.
+    model.fit(x, y, epochs=4, verbose=0)
+    assert model.phase == "exploiting"
+    assert model.head.r.shape[:2] == (17, 3)
+
+
+@pytest.mark.parametrize("name", OLD_FILES[1:])
+def test_files_of_version_0_1_0_become_new_ones(name, tmp_path):
+    model, x, y = old(name)
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert_equal(weights(model), weights(again))
+    for each in (model, again):
+        each.fit(x, y, epochs=4, verbose=0, shuffle=False)
+    assert_equal(weights(model), weights(again))
+
+
+def test_weights_of_version_0_1_0_load_by_number():
+    """Such as `save_own_variables` wrote them, whatever the file."""
+    model, _, _ = old("random-exploiting")
+    names = ("bias", "q", "r", "w", "phase_index")
+    store = {}
+    model.head.save_own_variables(store)
+    numbered = {str(index): store[name] for index, name in enumerate(names)}
+    head = kd.AlignmentHead(3, n_samples=20, share_gates=False)
+    head.build((None, 16))
+    head.load_own_variables(numbered)
+    assert head.phase == "exploiting"
+    assert head.width == 3
+    for name in names[:-1]:
+        np.testing.assert_array_equal(np.array(getattr(head, name)), store[name])
 
 
 @pytest.mark.parametrize("gates", ["random", "learned"])
@@ -293,11 +452,11 @@ def test_several_inputs_and_another_feature_tensor():
     x, y = digits(96)
     inputs = {"left": x[:, :32], "right": x[:, 32:]}
     model = kd.align(base, n_samples=96, features="wide", seed=0)
-    assert model.head.q.shape == (21, 10, 10)
     model.compile(
         kd.DAlign(keras.optimizers.Adam(1e-2), explore=2), loss=cross_entropy()
     )
     history = model.fit(inputs, y, epochs=12, batch_size=16, verbose=0)
+    assert model.head.q.shape == (21, 10, 10)
     assert history.history["loss"][-1] < history.history["loss"][1]
     certificate = kd.certify(model, inputs, y)
     assert certificate.gap < history.history["loss"][0]

@@ -5,7 +5,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from small import cross_entropy, digits, mlp
+from small import KINDS, cross_entropy, digits, gates_of, mlp
 
 from keras_dalign.conditions import alignment, alignment_route
 from keras_dalign.conditions.alignment import AlignmentReport, check_alignment
@@ -269,14 +269,14 @@ def test_a_list_of_variables():
 # The head --------------------------------------------------------------------------
 
 
-def exploiting(gates="random", width=None, n=40):
+def exploiting(kind="shared", width=None, n=40):
     x, y = digits(n)
     base = mlp()
     base.compile(loss=cross_entropy())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # The head is too narrow on purpose.
         # Steep gates close: singular values of all sizes, some as small as rounding.
-        model = align(base, n_samples=n, gates=gates, width=width, slope=2, seed=0)
+        model = align(base, n_samples=n, width=width, slope=2, seed=0, **KINDS[kind])
     model.compile(loss=cross_entropy())
     model.start_exploiting()
     return model, x, y
@@ -292,7 +292,7 @@ def head_by_hand(model, x, y):
     Y = signs(y, 10)
     outside, values = [], []
     for c in range(10):
-        r, w = model.head.gates_of(c)
+        r, w = gates_of(model.head, c)
         phi = explicit_features(zh, r, w, model.head.slope)
         J = np.concatenate([phi, np.ones((len(x), 1))], axis=1)
         share, _, sigma = residual_by_hand(J, Y[:, c : c + 1])
@@ -303,10 +303,11 @@ def head_by_hand(model, x, y):
 
 @pytest.mark.usefixtures("once")
 @pytest.mark.parametrize(
-    ("gates", "width"), [("random", 1), ("random", None), ("learned", 2)]
+    ("kind", "width"),
+    [("shared", 1), ("shared", None), ("separate", 1), ("learned", 2)],
 )
-def test_the_head_output_by_output(gates, width):
-    model, x, y = exploiting(gates, width)
+def test_the_head_output_by_output(kind, width):
+    model, x, y = exploiting(kind, width)
     shares, values = head_by_hand(model, x, y)
     expected = np.linalg.norm(shares) / np.sqrt(10)
     for route in ROUTES:

@@ -7,9 +7,12 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from small import KINDS, gates_of
 
 from keras_dalign import AlignmentHead
+from keras_dalign.head import alignment_head
 from keras_dalign.numerics.gram import explicit_features, gram_matrix
+from keras_dalign.numerics.rank import default_width, least_gates
 
 BACKEND = keras.backend.backend()
 GATES = ["random", "learned"]
@@ -52,13 +55,13 @@ def randomize(head, seed=1):
         variable.assign(rng.normal(size=variable.shape))
 
 
-def exploiting(gates="random", units=3, z=None, u=None, seed=5, **options):
+def exploiting(kind="shared", units=3, z=None, u=None, seed=5, **options):
     """A built head in its second phase, with weights that are all in use."""
     z = features(dtype="float64") if z is None else z
-    head = AlignmentHead(units, gates=gates, seed=seed, **{"width": 5, **options})
+    head = AlignmentHead(units, seed=seed, **{"width": 5, **KINDS[kind], **options})
     head.build(z.shape if u is None else [z.shape, u.shape])
     set_statistics(head, z if u is None else u)
-    if gates == "random":
+    if head.gates == "random":
         head.start_exploiting()
         randomize(head)
     else:
@@ -73,10 +76,8 @@ def reference(head, z, u=None):
     zh = head.normalize_exactly(z if u is None else u)
     out = np.zeros((len(z), head.units))
     for c in range(head.units):
-        r, w = array(head.r)[:, c], array(head.w)[c]
-        out[:, c] = (
-            explicit_features(zh, r, w, head.slope) @ array(head.q)[:, c].T.ravel()
-        )
+        phi = explicit_features(zh, *gates_of(head, c), head.slope)
+        out[:, c] = phi @ array(head.q)[:, c].T.ravel()
     out += array(head.bias)
     if head.dense is not None:
         out += z @ array(head.dense.kernel)
@@ -87,10 +88,10 @@ def reference(head, z, u=None):
 
 class TestExploiting:
     @pytest.mark.parametrize("units", [1, 3])
-    @pytest.mark.parametrize("gates", GATES)
-    def test_is_the_explicit_features_times_q(self, gates, units):
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_is_the_explicit_features_times_q(self, kind, units):
         z = features(dtype="float64")
-        head = exploiting(gates, units, dtype=EXACT)
+        head = exploiting(kind, units, dtype=EXACT)
         result = array(head(z))
         assert result.shape == (9, units)
         assert_close(result, reference(head, z))
@@ -101,20 +102,35 @@ class TestExploiting:
         head = exploiting(slope=slope, dtype=EXACT)
         assert_close(array(head(z)), reference(head, z))
 
-    @pytest.mark.parametrize("gates", GATES)
-    def test_a_pair_feeds_the_units_with_the_second_tensor(self, gates):
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_pair_feeds_the_units_with_the_second_tensor(self, kind):
         z = features(dtype="float64")
         u = np.random.default_rng(3).normal(size=(9, 2, 3, 2))
-        head = exploiting(gates, z=z, u=u, dtype=EXACT)
+        head = exploiting(kind, z=z, u=u, dtype=EXACT)
         assert head.q.shape == (2 * 3 * 2 + 1, 3, 5)
         result = array(head([z, u]))
         assert_close(result, reference(head, z, u))
 
-    @pytest.mark.parametrize("gates", GATES)
-    def test_jacobian_times_its_transpose_is_the_gram_matrix(self, gates):
+    def test_shared_gates_are_separate_ones_that_are_equal(self):
+        z = features(dtype="float64")
+        shared = exploiting("shared", dtype=EXACT)
+        assert shared.r.shape == (5, 1, 5)
+        assert shared.w.shape == (1, 5)
+        separate = exploiting("separate", dtype=EXACT)
+        assert separate.r.shape == (5, 3, 5)
+        assert separate.w.shape == (3, 5)
+        separate.r.assign(np.repeat(array(shared.r), 3, axis=1))
+        separate.w.assign(np.repeat(array(shared.w), 3, axis=0))
+        for name in ("q", "bias"):
+            getattr(separate, name).assign(array(getattr(shared, name)))
+        separate.dense.set_weights(shared.dense.get_weights())
+        assert_close(array(separate(z)), array(shared(z)))
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_jacobian_times_its_transpose_is_the_gram_matrix(self, kind):
         """Linear probing: the output's change for every single entry of q."""
         z = features(n=6, dtype="float64")
-        head = exploiting(gates, units=2, z=z, width=4, dtype=EXACT)
+        head = exploiting(kind, units=2, z=z, width=4, dtype=EXACT)
         zero = np.zeros(head.q.shape)
         head.q.assign(zero)
         constant = array(head(z))
@@ -127,13 +143,14 @@ class TestExploiting:
                 jacobian.append(array(head(z)) - constant)
             jacobian = np.stack(jacobian, axis=-1)
             np.testing.assert_array_equal(jacobian[:, 1 - c], 0.0)
-            gram = gram_matrix(head.normalize_exactly(z), *head.gates_of(c), head.slope)
+            zh = head.normalize_exactly(z)
+            gram = gram_matrix(zh, *gates_of(head, c), head.slope)
             assert_close(jacobian[:, c] @ jacobian[:, c].T, gram)
 
-    @pytest.mark.parametrize("gates", GATES)
-    def test_ignores_the_batch_it_is_given(self, gates):
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_ignores_the_batch_it_is_given(self, kind):
         z = features()
-        head = exploiting(gates)
+        head = exploiting(kind)
         mean = array(head.standardize.moving_mean)
         trained = array(head(z, training=True))
         np.testing.assert_array_equal(trained, array(head(z, training=False)))
@@ -179,9 +196,11 @@ class TestExploring:
         assert result.dtype == expected.dtype
         np.testing.assert_array_equal(array(result), array(expected))
         assert head.dense is dense
-        # The units sleep: whatever they hold is not even looked at.
-        head.q.assign(np.full(head.q.shape, np.nan))
-        np.testing.assert_array_equal(array(head(z)), array(expected))
+        # There are no units yet, and nothing is reserved for them.
+        assert head.width is None
+        assert head.q is head.r is head.w is head.bias is None
+        assert head.units_variables == head.exploited_variables == []
+        assert len(head.weights) == len(dense.weights) + 3
 
     def test_the_shared_dense_layers_activation_is_ignored(self):
         z = features()
@@ -240,6 +259,10 @@ class TestSwitch:
         head = AlignmentHead(8, width=200, seed=3)
         head.build((None, 24))
         head.start_exploiting()
+        assert head.r.shape == (25, 1, 200)
+        head = AlignmentHead(8, width=200, seed=3, share_gates=False)
+        head.build((None, 24))
+        head.start_exploiting()
         r = array(head.r)
         assert r.shape == (25, 8, 200)
         assert abs(r.mean()) < 5 * 0.2 / math.sqrt(r.size)
@@ -292,27 +315,150 @@ class TestSwitch:
 
 class TestWidth:
     @pytest.mark.parametrize(
-        ("n", "p", "width"), [(100, 4, 40), (101, 4, 41), (1, 9, 1), (60000, 64, 1847)]
+        ("n", "p", "width"), [(100, 4, 40), (101, 4, 41), (60000, 64, 1847)]
     )
-    def test_default(self, n, p, width):
+    def test_the_default_has_twice_the_columns_it_needs(self, n, p, width):
         head = AlignmentHead(1, n_samples=n)
         head.build((None, p))
-        assert head.width == width == math.ceil(2 * n / (p + 1))
+        assert head.default_width() == width == math.ceil(2 * n / (p + 1))
+        head.start_exploiting()
+        assert head.width == width
         assert head.q.shape == head.r.shape == (p + 1, 1, width)
+
+    def test_the_default_has_an_open_gate_for_every_sample(self):
+        head = AlignmentHead(1, n_samples=1000, slope=20.0)
+        head.build((None, 2000))
+        assert head.default_width() == least_gates(1000, 20.0) == 12
+        gentle = AlignmentHead(1, n_samples=1000, slope=4.0)
+        gentle.build((None, 2000))
+        assert gentle.default_width() == least_gates(1000, 4.0) < 12
 
     def test_counts_the_gated_features(self):
         head = AlignmentHead(2, n_samples=100)
         head.build([(None, 4), (None, 3, 3, 1)])
-        assert head.width == 20
+        assert head.default_width() == 20
 
-    def test_an_explicit_width_wins(self):
-        head = AlignmentHead(2, width=3, n_samples=100)
+    @pytest.mark.parametrize("gates", GATES)
+    def test_an_explicit_width_wins(self, gates):
+        head = AlignmentHead(2, width=3, n_samples=100, gates=gates)
         head.build((None, 4))
+        assert head.requested_width == head.default_width() == 3
+        head.start_exploiting()
         assert head.width == 3
+
+    def test_the_switch_may_ask_for_another(self):
+        head = AlignmentHead(2, width=3)
+        head.build((None, 4))
+        head.start_exploiting(width=7)
+        assert head.width == 7
+        assert head.requested_width == 3
+
+    @pytest.mark.parametrize("share_gates", [True, False])
+    def test_gates_are_nested(self, share_gates):
+        """The first ones are the same at every width."""
+        head = AlignmentHead(2, width=3, share_gates=share_gates, seed=2)
+        head.build((None, 4))
+        head.start_exploiting()
+        narrow = array(head.r), array(head.w)
+        head.q.assign(np.ones(head.q.shape))
+        head.set_width(12)
+        assert head.q.shape == (5, 2, 12)
+        np.testing.assert_array_equal(array(head.q), 0.0)
+        np.testing.assert_array_equal(array(head.r)[..., :3], narrow[0])
+        signs = np.sign(array(head.w))
+        np.testing.assert_array_equal(signs[:, :3], np.sign(narrow[1]))
+        np.testing.assert_allclose(np.abs(array(head.w)), 1 / math.sqrt(12), rtol=1e-6)
+
+    def test_what_the_switch_would_draw_is_what_it_draws(self):
+        for options in KINDS.values():
+            head = AlignmentHead(2, width=3, seed=4, **options)
+            head.build((None, 4))
+            r, w = head.gates_at_switch(noise=0.1)
+            head.start_exploiting(noise=0.1)
+            for drawn, held in zip((r, w), head.gates_in_use(), strict=True):
+                assert drawn.shape == held.shape
+                np.testing.assert_allclose(held, drawn, rtol=1e-6)
+
+    def test_replaced_units_are_gone(self):
+        head = exploiting()
+        old = [id(v) for v in head.units_variables]
+        head.set_width(9)
+        for variables in (head.weights, head.variables, head.trainable_variables):
+            assert not {id(v) for v in variables} & set(old)
+        assert [v.path.rpartition("/")[2] for v in head.units_variables] == [
+            "bias",
+            "q",
+            "r",
+            "w",
+        ]
+        # Layers take no new weights once they are built, but here.
+        with pytest.raises(ValueError, match="cannot add new elements of state"):
+            head.extra = keras.Variable(np.zeros(3))
+
+    @pytest.mark.parametrize("width", [0, -2, 2.0, True, "4", None])
+    def test_bad_width(self, width):
+        head = exploiting()
+        with pytest.raises(ValueError, match=f"`width` must be a .*width={width}"):
+            head.set_width(width)
+        assert head.width == 5
+
+    def test_learned_gates_keep_theirs(self):
+        with pytest.raises(ValueError, match=r"learned gates is set when.*width=4"):
+            exploiting("learned").set_width(4)
+
+
+class TestMemory:
+    """Units that cannot fit are refused before anything is allocated."""
+
+    def test_a_huge_width_at_the_switch(self):
+        z = features()
+        head = AlignmentHead(10, n_samples=10**12)
+        before = array(head(z))
+        needed = 8 * 5 * 10 * default_width(10**12, 5, 20.0) / 2**30
+        with pytest.raises(MemoryError) as caught:
+            head.start_exploiting()
+        assert f"would take {needed:.3g} GiB, of " in str(caught.value)
+        assert "d * units * width = 5 * 10 * 400000000000 weights" in str(caught.value)
+        assert "solve with an L2 term" in str(caught.value)
+        assert head.phase == "exploring"
+        assert head.width is None
+        np.testing.assert_array_equal(array(head(z)), before)
+        head.start_exploiting(width=4)
+        assert head.width == 4
+
+    def test_a_huge_width_later(self):
+        head = exploiting()
+        q = array(head.q)
+        with pytest.raises(MemoryError, match="GiB"):
+            head.set_width(10**12)
+        assert head.width == 5
+        np.testing.assert_array_equal(array(head.q), q)
+
+    def test_learned_gates_are_made_when_the_head_is_built(self):
+        head = AlignmentHead(10, n_samples=10**12, gates="learned")
+        with pytest.raises(MemoryError, match="GiB"):
+            head.build((None, 4))
+
+    def test_gates_that_are_only_looked_at(self):
+        head = AlignmentHead(10, n_samples=10**12)
+        head.build((None, 4))
+        with pytest.raises(MemoryError, match="GiB"):
+            head.gates_at_switch()
+
+    def test_what_fits_is_what_is_free(self, monkeypatch):
+        """As many weights of four bytes as `q` has, and as much to train them."""
+        head = AlignmentHead(2, width=16)
+        head.build((None, 7))
+        needed = 8 * 8 * 2 * 16 / 2**30
+        monkeypatch.setattr(alignment_head, "free_gib", lambda: 0.99 * needed)
+        with pytest.raises(MemoryError):
+            head.start_exploiting()
+        monkeypatch.setattr(alignment_head, "free_gib", lambda: 1.01 * needed)
+        head.start_exploiting()
 
 
 class TestDtypes:
-    @pytest.mark.parametrize("gates", GATES)
+    @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize(
         ("policy", "compute", "tolerance"),
         [
@@ -327,10 +473,10 @@ class TestDtypes:
             ("mixed_bfloat16", "bfloat16", 0.2),
         ],
     )
-    def test_policies(self, policy, compute, tolerance, gates):
+    def test_policies(self, policy, compute, tolerance, kind):
         z = features(n=40, p=6, dtype="float64")
         # Gentle slope: half precision loses the sign of what is nearly closed.
-        head = exploiting(gates, z=z, dtype=policy, slope=1.0)
+        head = exploiting(kind, z=z, dtype=policy, slope=1.0)
         result = head(z)
         assert keras.backend.standardize_dtype(result.dtype) == compute
         assert head.q.dtype == ("float64" if policy == "float64" else "float32")
@@ -378,8 +524,8 @@ class TestShapes:
             AlignmentHead(3, width=5).build([(None, 4), (None, None, 2)])
 
 
-@pytest.mark.parametrize("gates", GATES)
-def test_no_intermediate_is_larger_than_batch_x_units_x_width(gates):
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_intermediate_is_larger_than_batch_x_units_x_width(kind):
     """`B * m * d` would be the explicit features; a call must never make them."""
     if BACKEND != "jax":
         pytest.skip("The intermediates of a computation are listed by JAX alone.")
@@ -387,7 +533,7 @@ def test_no_intermediate_is_larger_than_batch_x_units_x_width(gates):
 
     n, p, units, width = 64, 31, 2, 16
     z = features(n, p)
-    head = exploiting(gates, units, z=z, width=width)
+    head = exploiting(kind, units, z=z, width=width)
 
     def loss(q, z):
         values = {id(v): v.value for v in head.variables} | {id(head.q): q}
@@ -439,14 +585,14 @@ class TestTrainable:
         assert [id(v) for v in head.trainable_variables] == expected
 
     def test_gates_signs_and_phase_never_train(self):
-        for gates in GATES:
-            head = exploiting(gates)
+        for kind in KINDS:
+            head = exploiting(kind)
             for variable in (head.r, head.w, head._phase_index):
                 assert not variable.trainable
                 assert not any(variable is v for v in head.trainable_variables)
 
     @pytest.mark.parametrize("by_model", [True, False])
-    def test_sleeping_units_stay_asleep_when_thawed(self, by_model):
+    def test_thawed_before_there_are_units(self, by_model):
         inputs = keras.Input((4,))
         head = AlignmentHead(2, width=3)
         model = keras.Model(inputs, head(inputs))
@@ -458,10 +604,9 @@ class TestTrainable:
         assert {id(v) for v in model.trainable_variables} == {
             id(v) for v in head.dense.variables
         }
-        assert not head.q.trainable
-        assert not head.bias.trainable
         head.start_exploiting()
         assert head.q.trainable
+        assert head.bias.trainable
 
     @pytest.mark.parametrize("gates", GATES)
     def test_a_frozen_head_stays_frozen(self, gates):
@@ -483,33 +628,37 @@ class TestTrainable:
 
 class TestSeeds:
     @staticmethod
-    def drawn(gates="random", seed=7):
-        head = AlignmentHead(2, width=3, gates=gates, seed=seed)
+    def drawn(kind="shared", seed=7):
+        head = AlignmentHead(2, width=3, seed=seed, **KINDS[kind])
         head.build((None, 2))
-        q = array(head.q)
+        q = None if head.q is None else array(head.q)
         head.start_exploiting()
         return q, array(head.r), array(head.w)
 
-    def test_gates_are_equal_on_every_backend(self):
-        q, r, w = self.drawn("random")
+    @pytest.mark.parametrize(("kind", "groups"), [("shared", 1), ("separate", 2)])
+    def test_gates_are_equal_on_every_backend(self, kind, groups):
+        _, r, w = self.drawn(kind)
         rng = np.random.default_rng([7, 1])
-        expected = rng.standard_normal((3, 2, 3)) / math.sqrt(3)
-        np.testing.assert_array_equal(r, expected.astype("float32"))
+        expected = rng.standard_normal((3, 3, groups)) / math.sqrt(3)
+        np.testing.assert_array_equal(r, expected.transpose(1, 2, 0).astype("float32"))
         np.testing.assert_array_equal(np.abs(w), np.float32(1 / math.sqrt(3)))
-        q, r, _ = self.drawn("learned")
+
+    def test_learned_gates_are_equal_on_every_backend(self):
+        q, _, _ = self.drawn("learned")
         rng = np.random.default_rng([7, 0])
         expected = rng.standard_normal((3, 2, 3)) / math.sqrt(3)
         np.testing.assert_array_equal(q, expected.astype("float32"))
 
-    @pytest.mark.parametrize("gates", GATES)
-    def test_the_seed_determines_everything(self, gates):
-        for a, b in zip(self.drawn(gates), self.drawn(gates), strict=True):
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_the_seed_determines_everything(self, kind):
+        for a, b in zip(self.drawn(kind), self.drawn(kind), strict=True):
             np.testing.assert_array_equal(a, b)
-        assert not np.array_equal(self.drawn(gates)[1], self.drawn(gates, seed=8)[1])
+        assert not np.array_equal(self.drawn(kind)[1], self.drawn(kind, seed=8)[1])
 
     def test_signs_are_balanced(self):
-        head = AlignmentHead(4, width=1000, seed=0)
+        head = AlignmentHead(4, width=1000, seed=0, share_gates=False)
         head.build((None, 2))
+        head.start_exploiting()
         w = array(head.w) * math.sqrt(1000)
         np.testing.assert_allclose(np.abs(w), 1.0, rtol=1e-6)
         assert np.all(np.abs(w.mean(axis=1)) < 4 / math.sqrt(1000))
@@ -534,12 +683,12 @@ class TestSeeds:
 
 
 class TestConfig:
-    @pytest.mark.parametrize("gates", GATES)
-    def test_round_trip(self, gates):
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_round_trip(self, kind):
         head = AlignmentHead(
             3,
             n_samples=20,
-            gates=gates,
+            **KINDS[kind],
             slope=3.5,
             seed=11,
             dtype="mixed_bfloat16",
@@ -553,6 +702,7 @@ class TestConfig:
             "units",
             "n_samples",
             "gates",
+            "share_gates",
             "slope",
             "seed",
             "name",
@@ -563,6 +713,7 @@ class TestConfig:
         assert twin.activity_regularizer.l2 == 0.25
         for layer in (head, twin):
             layer.build((None, 4))
+            layer.start_exploiting()
         assert twin.width == head.width == 8
         np.testing.assert_array_equal(array(twin.w), array(head.w))
 
@@ -598,24 +749,24 @@ class TestConfig:
         assert AlignmentHead.from_config(head.get_config()).phase == "exploring"
 
 
-def functional(gates, pair=False):
+def functional(kind="shared", pair=False):
     keras.utils.set_random_seed(0)
     inputs = keras.Input((4,))
     hidden = keras.layers.Dense(6, "relu")(inputs)
     # Without weights of its own, as learned gates have no use for the first one.
     z = [keras.layers.ReLU()(hidden), hidden] if pair else hidden
-    head = AlignmentHead(2, n_samples=20, gates=gates, seed=3, name="head")
+    head = AlignmentHead(2, n_samples=20, seed=3, name="head", **KINDS[kind])
     return keras.Model(inputs, head(z)), head
 
 
-def trained(gates, phase, pair=False):
+def trained(kind, phase, pair=False, width=None):
     x, y = features(20), features(20, 2, seed=1)
-    model, head = functional(gates, pair)
+    model, head = functional(kind, pair)
     model.compile("adam", "mse")
     model.fit(x, y, epochs=2, verbose=0)
     if phase == "exploiting":
-        set_statistics(head, x[:, :1] * np.ones((1, head.q.shape[0] - 1), "float32"))
-        head.start_exploiting()
+        set_statistics(head, x[:, :1] * np.ones((1, head.dim - 1), "float32"))
+        head.start_exploiting(width=width)
         model.compile("adam", "mse")
         model.fit(x, y, epochs=2, verbose=0)
         assert np.any(array(head.q) != array(head.r))
@@ -624,10 +775,12 @@ def trained(gates, phase, pair=False):
 
 class TestInAFunctionalModel:
     @pytest.mark.parametrize("pair", [False, True])
-    @pytest.mark.parametrize("gates", GATES)
+    @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("phase", PHASES)
-    def test_saves_and_loads(self, phase, gates, pair, tmp_path):
-        model, _, x, y = trained(gates, phase, pair)
+    def test_saves_and_loads(self, phase, kind, pair, tmp_path):
+        # At a width that no config tells, where the gates are drawn at the switch.
+        width = None if kind == "learned" else 4
+        model, _, x, y = trained(kind, phase, pair, width)
         model.save(tmp_path / "model.keras")
         loaded = keras.saving.load_model(tmp_path / "model.keras")
         assert loaded.get_layer("head").phase == phase
@@ -643,16 +796,15 @@ class TestInAFunctionalModel:
         for a, b in zip(model.get_weights(), loaded.get_weights(), strict=True):
             np.testing.assert_array_equal(a, b)
 
-    @pytest.mark.parametrize("gates", GATES)
-    def test_weights_bring_the_phase_along(self, gates, tmp_path):
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_weights_bring_the_phase_along(self, kind, tmp_path):
         x = features(20)
-        models = {phase: trained(gates, phase)[0] for phase in PHASES}
+        models = {phase: trained(kind, phase)[0] for phase in PHASES}
         for phase, model in models.items():
             model.save_weights(tmp_path / f"{phase}.weights.h5")
-        by_file, by_head = functional(gates), functional(gates)
+        by_file, by_head = functional(kind), functional(kind)
         # There and back.
         for phase in ("exploiting", "exploring"):
-            asleep = phase == "exploring" and gates == "random"
             by_file[0].load_weights(tmp_path / f"{phase}.weights.h5")
             for ours, theirs in zip(
                 by_head[0].layers, models[phase].layers, strict=True
@@ -660,19 +812,80 @@ class TestInAFunctionalModel:
                 ours.set_weights(theirs.get_weights())
             for model, head in (by_file, by_head):
                 assert head.phase == phase
-                assert head.q.trainable is not asleep
-                assert head.bias.trainable is not asleep
+                units = phase == "exploiting" or kind == "learned"
+                assert (head.q is not None) is units
+                if units:
+                    assert head.q.trainable
+                    assert head.bias.trainable
                 np.testing.assert_array_equal(array(model(x)), array(models[phase](x)))
 
     def test_sync_phase_after_a_models_set_weights(self):
         """Which assigns variable by variable, so that no layer is told."""
-        model, _, x, _ = trained("random", "exploiting")
-        other, head = functional("random")
+        model, _, x, _ = trained("learned", "exploiting")
+        other, head = functional("learned")
         other.set_weights(model.get_weights())
         assert head.phase == "exploring"
         head.sync_phase()
         assert head.phase == "exploiting"
         np.testing.assert_array_equal(array(other(x)), array(model(x)))
+
+    @pytest.mark.parametrize("by", ["file", "list"])
+    def test_weights_bring_the_width_along(self, by, tmp_path):
+        x = features(20)
+        model, _, _, _ = trained("shared", "exploiting", width=4)
+        wide = functional()
+        wide[1].start_exploiting()
+        for other, head in (functional(), wide):
+            if by == "file":
+                model.save_weights(tmp_path / "model.weights.h5")
+                other.load_weights(tmp_path / "model.weights.h5")
+            else:
+                for ours, theirs in zip(other.layers, model.layers, strict=True):
+                    ours.set_weights(theirs.get_weights())
+            assert head.width == 4
+            np.testing.assert_array_equal(array(other(x)), array(model(x)))
+
+    @pytest.mark.parametrize("by", ["file", "list"])
+    @pytest.mark.parametrize(
+        ("kind", "other"), [("shared", "separate"), ("separate", "shared")]
+    )
+    def test_gates_of_the_other_kind_are_refused(self, kind, other, by):
+        head, theirs = exploiting(kind), exploiting(other, width=7)
+        before = [array(weight) for weight in head.weights]
+        take, weights = head.set_weights, theirs.get_weights()
+        if by == "file":
+            take, weights = head.load_own_variables, {}
+            theirs.save_own_variables(weights)
+        with pytest.raises(ValueError, match=r"another head.*share_gates=.*Received"):
+            take(weights)
+        assert head.width == 5
+        for weight, value in zip(head.weights, before, strict=True):
+            np.testing.assert_array_equal(array(weight), value)
+
+    def test_learned_gates_of_another_width_are_refused(self):
+        """Exploration trains them: its optimizer knows their shapes."""
+        head = exploiting("learned")
+        with pytest.raises(ValueError, match="another head"):
+            head.set_weights(exploiting("learned", width=7).get_weights())
+
+    def test_lists_that_do_not_fit_are_refused(self):
+        head = exploiting()
+        before = head.get_weights()
+        wrong = [*before[:-1], np.zeros(7)]
+        for weights in (before[:-1], wrong, []):
+            with pytest.raises(ValueError, match=r"weights are not those of.*Received"):
+                head.set_weights(weights)
+        for old, new in zip(before, head.get_weights(), strict=True):
+            np.testing.assert_array_equal(old, new)
+
+    def test_variables_of_no_head_are_refused(self):
+        head = exploiting()
+        for store in ({"0": np.zeros(3)}, {"gamma": np.zeros(3)}):
+            with pytest.raises(ValueError, match="not those of an alignment head"):
+                head.load_own_variables(store)
+        with pytest.raises(ValueError, match="No variables of a head were found"):
+            head.load_own_variables({})
+        assert head.phase == "exploiting"
 
     def test_a_mask_of_the_features_is_one_of_the_logits(self):
         """As with Dense: the loss then leaves masked samples out."""
@@ -700,6 +913,7 @@ class TestInAFunctionalModel:
         ({"width": 0}, "`width` must be a positive int.*width=0"),
         ({"width": "4"}, "`width` must be a positive int.*width=4"),
         ({"width": None}, "Pass `n_samples=len"),
+        ({"share_gates": None}, "`share_gates` must be True or False.*None"),
         ({"n_samples": -1}, "`n_samples` must be a positive int.*n_samples=-1"),
         ({"n_samples": 1.5}, "`n_samples` must be a positive int.*n_samples=1.5"),
         ({"gates": "Random"}, "`gates` must be one of.*gates=Random"),

@@ -169,20 +169,23 @@ def test_continued_schedule_round_trip():
         assert value == pytest.approx(float(np.array(schedule.schedule(step + 40))))
 
 
-@pytest.mark.parametrize("exploit", [None, "given"])
-def test_config_round_trip(exploit):
+@pytest.mark.parametrize(
+    ("exploit", "cache"), [(None, False), ("given", "disk"), (None, True)]
+)
+def test_config_round_trip(exploit, cache):
     given = None if exploit is None else optimizers.SGD(0.5, momentum=0.3)
     optimizer = kd.DAlign(
         optimizers.AdamW(3e-3, weight_decay=0.01),
         given,
         explore=7,
         noise=0.01,
-        cache_features=False,
+        cache_features=cache,
         name="mine",
     )
     config = keras.saving.serialize_keras_object(optimizer)
     loaded = keras.saving.deserialize_keras_object(config)
     assert isinstance(loaded, kd.DAlign)
+    assert loaded.cache_features == cache
     assert keras.saving.serialize_keras_object(loaded) == config
     kind = optimizers.AdamW if exploit is None else optimizers.SGD
     assert isinstance(loaded.exploit_optimizer, kind)
@@ -286,27 +289,65 @@ def test_one_dalign_serves_one_model():
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute")
-def test_mirrored_strategy(two_cpus):
+@pytest.mark.parametrize("exploit", ["adam", "solve", "load"])
+def test_mirrored_strategy(exploit, mirrored, tmp_path):
+    """Units that come at the switch belong to the strategy, as does their optimizer."""
     import tensorflow as tf
 
     x, y = digits(96)
     results = []
-    for strategy in (None, tf.distribute.MirroredStrategy(two_cpus)):
+    for strategy in (None, mirrored):
         scope = strategy.scope() if strategy else tf.device("/cpu:0")
+        options = {"explore": 2}
+        if exploit == "solve":
+            options |= {"exploit_optimizer": "solve", "solve_options": {"l2": 1e-2}}
         with scope:
             model = kd.align(mlp(), n_samples=len(x), seed=5)
             model.compile(
-                kd.DAlign(optimizers.Adam(1e-2), explore=2), loss=cross_entropy()
+                kd.DAlign(optimizers.Adam(1e-2), **options), loss=cross_entropy()
             )
-        history = model.fit(x, y, batch_size=32, epochs=4, verbose=0, shuffle=False)
-        assert history.history["phase"] == [0, 0, 1, 1]
-        results.append(weights(model))
-    for alone, mirrored in zip(*results, strict=True):
-        np.testing.assert_allclose(alone, mirrored, atol=2e-4)
+        if exploit == "load" and strategy:
+            model.load_weights(tmp_path / "model.weights.h5")
+        arguments = {"batch_size": 32, "verbose": 0, "shuffle": False}
+        history = model.fit(x, y, epochs=4, **arguments)
+        phases = history.history["phase"]
+        assert phases[-2:] == [1, 1]
+        if exploit == "load" and not strategy:
+            model.save_weights(tmp_path / "model.weights.h5")
+            model.fit(x, y, epochs=4, **arguments)
+        if strategy:
+            made = [*model.head.units_variables, *model.optimizer.variables]
+            for variable in made:
+                assert isinstance(variable.value, tf.distribute.DistributedValues)
+        results.append([*weights(model), model.predict(x, verbose=0)])
+    for alone, replicated in zip(*results, strict=True):
+        np.testing.assert_allclose(alone, replicated, atol=2e-4)
+
+
+def test_the_optimizer_of_exploitation_is_built_at_the_switch():
+    x, y = digits(96)
+    model = kd.align(mlp(), n_samples=len(x))
+    model.compile(kd.DAlign(optimizers.Adam(1e-2), explore=2), loss=cross_entropy())
+    optimizer = model.optimizer
+    assert optimizer.inner_optimizer.built
+    assert not optimizer.exploit_optimizer.built
+    model.fit(x, y, epochs=3, verbose=0)
+    exploit = optimizer.exploit_optimizer
+    shapes = [tuple(v.shape) for v in exploit._trainable_variables]
+    assert shapes == [model.head.q.shape, model.head.bias.shape]
+    # Other units begin with an optimizer of their own; the same ones go on.
+    model.fit(x, y, epochs=1, verbose=0)
+    assert optimizer.exploit_optimizer is exploit
+    steps = int(np.array(exploit.iterations))
+    assert steps == 6
+    model.set_width(5)
+    assert optimizer.exploit_optimizer is not exploit
+    assert int(np.array(optimizer.exploit_optimizer.iterations)) == 0
+    assert optimizer.exploit_optimizer.get_config() == exploit.get_config()
 
 
 def test_the_solver_for_exploitation():
-    options = {"tol": 1e-4, "l2": "auto", "method": "newton", "max_iterations": 7}
+    options = {"tol": 1e-4, "l2": "auto", "method": "lbfgs", "max_iterations": 7}
     optimizer = kd.DAlign(optimizers.Adam(), "solve", solve_options=options)
     assert optimizer.solves
     assert not kd.DAlign("adam", "sgd").solves

@@ -136,6 +136,7 @@ CASES = {
     "outputs": st.integers(1, 4),
     "weighted": st.booleans(),
     "reduction": st.sampled_from(REDUCTIONS),
+    "share": st.booleans(),
     "conflicts": st.booleans(),
     "near": st.booleans(),
     "kind": st.sampled_from(["head", "matrix", "last", "lsmr", "nonlinear"]),

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from small import convnet, digit_images, digits, mlp
+from small import KINDS, convnet, digit_images, digits, gates_of, mlp
 
 import keras_dalign as kd
 from keras_dalign.conditions import jacobian as jacobian_module
@@ -33,8 +33,8 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype("float32")
 
 
-def exploiting(gates="random", units=3, n=6, seed=0):
-    model = kd.align(smooth(units, seed), n_samples=n, gates=gates, seed=seed)
+def exploiting(kind="shared", units=3, n=6, seed=0):
+    model = kd.align(smooth(units, seed), n_samples=n, seed=seed, **KINDS[kind])
     model.start_exploiting()
     head, rng = model.head, np.random.default_rng(seed)
     head.q.assign(rng.normal(size=head.q.shape))
@@ -183,10 +183,10 @@ def _numpy(variable):
     return np.asarray(ops.convert_to_numpy(variable)).astype("float64")
 
 
-@pytest.mark.parametrize("gates", ["random", "learned"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("units", [1, 3])
-def test_heads_are_block_diagonal_and_linear(gates, units):
-    model, x = exploiting(gates, units), normal(6, 5)
+def test_heads_are_block_diagonal_and_linear(kind, units):
+    model, x = exploiting(kind, units), normal(6, 5)
     J = jacobian(model, x, "head", batch_size=4)
     assert J.kind == "head"
     assert J.variables[0] is model.head.q
@@ -198,7 +198,7 @@ def test_heads_are_block_diagonal_and_linear(gates, units):
     zh = head.normalize_exactly(trunk)
     dense = np.zeros((6, units, d, units, m))
     for c in range(units):
-        r, w = head.gates_of(c)
+        r, w = gates_of(head, c)
         dense[:, c, :, c] = (
             zh[:, :, None] * (w / (1 + np.exp(-head.slope * zh @ r)))[:, None, :]
         )
@@ -209,7 +209,7 @@ def test_heads_are_block_diagonal_and_linear(gates, units):
     linear = J.offset() + (dense @ J.theta()).reshape(6, units)
     np.testing.assert_allclose(J.outputs(), linear, atol=1e-12)
     np.testing.assert_allclose(J.outputs(), model.predict(x, verbose=0), atol=1e-4)
-    if gates == "random":
+    if kind != "learned":
         kernel, b0 = (w.astype("float64") for w in head.dense.get_weights())
         np.testing.assert_allclose(J.offset(), trunk @ kernel + b0, atol=1e-12)
     else:

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from keras.ops import convert_to_numpy as to_numpy
 from small import (
+    KINDS,
     assert_equal,
     convnet,
     cross_entropy,
     digit_images,
     digits,
+    gates_of,
     mlp,
     weights,
 )
@@ -43,8 +45,9 @@ def fitted(model, x, y, epochs=1, callbacks=(), loss=None, **arguments):
     return run.history, monitor
 
 
-def aligned(n, gates="random", explore=1, base=None, **arguments):
-    model = kd.align(base or mlp(), n_samples=n, gates=gates, seed=1, **arguments)
+def aligned(n, kind="shared", explore=1, base=None, **arguments):
+    options = {**KINDS[kind], **arguments}
+    model = kd.align(base or mlp(), n_samples=n, seed=1, **options)
     model.compile(
         kd.DAlign(keras.optimizers.Adam(1e-2), explore=explore), loss=cross_entropy()
     )
@@ -205,7 +208,7 @@ def head_jacobian(head, u):
     rows = head.normalize_exactly(u)
     blocks = []
     for c in range(head.units):
-        phi = explicit_features(rows, *head.gates_of(c), head.slope)
+        phi = explicit_features(rows, *gates_of(head, c), head.slope)
         blocks.append(np.c_[phi, np.ones(len(rows))])
     n, columns = blocks[0].shape
     jacobian = np.zeros((head.units * n, head.units * columns))
@@ -215,11 +218,11 @@ def head_jacobian(head, u):
 
 
 @NARROW
-@pytest.mark.parametrize("gates", ["random", "learned"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("width", [1, 12])
-def test_the_head_that_would_be_if_the_switch_came_now(gates, width):
+def test_the_head_that_would_be_if_the_switch_came_now(kind, width):
     x, y = digits(40)
-    model = aligned(40, gates, explore=2, width=width)
+    model = aligned(40, kind, explore=2, width=width)
     found = {}
     before = []
 
@@ -241,7 +244,7 @@ def test_the_head_that_would_be_if_the_switch_came_now(gates, width):
     expected = brute_force(head_jacobian(model.head, u), one_hot(y).T)
     assert_close(history, "head", expected)
     assert (expected[1] == 400) == (width == 12)
-    if gates == "learned":
+    if kind == "learned":
         assert_close(history, "alignment", expected)
     else:
         z = np.c_[u, np.ones(40)]
@@ -250,10 +253,10 @@ def test_the_head_that_would_be_if_the_switch_came_now(gates, width):
 
 
 @NARROW
-@pytest.mark.parametrize("gates", ["random", "learned"])
-def test_the_head_in_exploitation(gates):
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_head_in_exploitation(kind):
     x, y = digits(40)
-    model = aligned(40, gates, width=1)
+    model = aligned(40, kind, width=1)
     history, _ = fitted(model, x, y, epochs=3)
     assert list(history) == ["loss", "phase", *ENTRIES, *HEAD]
     assert history["phase"] == [0, 1, 1]
@@ -264,6 +267,29 @@ def test_the_head_in_exploitation(gates):
         assert_close(history, prefix, expected, epoch=2)
     assert history["feature_movement"][1] == history["feature_movement"][2]
     assert history["gap"][2] < history["gap"][1]
+
+
+def test_a_head_whose_width_the_solver_chooses():
+    """The default would be billions of gates; the switch takes a few to begin with."""
+    x, y = digits(40)
+    model = kd.align(mlp(), n_samples=10**12, seed=1)
+    options = {"l2": 1e-2}
+    model.compile(
+        kd.DAlign("adam", "solve", explore=2, solve_options=options),
+        loss=cross_entropy(),
+    )
+    found = []
+    look = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: found.append((model.head.width, logs))
+    )
+    fitted(model, x, y, epochs=3, callbacks=[look])
+    assert [width for width, _ in found[:2]] == [None, None]
+    u = model.trunk.predict(x, verbose=0).astype("float64")
+    for width, logs in ((8, found[1][1]), found[-1]):
+        model.set_width(width)
+        expected = brute_force(head_jacobian(model.head, u), one_hot(y).T)
+        assert logs["head_rank"] == expected[1]
+        assert logs["head_condition"] == pytest.approx(expected[2], rel=1e-3)
 
 
 @NARROW
@@ -300,13 +326,13 @@ def test_what_is_frozen_is_computed_once(monkeypatch):
 # --- gap and movement -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gates", [None, "random", "learned"])
-def test_the_gap_is_the_certificate_s_on_the_samples(gates):
+@pytest.mark.parametrize("kind", [None, "shared", "learned"])
+def test_the_gap_is_the_certificate_s_on_the_samples(kind):
     x, y = digits(90)
     x[60:], y[60:70] = x[:30], (y[:10] + 1) % 10
     y[70:] = y[10:30]
     weight = np.random.default_rng(0).random(90).astype("float32")
-    model = mlp() if gates is None else aligned(90, gates)
+    model = mlp() if kind is None else aligned(90, kind)
     found, expected, bounds = [], [], []
 
     def look(epoch, logs):
@@ -319,7 +345,7 @@ def test_the_gap_is_the_certificate_s_on_the_samples(gates):
     monitor = AlignmentMonitor(x, y, n_samples=70, sample_weight=weight, seed=2)
     assert len(set(monitor.samples)) == 70
     callbacks = [monitor, keras.callbacks.LambdaCallback(on_epoch_end=look)]
-    if gates is None:
+    if kind is None:
         model.compile("adam", loss=cross_entropy())
     model.fit(x, y, epochs=3, verbose=0, callbacks=callbacks)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -544,11 +570,9 @@ def test_a_diverged_run_has_no_numbers_and_goes_on(layer, lost):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute")
-def test_under_a_distribution_strategy(two_cpus):
-    import tensorflow as tf
-
+def test_under_a_distribution_strategy(mirrored):
     x, y = digits(40)
-    with tf.distribute.MirroredStrategy(two_cpus).scope():
+    with mirrored.scope():
         model = mlp()
         model.compile("sgd", loss=cross_entropy())
     found, _ = fitted(model, x, y)

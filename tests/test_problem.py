@@ -108,7 +108,7 @@ def test_restricted_to_a_subspace(k):
     of = problem()
     rng = np.random.default_rng(3)
     basis = np.linalg.qr(rng.standard_normal((of.d, k)))[0]
-    some = of.restricted(basis)
+    some = of.restricted(of.coordinates(basis))
     assert some.size == k * of.units * of.width + of.units
     theta = rng.standard_normal(some.size)
     there = of.unrestricted(basis, theta)

@@ -11,8 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from keras_dalign.numerics.gram import explicit_features, gram_matrix
-from keras_dalign.numerics.rank import check_rank, default_width
+from keras_dalign.numerics import rank as rank_module
+from keras_dalign.numerics.gram import (
+    explicit_features,
+    gate_activations,
+    gram_matrix,
+)
+from keras_dalign.numerics.rank import (
+    check_rank,
+    closed_share,
+    default_width,
+    least_gates,
+)
 from keras_dalign.numerics.subspace import numerical_rank, visible_rank
 from keras_dalign.numerics.union import union_rank, union_rank_exact
 
@@ -57,24 +67,64 @@ def _svd_rank(features, m, seed=1):
 # --- width and rank of the features ---------------------------------------------------
 
 
+@pytest.mark.parametrize("slope", [2.0, 4.0, 20.0, 100.0])
+def test_closed_share_is_that_of_random_gates(slope):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(200, 30))
+    rows *= np.sqrt(30) / np.linalg.norm(rows, axis=1, keepdims=True)
+    gates = rng.normal(size=(30, 2000)) / np.sqrt(30)
+    closed = gate_activations(rows, gates, slope) < 1e-3
+    assert closed.mean() == pytest.approx(closed_share(slope), abs=3e-3)
+
+
+@pytest.mark.parametrize(("slope", "share"), [(20.0, 0.365), (1e9, 0.5), (0.5, 0.0)])
+def test_closed_share(slope, share):
+    assert closed_share(slope) == pytest.approx(share, abs=5e-4)
+
+
+@pytest.mark.parametrize("slope", [1.0, 4.0, 20.0, 1e6])
+@pytest.mark.parametrize("n", [1, 50, 1000, 10**6])
+def test_least_gates_leave_a_hundredth_of_a_sample(n, slope):
+    least = least_gates(n, slope)
+    assert n * closed_share(slope) ** least <= 0.01
+    assert least == 1 or n * closed_share(slope) ** (least - 1) > 0.01
+
+
+def test_least_gates_grow_with_the_logarithm():
+    assert least_gates(1000, 20.0) == 12
+    assert least_gates(10**6, 20.0) == 19
+    # The share of gates that a gentle slope closes is no float any more.
+    assert least_gates(1000, 1e-3) == 1
+
+
 @pytest.mark.parametrize(
     ("n", "rank", "width"),
-    [(1, 1, 2), (1, 65, 1), (10, 5, 4), (11, 5, 5), (60000, 65, 1847)],
+    [(10, 5, 4), (11, 5, 5), (100, 1, 200), (60000, 65, 1847), (1000, 2001, 4)],
 )
 def test_default_width(n, rank, width):
-    assert default_width(n, rank) == width
+    assert default_width(n, rank, SLOPE) == width
 
 
-@given(st.integers(1, 10**18), st.integers(1, 10**6))
-def test_default_width_is_the_least_with_twice_the_columns(n, rank):
-    width = default_width(n, rank)
-    assert width * rank >= 2 * n > (width - 1) * rank
+@given(st.integers(1, 10**18), st.integers(1, 10**6), st.floats(0.1, 1e3))
+def test_default_width_is_the_least_with_twice_the_columns(n, rank, slope):
+    width = default_width(n, rank, slope)
+    assert width * rank >= 2 * n
+    assert width >= least_gates(n, slope)
+    assert (width - 1) * rank < 2 * n or width == least_gates(n, slope)
 
 
-@pytest.mark.parametrize(("n", "rank", "name"), [(0, 3, "n_samples"), (3, 0, "rank")])
-def test_default_width_bad_input(n, rank, name):
-    with pytest.raises(ValueError, match=f"`{name}` must be at least 1. Received"):
-        default_width(n, rank)
+@pytest.mark.parametrize(
+    ("n", "rank", "slope", "message"),
+    [
+        (0, 3, 4.0, "`n_samples` must be at least 1. Received: n_samples=0"),
+        (3, 0, 4.0, "`rank` must be at least 1. Received: rank=0"),
+        (3, 3, 0.0, "`slope` must be positive and finite. Received: slope=0.0"),
+        (3, 3, np.inf, "`slope` must be positive and finite. Received: slope=inf"),
+    ],
+)
+def test_default_width_bad_input(n, rank, slope, message):
+    with pytest.raises(ValueError, match=message):
+        default_width(n, rank, slope)
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (30, 12), (5000, 12), (9, 6)])
@@ -341,7 +391,7 @@ def test_union_rank_rtol():
 
 def test_check_passes_and_reports_what_svd_reports():
     features = _sample(120, 9)
-    gates = _gates(10, default_width(120, 10))
+    gates = _gates(10, default_width(120, 10, SLOPE))
     check = check_rank(features, *gates, SLOPE)
     values = np.linalg.svd(explicit_features(features, *gates, SLOPE), compute_uv=False)
     assert check.full
@@ -390,7 +440,7 @@ def test_dead_features_need_a_larger_width():
     raw = np.random.default_rng(0).normal(size=(120, 9))
     raw[:, 2:8] = 3.0
     features = _normalise(raw)
-    check = check_rank(features, *_gates(10, default_width(120, 10)), SLOPE)
+    check = check_rank(features, *_gates(10, default_width(120, 10, SLOPE)), SLOPE)
     assert check.reason == "width"
     assert check.n_dead == 6
     assert (check.feature_rank, check.feature_dim) == (4, 10)
@@ -406,7 +456,7 @@ def test_collapsed_features_of_a_float32_trunk():
     raw = rng.normal(size=(120, 3)) @ rng.normal(size=(3, 9))
     features = _normalise(raw).astype("float32")
     assert numerical_rank(features) == 10
-    check = check_rank(features, *_gates(10, default_width(120, 10)), SLOPE)
+    check = check_rank(features, *_gates(10, default_width(120, 10, SLOPE)), SLOPE)
     assert check.feature_rank == 4
     assert check.reason == "width"
     assert check_rank(features, *_gates(10, check.needed_width), SLOPE).full
@@ -477,7 +527,7 @@ def test_repeated_samples_and_a_failing_width():
     features = np.concatenate([_sample(60, 9), _sample(60, 9)[:7]])
     check = check_rank(features, *_gates(10, 5), SLOPE)
     assert check.reason == "width"
-    assert check.needed_width == default_width(60, 10) == 12
+    assert check.needed_width == default_width(60, 10, SLOPE) == 12
     assert "Use a width of 12" in str(check)
     assert "7 samples have exactly" in str(check)
     mended = check_rank(features, *_gates(10, 12), SLOPE)
@@ -583,7 +633,7 @@ def test_few_given_samples_do_not_limit_the_rank_of_the_others():
     assert check.full
     narrow = check_rank(_sample(6, 9), *_gates(10, 20), SLOPE, n_samples=250)
     assert narrow.reason == "width"
-    assert narrow.needed_width == default_width(250, 10)
+    assert narrow.needed_width == default_width(250, 10, SLOPE)
 
 
 def test_check_names_no_culprit_where_the_search_is_too_long(monkeypatch):
@@ -613,6 +663,60 @@ def test_check_agrees_with_the_formula(n, p, m, seed):
     assert check.rank <= union_rank(features, m).rank
     assert check.sigma_max == pytest.approx(np.sqrt(values[0]))
     assert check.full == (check.rank == len(features))
+
+
+# --- outputs with gates of their own --------------------------------------------------
+
+
+def _separate_gates(d, outputs, m):
+    pairs = [_gates(d, m, seed) for seed in range(outputs)]
+    gates, weights = zip(*pairs, strict=True)
+    return np.stack(gates, axis=1), np.stack(weights)
+
+
+def test_the_least_of_all_outputs_is_reported():
+    features = _sample(60, 9)
+    gates, weights = _separate_gates(10, 4, 14)
+    check = check_rank(features, gates, weights, SLOPE)
+    assert check.full
+    singles = [check_rank(features, gates[:, c], weights[c], SLOPE) for c in range(4)]
+    assert check.sigma_min == min(single.sigma_min for single in singles)
+    assert singles[check.output].sigma_min == check.sigma_min
+    assert f"least of all outputs, output {check.output})" in str(check)
+    assert [single.output for single in singles] == [None] * 4
+    # All units of one output are the same one.
+    gates[:, 2] = gates[:, 2, :1]
+    check = check_rank(features, gates, weights, SLOPE)
+    assert not check.full
+    assert check.output == 2
+    assert check.rank == check_rank(features, gates[:, 2], weights[2], SLOPE).rank == 10
+    assert check.to_dict()["output"] == 2
+
+
+def test_outputs_differ_in_the_units_that_count():
+    features = _sample(60, 9)
+    gates, weights = _separate_gates(10, 3, 14)
+    weights[1, 5:] = 0.0
+    check = check_rank(features, gates, weights, SLOPE)
+    assert (check.output, check.width, check.rank) == (1, 5, 50)
+    assert check.reason == "width"
+
+
+def test_shared_gates_are_checked_once(monkeypatch):
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return gram_matrix(*args)
+
+    monkeypatch.setattr(rank_module, "gram_matrix", counted)
+    gates, weights = _gates(10, 14)
+    flat = check_rank(_sample(60, 9), gates, weights, SLOPE)
+    assert len(calls) == 1
+    shared = check_rank(_sample(60, 9), gates[:, None], weights[None], SLOPE)
+    assert len(calls) == 2
+    assert shared == flat
+    assert shared.output is None
 
 
 # --- who costs rank -------------------------------------------------------------------
@@ -756,7 +860,11 @@ def test_lists_become_json():
         ({"R": np.ones((3, 3))}, "one row per column of `Zh`"),
         ({"w": [1.0, np.nan, 1.0]}, "`w` must have at least one entry, all of them"),
         ({"w": [], "R": np.ones((2, 0))}, "`w` must have at least one entry"),
-        ({"w": [1.0]}, "`w` must have one entry per column"),
+        ({"w": [1.0]}, r"`w` must have one entry per gate.*\(1,\), R.shape=\(2, 3\)"),
+        ({"w": np.ones((2, 3))}, "`w` must have one entry per gate"),
+        ({"R": np.ones((2, 2, 3))}, "`w` must have one entry per gate"),
+        ({"R": np.full((2, 1, 3), np.nan)}, r"`R` must be finite, of shape \(d, m\)"),
+        ({"R": np.ones((2, 1, 1, 3))}, r"or \(d, C, m\).*R.shape=\(2, 1, 1, 3\)"),
         ({"slope": -1.0}, "`slope` must be positive"),
         ({"n_samples": 1}, "`n_samples` must not be smaller.*n_samples=1"),
         ({"max_rows": 0}, "`max_rows` must be at least 1. Received: max_rows=0"),

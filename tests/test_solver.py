@@ -1,4 +1,5 @@
 import json
+import warnings
 
 import keras
 import numpy as np
@@ -14,6 +15,7 @@ from small import (
 )
 
 import keras_dalign as kd
+from keras_dalign.head import features
 from keras_dalign.head.features import FeaturePass
 from keras_dalign.numerics.gram import explicit_features
 from keras_dalign.promises.solver import solve
@@ -237,9 +239,13 @@ def test_the_history_of_fit_ends_with_the_model_as_it_is():
     x, y = noisy_sine(200)
     model = kd.align(sine_model(), n_samples=200, seed=0)
     model.compile(kd.DAlign(keras.optimizers.Adam(3e-3), "solve"), "mse")
-    with pytest.warns(UserWarning, match="infimum"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         history = model.fit(x, y, epochs=30, verbose=0).history
     certificate = kd.certify(model, x, y)
+    # What the model does not reach, it is not said to reach.
+    said = any("above its infimum" in str(warning.message) for warning in caught)
+    assert said == (certificate.gap > 1.1e-6)
     assert history["gap"][-1] == pytest.approx(certificate.gap, rel=1e-2)
     assert history["loss"][-1] == pytest.approx(certificate.loss, rel=1e-4)
 
@@ -340,6 +346,50 @@ def test_a_stream_in_any_order():
     result = solve(model, stream, tol=1e-6, verbose=0)
     assert result.converged
     assert result.certificate.n_samples == 96
+
+
+@pytest.mark.parametrize("exploits", [False, True])
+def test_features_that_do_not_fit_into_memory_go_to_disk(monkeypatch, capsys, exploits):
+    """And give the same result, bit for bit."""
+    x, y = digit_images(96)
+    base = convnet()
+    base.compile("adam", loss=cross_entropy())
+    base.fit(x, y, epochs=2, verbose=0)
+    results = []
+    for free in (1.0, 1e-6):
+        model = kd.align(base, n_samples=96, seed=1, copy=True)
+        if exploits:
+            solve(model, x, y, tol=0.5, verbose=0)
+        monkeypatch.setattr(features, "free_gib", lambda free=free: free)
+        found = solve(model, x, y, tol=1e-6, verbose=1)
+        results.append([*weights(model), np.array([found.value, found.gap])])
+        monkeypatch.undo()
+    assert_equal(*results)
+    said = [s for s in capsys.readouterr().out.splitlines() if "features" in s]
+    assert "in memory (" in said[0]
+    assert "on disk, in" in said[1]
+
+
+def test_features_that_fit_nowhere_leave_the_model_as_it_was(monkeypatch):
+    model, x, y = trained()
+    before = weights(model)
+    monkeypatch.setattr(features, "free_gib", lambda: 1e-6)
+    monkeypatch.setattr(features, "free_disk_gib", lambda: 1e-6)
+    with pytest.raises(OSError, match=r"take .* GiB.*set .*TMPDIR"):
+        solve(model, x, y, verbose=0)
+    assert model.phase == "exploring"
+    assert_equal(before, weights(model))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.4, None])
+def test_the_noise_at_the_switch_is_that_of_the_optimizer(noise):
+    model, x, y = trained(gates="learned")
+    if noise is not None:
+        model.compile(kd.DAlign("adam", noise=noise), loss=cross_entropy())
+    expected = model.head.gates_at_switch(1e-3 if noise is None else noise)[0]
+    solve(model, x, y, tol=0.5, verbose=0)
+    gates = keras.ops.convert_to_numpy(model.head.r)
+    np.testing.assert_array_equal(gates, expected.astype("float32"))
 
 
 def test_batch_norm_is_estimated_anew_or_not():

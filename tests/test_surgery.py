@@ -74,7 +74,8 @@ class TestKindsOfModels:
         aligned = check(base)
         assert aligned.head.dense is base.get_layer("logits")
         assert aligned.trunk.output_shape == (None, 5)
-        assert aligned.head.width == 2 * N // 6
+        assert aligned.head.width is None
+        assert aligned.head.default_width() == 2 * N // 6
 
     def test_skip_connections(self):
         inputs = keras.Input((6,))
@@ -752,7 +753,7 @@ class TestOverrides:
         base, x = self.convolutional()
         layer = base.get_layer("map")
         aligned = check(base, x, features="map" if by_name else layer)
-        assert aligned.head.q.shape[0] == 4 * 4 * 2 + 1
+        assert aligned.head.dim == 4 * 4 * 2 + 1
         z, u = aligned.trunk(x)
         assert z.shape == (7, 5)
         np.testing.assert_array_equal(numpy(u), numpy(layer(x)))
@@ -766,7 +767,7 @@ class TestOverrides:
         """There is no linear part: what fed it alone is gone."""
         base, x = self.convolutional()
         aligned = kd.align(base, N, features="map", gates="learned")
-        assert aligned.head.q.shape[0] == 4 * 4 * 2 + 1
+        assert aligned.head.dim == 4 * 4 * 2 + 1
         paths = {v.path for v in aligned.trunk.variables}
         assert paths == {v.path for v in base.get_layer("map").variables}
         aligned.compile(keras.optimizers.Adam(), "mse")
@@ -789,6 +790,8 @@ class TestOverrides:
         head = kd.align(mlp(), N, gates="learned", width=7, slope=3.0, seed=5).head
         assert (head.gates, head.width, head.slope, head.seed) == ("learned", 7, 3.0, 5)
         assert head.n_samples == N
+        assert kd.align(mlp(), N).head.share_gates
+        assert not kd.align(mlp(), N, share_gates=False).head.share_gates
         with pytest.raises(ValueError, match="gates=both"):
             kd.align(mlp(), N, gates="both")
 
@@ -891,7 +894,7 @@ class TestBadInput:
             kd.align(mlp())
 
     def test_n_samples_of_numpy(self):
-        assert kd.align(mlp(), np.int64(N)).head.width == 10
+        assert kd.align(mlp(), np.int64(N)).head.default_width() == 10
 
     def test_too_narrow(self):
         with pytest.warns(UserWarning, match="too narrow") as caught:
@@ -905,7 +908,7 @@ class TestBadInput:
 
     def test_just_wide_enough(self):
         """Warnings are errors here."""
-        assert kd.align(mlp(), N, width=5).head.width == 5
+        assert kd.align(mlp(), N, width=5).head.default_width() == 5
 
     def test_aligned_already(self):
         with pytest.raises(ValueError, match="an alignment head already"):

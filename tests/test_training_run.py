@@ -1,5 +1,9 @@
 import csv
+import errno
+import gc
 import math
+import shutil
+import tempfile
 
 import keras
 import numpy as np
@@ -10,6 +14,7 @@ from small import (
     cross_entropy,
     digit_images,
     digits,
+    maps_in,
     mlp,
     weights,
 )
@@ -20,8 +25,16 @@ from keras_dalign.head import features
 BACKEND = keras.backend.backend()
 
 
-def compiled(base=None, n=96, gates="random", explore=2, compile_with=None, **options):
-    model = kd.align(base or mlp(), n_samples=n, gates=gates, seed=1)
+def compiled(
+    base=None,
+    n=96,
+    gates="random",
+    explore=2,
+    compile_with=None,
+    width=None,
+    **options,
+):
+    model = kd.align(base or mlp(), n_samples=n, gates=gates, width=width, seed=1)
     model.compile(
         kd.DAlign(keras.optimizers.Adam(1e-2), explore=explore, **options),
         loss=cross_entropy(),
@@ -167,7 +180,7 @@ def test_sample_and_class_weights_act_in_both_phases():
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras has it for TensorFlow and JAX")
-@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("cache", [True, False, "disk"])
 def test_steps_per_execution_across_the_switch(cache):
     x, y = digits(96)
     results = []
@@ -182,7 +195,7 @@ def test_steps_per_execution_across_the_switch(cache):
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="needs a C++ compiler at run time")
-@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("cache", [True, False, "disk"])
 def test_jit_compile(cache):
     x, y = digit_images(96)
     model = compiled(
@@ -377,13 +390,162 @@ def test_progress_is_shown_as_keras_shows_it(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_cache_that_does_not_fit_is_streamed(monkeypatch, capsys):
+def test_a_cache_that_fits_nowhere_is_streamed(monkeypatch, capsys):
     x, y = digits(96)
     monkeypatch.setattr(features, "free_gib", lambda: 1e-6)
+    monkeypatch.setattr(features, "free_disk_gib", lambda: 1e-7)
     model = compiled()
     history = model.fit(x, y, epochs=4, verbose=2).history
-    assert "they would take 5.72e-06 GiB of the 1e-06 GiB" in capsys.readouterr().out
+    said = "take 5.72e-06 GiB, 1e-06 GiB of memory and 1e-07 GiB in"
+    assert said in capsys.readouterr().out
     assert history["loss"][-1] < history["loss"][0]
+
+
+def test_a_cache_that_does_not_fit_into_memory_goes_to_disk(monkeypatch, capsys):
+    x, y = digits(96)
+    results = []
+    for free in (1.0, 1e-6):
+        monkeypatch.setattr(features, "free_gib", lambda free=free: free)
+        keras.utils.set_random_seed(0)
+        model = compiled()
+        model.fit(x, y, epochs=4, verbose=2)
+        results.append(weights(model))
+    assert "features are cached on disk, in" in capsys.readouterr().out
+    assert_equal(*results)
+
+
+def pooling_net():
+    """Its trunk gives a pair of features, of which one goes to disk."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((8, 8, 1))
+    h = keras.layers.Conv2D(3, 3, activation="relu")(inputs)
+    h = keras.layers.GlobalAveragePooling2D()(h)
+    return keras.Model(inputs, keras.layers.Dense(10)(h))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"shuffle": False, "weights": True},
+        {"batch_size": None, "class_weight": {i: 1.0 + i for i in range(10)}},
+        {"batch_size": None, "steps_per_epoch": 3},
+        {"batch_size": 16, "steps_per_epoch": 3},
+    ],
+    ids=["shuffled", "weighted", "class_weight", "steps", "fewer steps"],
+)
+@pytest.mark.parametrize("base", [convnet, pooling_net])
+def test_disk_and_memory_give_the_same_weights(base, arguments, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    x, y = digit_images(96)
+    arguments = {"batch_size": 20, **arguments}
+    if arguments.pop("weights", False):
+        arguments["sample_weight"] = np.linspace(0.5, 2.0, 96).astype("float32")
+    results = []
+    for cache in (True, "disk"):
+        model = compiled(base(), cache_features=cache)
+        keras.utils.set_random_seed(7)
+        history = model.fit(
+            x, y, epochs=5, verbose=0, validation_data=(x[:30], y[:30]), **arguments
+        ).history
+        results.append([*weights(model), *map(np.array, history.values())])
+    assert_equal(*results)
+    # TensorFlow leaves Python files there.
+    assert [path for path in tmp_path.iterdir() if path.suffix != ".py"] == []
+    gc.collect()
+    assert not maps_in(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pydataset"])
+def test_a_stream_may_be_kept_on_disk(kind):
+    x, y = digit_images(96)
+    results = []
+    for cache in (True, "disk"):
+        stream, arguments = streams(kind, x, y)
+        model = compiled(convnet(), cache_features=cache)
+        keras.utils.set_random_seed(7)
+        model.fit(stream, epochs=4, verbose=0, shuffle=False, **arguments)
+        results.append(weights(model))
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize("solve", [False, True])
+@pytest.mark.parametrize("when", ["before", "while writing"])
+def test_a_full_disk_leaves_the_model_exploring(when, solve, monkeypatch, tmp_path):
+    x, y = digit_images(96)
+    make, files = tempfile.TemporaryFile, []
+
+    class Full:
+        """A file that takes one batch; the disk is full then."""
+
+        def __init__(self, **arguments):
+            self.file, self.written = make(**arguments), 0
+            files.append(self.file)
+
+        def write(self, data):
+            if self.written:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            self.written = self.file.write(data)
+            return self.written
+
+        def close(self):
+            self.file.close()
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    if when == "before":
+        usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    else:
+        monkeypatch.setattr(tempfile, "TemporaryFile", Full)
+    exploit = {"exploit_optimizer": "solve"} if solve else {}
+    model = compiled(convnet(), cache_features="disk", **exploit)
+    explored = []
+
+    class Explored(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            explored[:] = weights(self.model)
+
+    match = r"take .* GiB.*GiB free in .*Free some space, or set.*TMPDIR"
+    with pytest.raises(OSError, match=match) as info:
+        model.fit(x, y, batch_size=8, epochs=4, verbose=0, callbacks=[Explored()])
+    assert info.value.errno == errno.ENOSPC
+    assert model.phase == "exploring"
+    assert model.switch_report is None
+    assert_equal(explored, weights(model))
+    assert [file.closed for file in files] == [True] * (when != "before")
+    assert [path for path in tmp_path.iterdir() if path.suffix != ".py"] == []
+    # With room on the disk the run goes on.
+    monkeypatch.undo()
+    model.fit(x, y, epochs=4, initial_epoch=2, verbose=0)
+    assert model.phase == "exploiting"
+
+
+def test_solving_from_disk():
+    x, y = digits(96)
+    results = []
+    for cache in ("auto", "disk"):
+        keras.utils.set_random_seed(0)
+        model = solving(cache_features=cache)
+        history = model.fit(x, y, epochs=4, verbose=0).history
+        results.append([*weights(model), np.array(history["gap"])])
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize("exploit", [None, "solve"])
+def test_the_noise_at_the_switch_is_that_of_the_optimizer(exploit):
+    x, y = digits(96)
+    for noise in (0.0, 0.4):
+        model = compiled(gates="learned", noise=noise, exploit_optimizer=exploit)
+        expected = []
+
+        class Explored(keras.callbacks.Callback):
+            def on_epoch_end(self, epoch, logs=None, noise=noise, expected=expected):
+                if self.model.phase == "exploring":
+                    expected[:] = [self.model.head.gates_at_switch(noise)[0]]
+
+        model.fit(x, y, epochs=3, verbose=0, callbacks=[Explored()])
+        gates = keras.ops.convert_to_numpy(model.head.r)
+        np.testing.assert_array_equal(gates, expected[0].astype("float32"))
 
 
 def test_a_narrow_head_is_told_what_width_would_do():
@@ -450,6 +612,14 @@ def test_labels_out_of_range(label):
     _, y = digits(96)
     y[4] = label
     refused(f"{label}", y=y)
+
+
+def test_labels_out_of_range_behind_those_that_are_checked_at_once():
+    """Labels are looked at 8,192 at a time: the last of them must be seen, too."""
+    x, y = digits(100)
+    x, y = np.tile(x, (83, 1)), np.tile(y, 83)
+    y[-1] = 12
+    refused("12", x, y, compiled(n=8300))
 
 
 def test_empty_data():
@@ -707,9 +877,115 @@ def test_l2_auto_in_fit(capsys):
     model.fit(x, y, epochs=3, verbose=1)
     shown = capsys.readouterr().out
     assert "held-out loss" in shown
+    assert "width 8: held-out loss" in shown
     assert "Epoch 3 (solve)" in shown
     assert "gap: " in shown
-    assert "Newton" in shown
+    assert "L-BFGS" in shown
+    # No rank is needed, and none was looked at.
+    assert model.switch_report.rank is None
+    assert model.head.width in (8, 16)
+
+
+def test_the_width_is_chosen_before_the_epochs_of_the_solver():
+    x, y = digits(96)
+    options = {"l2": 1e-3, "tol": 1e-8}
+    model = solving(n=10**12, options=options)
+    widths, frozen = [], []
+
+    class Look(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            widths.append(self.model.head.width)
+            frozen.append(weights(self.model.trunk))
+
+    history = model.fit(x, y, epochs=3, verbose=0, callbacks=[Look()]).history
+    assert widths[:2] == [None, None]
+    assert set(widths[2:]) == {model.head.width}
+    assert 8 <= model.head.width <= 64
+    for later in frozen[2:]:
+        assert_equal(frozen[1], later)
+    assert history["gap"][-1] <= 1e-7
+    # The solution is that of a head which had the width from the beginning.
+    given = compiled(
+        n=96,
+        width=model.head.width,
+        exploit_optimizer="solve",
+        solve_options=options,
+    )
+    given.fit(x, y, epochs=3, verbose=0)
+    np.testing.assert_array_equal(np.array(given.head.r), np.array(model.head.r))
+    np.testing.assert_allclose(
+        given.predict(x, verbose=0), model.predict(x, verbose=0), atol=2e-2
+    )
+
+
+def test_a_width_that_the_user_asked_for_is_kept():
+    x, y = digits(96)
+    model = solving(width=11, options={"l2": 1e-3})
+    model.fit(x, y, epochs=3, verbose=0)
+    assert model.head.width == 11
+
+
+def chosen_width(base=None, **options):
+    """Solves at a width that the samples choose, far from the default."""
+    return solving(base, n=10**6, options={"l2": 1e-5, "tol": 1e-7, **options})
+
+
+@pytest.fixture(scope="module")
+def solved_at_a_chosen_width():
+    x, y = digits(96)
+    model = chosen_width()
+    model.fit(x, y, epochs=3, verbose=0, shuffle=False)
+    assert 8 <= model.head.width <= 64 < model.head.default_width()
+    return model
+
+
+def test_a_chosen_width_survives_a_file(solved_at_a_chosen_width, tmp_path):
+    x, y = digits(96)
+    model = solved_at_a_chosen_width
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.head.width == model.head.width
+    assert loaded.head.requested_width is None
+    assert loaded.phase == "exploiting"
+    assert_equal(weights(model), weights(loaded))
+    np.testing.assert_array_equal(
+        model.predict(x, verbose=0), loaded.predict(x, verbose=0)
+    )
+    # It was solved: the width is not chosen again, and nothing moves.
+    again = loaded.fit(x, y, epochs=3, verbose=0).history
+    assert loaded.head.width == model.head.width
+    assert set(again["phase"]) == {1}
+    assert again["gap"][-1] <= 1e-7
+
+
+def test_backup_and_restore_at_a_chosen_width(solved_at_a_chosen_width, tmp_path):
+    x, y = digits(96)
+    whole = solved_at_a_chosen_width
+
+    class Kill(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 6:
+                raise KeyboardInterrupt
+
+    arguments = {"epochs": 3, "verbose": 0, "shuffle": False}
+    backup = keras.callbacks.BackupAndRestore
+    killed = chosen_width()
+    with pytest.raises(KeyboardInterrupt):
+        killed.fit(x, y, callbacks=[backup(tmp_path / "backup"), Kill()], **arguments)
+    resumed = chosen_width(base=mlp(seed=7))
+    history = resumed.fit(x, y, callbacks=[backup(tmp_path / "backup")], **arguments)
+    assert history.epoch[0] == 6
+    assert resumed.head.width == whole.head.width
+    assert_equal(weights(whole.trunk), weights(resumed.trunk))
+    np.testing.assert_array_equal(np.array(whole.head.r), np.array(resumed.head.r))
+    # One minimum, from wherever the solver goes on.
+    assert history.history["gap"][-1] <= 1e-7
+    assert history.history["loss"][-1] == pytest.approx(
+        whole.history.history["loss"][-1], abs=2e-7
+    )
+    np.testing.assert_allclose(
+        whole.predict(x, verbose=0), resumed.predict(x, verbose=0), atol=2e-2
+    )
 
 
 def test_solving_without_metrics_or_with_a_dict_of_them():

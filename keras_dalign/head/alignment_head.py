@@ -22,6 +22,8 @@ GATES = ("random", "learned")
 
 # The variables of the gated units.
 _UNITS = ("bias", "q", "r", "w")
+# The head's own variables in the order of Keras: trainable ones first.
+_OWN = ("bias", "q", "phase_index", "r", "w")
 # Rows that are converted to float64 at once.
 _ROWS_AT_ONCE = 8192
 
@@ -189,6 +191,10 @@ class AlignmentHead(keras.layers.Layer):
         self.r: Any = None
         self.w: Any = None
         self.bias: Any = None
+        # How often units were made or removed: a step compiled before is of others.
+        self.generation = 0
+        # Why the last units that were to be loaded were not.
+        self._refusal: str | None = None
         self._phase = EXPLORING
         # As Dense: a mask of the features is one of the logits, and of the loss.
         self.supports_masking = True
@@ -222,10 +228,9 @@ class AlignmentHead(keras.layers.Layer):
             autocast=False,
         )
         if self.gates == "learned":
-            width = self.default_width()
+            self._make_units(self.default_width())
             rng = np.random.default_rng([self.seed, 0])
-            q = rng.standard_normal((self.dim, self.units, width))
-            self._make_units(width)
+            q = rng.standard_normal(self.q.shape)
             self.q.assign(q / math.sqrt(self.dim))
         self.built = True
         self._set_trainable()
@@ -250,6 +255,7 @@ class AlignmentHead(keras.layers.Layer):
         """Creates the variables of `width` gated units, in place of any there are."""
         _check_memory(self.dim, self.units, width)
         groups = 1 if self.share_gates else self.units
+        self.generation += 1
         with compat.new_variables(self, [self.q, self.r, self.w, self.bias]):
             self.bias = self.add_weight(
                 name="bias", shape=(self.units,), initializer="zeros", trainable=True
@@ -276,6 +282,7 @@ class AlignmentHead(keras.layers.Layer):
 
     def _drop_units(self) -> None:
         """Removes the variables of the gated units."""
+        self.generation += 1
         with compat.new_variables(self, [self.q, self.r, self.w, self.bias]):
             self.q = self.r = self.w = self.bias = None
 
@@ -311,8 +318,9 @@ class AlignmentHead(keras.layers.Layer):
         p = self.dim - 1
         features = ops.reshape(features, (-1, p))
         dtype = keras.backend.result_type(self.compute_dtype, "float32")
-        if training:
-            u = ops.cast(self.standardize(features, training=True), dtype)
+        if self._phase == EXPLORING:
+            # A call of the layer, whose statistics may be looked at and set anew.
+            u = ops.cast(self.standardize(features, training=training), dtype)
         else:
             # Batch normalisation computes x / s - mean / s, which cancels where a
             # feature varies little around a large mean.
@@ -360,13 +368,13 @@ class AlignmentHead(keras.layers.Layer):
         return mean, variance
 
     def linear_part(self, z: np.ndarray) -> np.ndarray:
-        """`a . z + b0` in NumPy float64, shape `(n, units)`; 0 without a linear part.
+        """`a . z + b0` in NumPy float64.
 
         Args:
             z: The output layer's features, shape `(n, p)`.
 
         Returns:
-            The outputs that exploitation does not train.
+            Array `(n, units)`; 0 without a linear part.
         """
         outputs = np.zeros((len(z), self.units))
         if self.dense is None:
@@ -507,6 +515,9 @@ class AlignmentHead(keras.layers.Layer):
         Returns:
             Gates `r` and output weights `w`, float64, of shapes `(d, units, width)` and
             `(units, width)`; `(d, 1, width)` and `(1, width)` if they are shared.
+
+        Raises:
+            MemoryError: If they do not fit into memory.
         """
         rng = np.random.default_rng([self.seed, 1])
         if self.gates == "learned":
@@ -515,6 +526,7 @@ class AlignmentHead(keras.layers.Layer):
             return r, ops.convert_to_numpy(self.w).astype("float64")
         width = width or self.default_width()
         groups = 1 if self.share_gates else self.units
+        _check_memory(self.dim, groups, width)
         # Unit by unit, so that the first ones are the same at every width.
         r = rng.standard_normal((width, self.dim, groups)).transpose(1, 2, 0)
         return r / math.sqrt(self.dim), self._signs(width) / math.sqrt(width)
@@ -559,8 +571,17 @@ class AlignmentHead(keras.layers.Layer):
         trained must be known by then.
         """
         config = dict(config)
-        phase, width = config.pop("phase", EXPLORING), config.pop("width", None)
+        phase = config.pop("phase", EXPLORING)
+        old = "width" not in config
+        width = config.pop("width", None)
         super().build_from_config(config)
+        if old:
+            # Version 0.1.0 had units in both phases, and this default.
+            width = self._requested_width or -(
+                -2 * int(self.n_samples or 1) // self.dim
+            )
+        if self.gates == "learned" and width != self.width:
+            self._make_units(width)
         if phase == EXPLOITING:
             self.start_exploiting(width=width)
 
@@ -572,7 +593,7 @@ class AlignmentHead(keras.layers.Layer):
                 store[name] = ops.convert_to_numpy(variable)
 
     def load_own_variables(self, store: Any) -> None:
-        """Loads the phase and the gated units, of any width.
+        """Loads the phase and the gated units; random gates of any width.
 
         Args:
             store: A mapping from names to arrays, as `save_own_variables` fills it.
@@ -582,11 +603,15 @@ class AlignmentHead(keras.layers.Layer):
             ValueError: If they are those of another head, which is left as it was.
         """
         found = {name: np.asarray(store[name]) for name in store.keys()}  # noqa: SIM118
-        if found and "phase_index" not in found:
+        if not found:
+            # Keras comes back with nothing after a failure: that one is to be told.
+            raise ValueError(self._refusal or "No variables of a head were found.")
+        if "phase_index" not in found:
             found = _named(found)
-        phase = PHASES[int(found.get("phase_index", 0))]
+        phase = PHASES[int(found["phase_index"])]
         if phase == EXPLORING and self.gates == "random":
-            self._drop_units()
+            if self.q is not None:
+                self._drop_units()
         else:
             self._check_units(found)
             width = found["q"].shape[2]
@@ -601,25 +626,55 @@ class AlignmentHead(keras.layers.Layer):
         """Refuses units whose shapes are not those of this head."""
         groups = 1 if self.share_gates else self.units
         shapes = {name: array.shape for name, array in found.items() if name in _UNITS}
-        width = shapes.get("q", (0, 0, 0))[-1]
+        width = shapes.get("q", (0,))[-1] if self.gates == "random" else self.width
         wanted = {
             "q": (self.dim, self.units, width),
             "r": (self.dim, groups, width),
             "w": (groups, width),
             "bias": (self.units,),
         }
+        self._refusal = None
         if shapes != wanted:
-            raise ValueError(
+            self._refusal = (
                 "The saved units are those of another head. This one has shapes "
-                f"{wanted}, with share_gates={self.share_gates}. Received: {shapes}. "
-                "Align as it was done when they were saved; heads of version 0.1.0 "
-                "have share_gates=False."
+                f"{wanted}, with gates='{self.gates}' and share_gates="
+                f"{self.share_gates}. Received: {shapes}. Align as it was done when "
+                "they were saved; heads of version 0.1.0 have share_gates=False."
             )
+            raise ValueError(self._refusal)
 
     def set_weights(self, weights: list[Any]) -> None:
-        """Sets the head's weights and, with them, its phase."""
-        super().set_weights(weights)
-        self.sync_phase()
+        """Sets the head's weights and, with them, its phase and width."""
+        self.set_weights_of(self, weights)
+
+    def set_weights_of(self, owner: keras.Layer, weights: list[Any]) -> None:
+        """Sets the weights of a layer that holds this head, in any phase.
+
+        Args:
+            owner: The layer, or the head itself.
+            weights: Arrays, as `owner.get_weights()` returns them: with the gated
+                units, or without them.
+
+        Raises:
+            ValueError: If number or shapes do not fit; nothing is changed then.
+        """
+        own = {id(v) for v in [self._phase_index, *self.units_variables]}
+        places = [i for i, w in enumerate(owner.weights) if id(w) in own]
+        others = [w for w in owner.weights if id(w) not in own]
+        names = _OWN if len(weights) == len(others) + len(_OWN) else ("phase_index",)
+        begin, end = places[0], places[0] + len(names)
+        values = [*weights[:begin], *weights[end:]]
+        shapes = [tuple(np.shape(value)) for value in values]
+        wanted = [tuple(w.shape) for w in others]
+        if shapes != wanted:
+            raise ValueError(
+                f"The weights are not those of '{owner.name}', whose shapes are "
+                f"{wanted}, and {len(_OWN)} of the head at {begin} (1 while random "
+                f"gates explore). Received: {[np.shape(weight) for weight in weights]}"
+            )
+        self.load_own_variables(dict(zip(names, weights[begin:end], strict=True)))
+        for variable, value in zip(others, values, strict=True):
+            variable.assign(value)
 
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, int]:
         """Shape of the logits for features of the given shape."""
@@ -658,8 +713,13 @@ class AlignmentHead(keras.layers.Layer):
 
 def _named(numbered: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The variables of a file of version 0.1.0 by name."""
-    names = ("bias", "q", "r", "w", "phase_index")
-    return {name: numbered[str(index)] for index, name in enumerate(names)}
+    names = {str(i): name for i, name in enumerate((*_UNITS, "phase_index"))}
+    if set(numbered) != set(names):
+        raise ValueError(
+            "The saved variables are not those of an alignment head. Received: "
+            f"{sorted(numbered)}"
+        )
+    return {names[number]: array for number, array in numbered.items()}
 
 
 def _check_memory(d: int, units: int, width: int) -> None:

@@ -13,6 +13,11 @@ from keras.layers import BatchNormalization
 
 from keras_dalign.head import data
 from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
+from keras_dalign.head.batch_moments import (
+    has_tensorflow_kernel,
+    moments_and_normalized,
+    normalize,
+)
 
 # Count, mean and variance.
 _Moments = tuple[np.ndarray, ...]
@@ -80,7 +85,8 @@ def reestimate_batch_norm(
     found: dict[int, Any] = {}
     try:
         for index in range(passes):
-            probe = _MomentsProbe(model, layers, by_batch=index == 0)
+            if index < 2:
+                probe = _MomentsProbe(model, layers, by_batch=index == 0)
             batches = data.batches(x, batch_size=batch_size, steps=steps)
             found = _pool(probe.moments(batch[0]) for batch in batches)
             _set_statistics(layers, found)
@@ -138,7 +144,8 @@ class _MomentsProbe(keras.Model):
 
     Being a Keras model, it is compiled by Keras on every backend. Outputs have one
     row per call of the layer, so that the replicas of a distribution strategy come
-    out as further rows.
+    out as further rows; and one array per layer, since small operations by the dozen
+    would take longer to trace than the layers themselves.
     """
 
     def __init__(
@@ -150,56 +157,54 @@ class _MomentsProbe(keras.Model):
         self.model = model
         self.normalizations = layers
         self.by_batch = by_batch
+        if has_tensorflow_kernel():
+            self.jit_compile = False
         self.built = True
 
-    def call(self, inputs: Any) -> dict[str, list[Any]]:
+    def call(self, inputs: Any) -> dict[str, Any]:
         """Runs the model in inference mode and looks at its normalisations.
 
         Args:
             inputs: The model's inputs.
 
         Returns:
-            Counts `(calls, 1)`, means and variances `(calls, channels)`, by index of
-            the layer, for those that were called.
+            Count, mean and variance side by side, `(calls, 1 + 2 * channels)`, by
+            index of the layer, for those that were called.
         """
         found: dict[int, list[Any]] = {id(layer): [] for layer in self.normalizations}
 
-        def normalize(layer: BatchNormalization, x: Any, mask: Any) -> Any:
+        def normalized(layer: BatchNormalization, x: Any, mask: Any) -> Any:
             x = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
-            count, mean, variance = _moments(layer, x, mask)
-            row = (ops.reshape(count, (1, 1)), mean[None], variance[None])
-            found[id(layer)].append(row)
-            if not self.by_batch:
-                mean, variance = layer.moving_mean, layer.moving_variance
-            x = ops.batch_normalization(
-                x,
-                mean=ops.cast(mean, x.dtype),
-                variance=ops.cast(variance, x.dtype),
-                axis=layer.axis,
-                offset=None if layer.beta is None else ops.cast(layer.beta, x.dtype),
-                scale=None if layer.gamma is None else ops.cast(layer.gamma, x.dtype),
-                epsilon=layer.epsilon,
-            )
+            (count, mean, variance), by_batch = moments_and_normalized(layer, x, mask)
+            row = ops.concatenate([ops.reshape(count, (1,)), mean, variance])
+            found[id(layer)].append(ops.reshape(row, (1, -1)))
+            if self.by_batch:
+                x = by_batch
+            else:
+                x = normalize(layer, x, layer.moving_mean, layer.moving_variance)
             return ops.cast(x, layer.compute_dtype)
 
-        with _replaced_call(self.model, self.normalizations, normalize):
+        with _replaced_call(self.model, self.normalizations, normalized):
             self.model(inputs, training=False)
         # A layer that is called twice has two populations, pooled as one.
         return {
-            str(index): [
-                ops.concatenate(parts, axis=0)
-                for parts in zip(*found[id(layer)], strict=True)
-            ]
+            str(index): rows[0] if len(rows) == 1 else ops.concatenate(rows, axis=0)
             for index, layer in enumerate(self.normalizations)
-            if found[id(layer)]
+            if (rows := found[id(layer)])
         }
 
     def moments(self, x: Any) -> dict[int, _Moments]:
         """The moments of one batch, as float64 arrays of one row per replica."""
         return {
-            int(index): tuple(np.asarray(part, dtype="float64") for part in parts)
-            for index, parts in self.predict_on_batch(x).items()
+            int(index): _parts(np.asarray(rows, dtype="float64"))
+            for index, rows in self.predict_on_batch(x).items()
         }
+
+
+def _parts(rows: np.ndarray) -> _Moments:
+    channels = rows.shape[1] // 2
+    count, mean, variance = np.split(rows, [1, 1 + channels], axis=1)
+    return count, mean, variance
 
 
 @contextmanager
@@ -233,33 +238,6 @@ def _replaced_call(
             layer.__dict__.pop("call", None)
         for layer, mode in zip(remat, modes, strict=True):
             layer.__dict__["_remat_mode"] = mode
-
-
-def _moments(layer: BatchNormalization, x: Any, mask: Any) -> tuple[Any, Any, Any]:
-    """Count, mean and variance; the two latter are arbitrary if the count is 0."""
-    axes = [axis for axis in range(len(x.shape)) if axis != layer.axis % len(x.shape)]
-    shape = [1] * len(x.shape)
-    shape[layer.axis] = -1
-    if mask is None:
-        # Not ops.moments: on PyTorch it is E[x^2] - E[x]^2, which cancels.
-        mean = ops.mean(x, axis=axes)
-        variance = ops.mean(ops.square(x - ops.reshape(mean, shape)), axis=axes)
-        return ops.cast(_size(x, axes), x.dtype), mean, variance
-    weights = ops.expand_dims(ops.cast(mask, x.dtype), -1)
-    weights = ops.broadcast_to(weights, ops.shape(x))
-    count = ops.sum(weights, axis=axes)
-    divisor = ops.maximum(count, 1.0)
-    mean = ops.sum(weights * x, axis=axes) / divisor
-    centred = ops.square(x - ops.reshape(mean, shape))
-    return count[0], mean, ops.sum(weights * centred, axis=axes) / divisor
-
-
-def _size(x: Any, axes: list[int]) -> Any:
-    shape = ops.shape(x)
-    size = 1
-    for axis in axes:
-        size = size * shape[axis]
-    return size
 
 
 def _pool(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +11,23 @@ import numpy as np
 
 from keras_dalign.head import data
 from keras_dalign.head.batch_predictor import BatchPredictor
+from keras_dalign.head.row_store import RowStore
 from keras_dalign.numerics.losses import convex_loss
-from keras_dalign.numerics.memory import free_gib
+from keras_dalign.numerics.memory import free_disk_gib, free_gib, raise_disk_full
 from keras_dalign.numerics.repeats import digests
 
 if TYPE_CHECKING:
     from keras_dalign.head.alignment_head import AlignmentHead
     from keras_dalign.training.aligned_model import AlignedModel
 
-# Rows kept for the rank check when the features themselves are not.
+# The value of `cache_features`, and of `keep`, for features in a file.
+DISK = "disk"
+
+# Rows that the rank check is given.
 _SAMPLE_ROWS = 8192
+
+# Moments are summed in float64 over blocks of rows that stay in the processor's cache.
+_BLOCK_BYTES = 2**20
 
 # Inputs under this key are features already. The marker travels with the data, so
 # that evaluating raw inputs from a callback works in the middle of exploitation.
@@ -43,7 +51,9 @@ class FeatureSet:
     """The trunk's features of a data set, in the order of one pass.
 
     Attributes:
-        z: What the head takes: an array `(n, p)`, or a pair of arrays.
+        z: What the head takes: an array `(n, p)`, or a pair of arrays. What feeds the
+            gated units is a `numpy.memmap` if it was kept on disk; its space is free
+            again as soon as nothing refers to it.
         y: Targets, or None.
         sample_weight: Weights `(n,)`, or None.
         batch_size: Samples in the first batch of the pass.
@@ -62,19 +72,29 @@ class FeaturePass:
 
     Args:
         model: The model whose trunk computes the features, in inference mode.
-        keep: Whether all features (and targets, and weights) are kept.
+        keep: Whether all features (and targets, and weights) are kept: False, True or
+            `"disk"`, which puts those that feed the gated units into a file.
         digest: Whether digests of the inputs are kept with them.
     """
 
-    def __init__(self, model: AlignedModel, keep: bool, digest: bool = False) -> None:
+    def __init__(
+        self, model: AlignedModel, keep: bool | str, digest: bool = False
+    ) -> None:
         self.model = model
         self.keep = keep
         self.digests: list[bytes] | None = [] if digest else None
         self.loss = None if model.loss is None else convex_loss(model.loss)
         self.n = 0
-        self.mean: Any = 0.0
+        self.first_batch = 0
+        # Sums of what the features are more than those of the first sample, and of its
+        # square. By its distance from the mean no sample can exceed sqrt(n) standard
+        # deviations, so that the variance loses n roundings of float64 at most.
+        self.shift: Any = 0.0
+        self.total: Any = 0.0
         self.square: Any = 0.0
-        self.kept: list[tuple[Any, Any, Any]] = []
+        self.structure: Any = None
+        self.stores: list[RowStore | None] = []
+        self.kept: FeatureSet | None = None
         self.sample: np.ndarray = np.empty((0, 0))
         self.sample_positions: np.ndarray = np.empty(0, np.intp)
         self.rng = np.random.default_rng([model.head.seed, 2])
@@ -95,60 +115,95 @@ class FeaturePass:
 
         Raises:
             ValueError: If features are non-finite or targets do not fit the loss.
+            OSError: If the features are kept on a disk that is too small for them.
         """
         predictor = BatchPredictor(self.model.trunk)
-        for inputs, targets, weights in data.batches(
-            x, y, sample_weight, batch_size=batch_size, steps=steps
-        ):
-            if self.digests is not None:
-                self.digests.extend(digests(inputs))
-            z = predictor.predict(inputs)
-            self._add(keras.tree.map_structure(_as_float, z), targets, weights)
+        batches = data.batches(x, y, sample_weight, batch_size=batch_size, steps=steps)
+        n = data.n_samples(x) if data.is_arrays(x) and steps is None else None
+        try:
+            for inputs, targets, weights in batches:
+                if self.digests is not None:
+                    self.digests.extend(digests(inputs))
+                z = keras.tree.map_structure(_as_float, predictor.predict(inputs))
+                self._add(z, targets, weights, n)
+            if self.keep:
+                self.kept = self._collected()
+        finally:
+            for store in self.stores:
+                if store is not None:
+                    store.close()
+            self.stores = []
         return self
 
-    def _add(self, z: Any, y: Any, sample_weight: Any) -> None:
+    def _add(
+        self, z: Any, y: Any, sample_weight: Any, n_samples: int | None = None
+    ) -> None:
         u = _gated(z)
-        if not np.all(np.isfinite(u)):
+        if y is not None and self.loss is not None:
+            self.loss.targets(np.asarray(y), self.model.head.units)
+        self._sum(u)
+        if self.keep:
+            self._keep(z, y, sample_weight, n_samples)
+        else:
+            self._sample(u)
+        self.n += len(u)
+
+    def _sum(self, u: np.ndarray) -> None:
+        """Adds a batch to the moments."""
+        if self.n == 0:
+            self.shift = u[0].astype("float64")
+            self.first_batch = len(u)
+        step = max(_BLOCK_BYTES // (8 * u.shape[1]), 1)
+        with np.errstate(invalid="ignore", over="ignore"):
+            for start in range(0, len(u), step):
+                change = u[start : start + step] - self.shift
+                self.total = self.total + change.sum(axis=0)
+                self.square = self.square + np.einsum("ij,ij->j", change, change)
+        # The squares show what is not finite without a look at all of it.
+        if not np.isfinite(self.square).all():
             raise ValueError(
                 "The trunk's features are not finite. Received: NaN or infinity for "
                 f"{int(np.sum(~np.isfinite(u).all(axis=1)))} of {len(u)} samples of a "
                 "batch. Check the inputs, and that exploration did not diverge."
             )
-        if y is not None and self.loss is not None:
-            self.loss.targets(np.asarray(y), self.model.head.units)
-        # Chan's update of mean and centred sum of squares, in float64.
-        count = len(u)
-        mean = u.mean(axis=0, dtype="float64")
-        square = ((u - mean) ** 2).sum(axis=0, dtype="float64")
-        n = self.n + count
-        delta = mean - self.mean
-        self.square = self.square + square + delta**2 * (self.n * count / n)
-        self.mean = self.mean + delta * (count / n)
-        if self.keep:
-            self.kept.append((z, y, sample_weight))
-        else:
-            self._sample(u)
-        self.n = n
+
+    def _keep(self, z: Any, y: Any, sample_weight: Any, n: int | None) -> None:
+        parts = (z, y, sample_weight)
+        leaves = keras.tree.flatten(parts)
+        if not self.stores:
+            self.structure = keras.tree.map_structure(lambda _: None, parts)
+            gated = len(keras.tree.flatten(z)) - 1
+            self.stores = [
+                None
+                if leaf is None
+                else RowStore(n, on_disk=self.keep == DISK and index == gated)
+                for index, leaf in enumerate(leaves)
+            ]
+        for store, leaf in zip(self.stores, leaves, strict=True):
+            if store is not None:
+                store.append(np.asarray(leaf))
 
     def _sample(self, u: np.ndarray) -> None:
         """Keeps a uniform sample of the rows seen (reservoir sampling)."""
         if not len(self.sample):
             self.sample = np.empty((0, u.shape[1]), u.dtype)
         free = _SAMPLE_ROWS - len(self.sample)
-        seen = self.n + free if free < len(u) else self.n
+        new = self.n + np.arange(len(u))
         self.sample = np.concatenate([self.sample, u[:free]])
-        new = self.n + np.arange(len(u[:free]))
-        self.sample_positions = np.concatenate([self.sample_positions, new])
-        for index, row in enumerate(u[free:] if free > 0 else u):
-            place = int(self.rng.integers(seen + index + 1))
+        self.sample_positions = np.concatenate([self.sample_positions, new[:free]])
+        # The k-th row, from 0, takes a place with probability _SAMPLE_ROWS / (k + 1).
+        for row, position in zip(u[free:], new[free:], strict=True):
+            place = int(self.rng.integers(position + 1))
             if place < _SAMPLE_ROWS:
                 self.sample[place] = row
-                self.sample_positions[place] = seen + index
+                self.sample_positions[place] = position
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and population variance of the features, each `(p,)`, float64."""
-        variance = self.square / self.n
-        if np.all(variance <= 1e-12 * np.maximum(1.0, np.asarray(self.mean) ** 2)):
+        change = self.total / self.n
+        mean = self.shift + change
+        variance = np.maximum(self.square / self.n - change**2, 0.0)
+        if np.all(variance <= 1e-12 * np.maximum(1.0, mean**2)):
             raise ValueError(
                 "The trunk's features are constant: every sample looks the same to the "
                 "head, which then cannot fit any labels. Received: "
@@ -156,25 +211,43 @@ class FeaturePass:
                 f"{np.max(variance):.2g}. Check the inputs, and that exploration did "
                 "not kill every unit (a smaller learning rate helps)."
             )
-        return self.mean, variance
+        return mean, variance
+
+    def _collected(self) -> FeatureSet:
+        arrays = [None if store is None else store.array() for store in self.stores]
+        z, y, sample_weight = keras.tree.pack_sequence_as(self.structure, arrays)
+        if self.n <= _SAMPLE_ROWS:
+            self.sample_positions = np.arange(self.n)
+            self.sample = _gated(z)
+        else:
+            chosen = self.rng.choice(self.n, _SAMPLE_ROWS, replace=False)
+            self.sample_positions = np.sort(chosen)
+            self.sample = _gated(z)[self.sample_positions]
+        return FeatureSet(z, y, sample_weight, self.first_batch, self.digests)
 
     def rows(self) -> np.ndarray:
-        """Features `(rows, p)` for the rank check."""
-        if self.keep:
-            return np.concatenate([_gated(z) for z, _, _ in self.kept])
+        """Features of 8,192 samples at most, `(rows, p)`, for the rank check."""
         return self.sample
 
     def positions(self) -> np.ndarray:
         """Positions in this pass of the samples that `rows` gives, shape `(rows,)`."""
-        return np.arange(self.n) if self.keep else self.sample_positions
+        return self.sample_positions
 
     def feature_set(self) -> FeatureSet:
-        """Everything kept, in the order of the pass."""
-        z, y, sample_weight = zip(*self.kept, strict=True)
-        first = len(keras.tree.flatten(z[0])[0])
-        return FeatureSet(
-            _stacked(z), _stacked(y), _stacked(sample_weight), first, self.digests
-        )
+        """Everything kept, in the order of the pass.
+
+        Returns:
+            The features.
+
+        Raises:
+            ValueError: If nothing was kept.
+        """
+        if self.kept is None:
+            raise ValueError(
+                "This pass kept no features. Received: a pass with "
+                f"keep={self.keep!r} over {self.n} samples"
+            )
+        return self.kept
 
 
 def _as_float(z: Any) -> np.ndarray:
@@ -188,25 +261,17 @@ def _gated(z: Any) -> np.ndarray:
     return u.reshape(len(u), -1)
 
 
-def _stacked(parts: tuple[Any, ...]) -> Any:
-    if parts[0] is None:
-        return None
-    return keras.tree.map_structure(
-        lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves]), *parts
-    )
-
-
 @dataclass(frozen=True)
 class CachePlan:
     """Whether to keep the features of `n` samples, and why.
 
     Attributes:
-        keep: Whether they are kept.
+        keep: Whether they are kept, as `FeaturePass` takes it.
         gib: What keeping them takes, in GiB (None if `n` is unknown).
         reason: A sentence for the log.
     """
 
-    keep: bool
+    keep: bool | str
     gib: float | None
     reason: str
 
@@ -217,37 +282,50 @@ def plan_cache(
     wanted: bool | str,
     is_array: bool,
 ) -> CachePlan:
-    """Decides whether features are cached.
+    """Decides whether features are cached, and where.
 
     Args:
         head: The head whose features would be kept.
         n_samples: Number of samples, if known.
-        wanted: `DAlign`'s `cache_features`: True, False or `"auto"`.
+        wanted: `DAlign`'s `cache_features`: True, False, `"disk"` or `"auto"`.
         is_array: Whether the data are arrays (streams may augment, so `"auto"`
             does not cache them).
 
     Returns:
         The plan.
+
+    Raises:
+        OSError: If they are wanted, and fit neither into memory nor on the disk.
     """
-    gib = None if n_samples is None else n_samples * head.feature_size * 4 / 2**30
+    gib = None
+    if n_samples is not None:
+        itemsize = 8 if head.compute_dtype == "float64" else 4
+        gib = n_samples * head.feature_size * itemsize / 2**30
     if wanted is False:
         return CachePlan(False, gib, "features are not cached (cache_features=False)")
-    if wanted is True:
-        return CachePlan(True, gib, "features are cached (cache_features=True)")
-    if not is_array:
+    if wanted == "auto" and not is_array:
         return CachePlan(
             False,
             gib,
             "features are not cached, as a stream may augment its data; if it does "
             "not, DAlign(cache_features=True) is faster",
         )
+    size = "" if gib is None else f" ({gib:.3g} GiB)"
     free = free_gib()
     # Half of what is free: the data and the optimizer need room, too.
-    if gib is not None and free is not None and gib > free / 2:
-        return CachePlan(
-            False,
-            gib,
-            f"features are not cached: they would take {gib:.3g} GiB of the {free:.3g} "
-            "GiB that are free",
-        )
-    return CachePlan(True, gib, f"features are cached ({gib or 0.0:.3g} GiB)")
+    fits = gib is None or free is None or gib <= free / 2
+    if fits and wanted != DISK:
+        return CachePlan(True, gib, f"features are cached in memory{size}")
+    reason = f"features are cached on disk, in {tempfile.gettempdir()}{size}"
+    if not fits:
+        reason += f", as {free:.3g} GiB of memory are free"
+    if gib is None or gib <= free_disk_gib():
+        return CachePlan(DISK, gib, reason)
+    if wanted != "auto":
+        raise_disk_full(gib)
+    return CachePlan(
+        False,
+        gib,
+        f"features are not cached: they would take {gib:.3g} GiB, {free:.3g} GiB of "
+        f"memory and {free_disk_gib():.3g} GiB in {tempfile.gettempdir()} are free",
+    )

@@ -1,9 +1,13 @@
-"""Memory: how much is free, and whether something fits."""
+"""Memory and disk: how much is free, and whether something fits."""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+import tempfile
 from pathlib import Path
+from typing import NoReturn
 
 
 def free_gib() -> float | None:
@@ -36,3 +40,27 @@ def check_memory(n_bytes: int, what: str) -> None:
             f"{what} would take {n_bytes / 2**30:.3g} GiB of the {free:.3g} GiB that "
             "are free. Use fewer samples, or products (matvec, rmatvec) instead."
         )
+
+
+def free_disk_gib() -> float:
+    """What the folder for temporary files has room for."""
+    return shutil.disk_usage(tempfile.gettempdir()).free / 2**30
+
+
+def raise_disk_full(gib: float, at_least: bool = False) -> NoReturn:
+    """Refuses what does not fit on the disk.
+
+    Args:
+        gib: What the features take, in GiB.
+        at_least: Whether they may take more.
+
+    Raises:
+        OSError: In any case.
+    """
+    raise OSError(
+        errno.ENOSPC,
+        f"The features take {gib:.3g} GiB{' or more' if at_least else ''}, which the "
+        f"disk has no room for. Received: {free_disk_gib():.3g} GiB free in "
+        f"{tempfile.gettempdir()}. Free some space, or set the environment variable "
+        "TMPDIR to a folder that has more",
+    )

@@ -325,8 +325,8 @@ def check_rank(
     directions below it, rounding noise of a float32 trunk among them, do not
     show in the Gram matrix.
 
-    Takes about half a second for 2048 rows on two cores, and some seconds more if it
-    fails and has to look for the cause.
+    Takes about half a second for 2048 rows and shared gates on two cores, and some
+    seconds more if it fails and has to look for the cause.
 
     Args:
         Zh: Normalised features, shape `(n, d)`, last column 1.

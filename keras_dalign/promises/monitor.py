@@ -20,6 +20,8 @@ from keras_dalign.head.objective import check_some_weight, loss_of, sample_weigh
 from keras_dalign.numerics.gram import Array, gram_matrix
 from keras_dalign.numerics.repeats import Repeats, digests
 from keras_dalign.numerics.subspace import EPS
+from keras_dalign.solving.head_solver import first_width
+from keras_dalign.solving.options import SolveOptions
 from keras_dalign.training.aligned_model import AlignedModel
 from keras_dalign.training.dalign import DAlign
 from keras_dalign.training.surgery import output_layer
@@ -64,10 +66,11 @@ class AlignmentMonitor(keras.callbacks.Callback):
     - the head's `q` and `b` in exploitation, and while learned gates explore.
 
     While exploring, the entries `head_...` are of the head as it would be if the switch
-    came now: with the very gates that it will have, but with batch-norm statistics as
-    they are and standardised by the subsample. In exploitation they are those of the
-    head, and `alignment_...` repeats them. Trunk and gates being frozen, they are then
-    computed once. A head that is wide enough for all samples has full rank on a few of
+    came now: with the very gates that it will have (with those that the solver begins
+    with, where it chooses the width), but with batch-norm statistics as they are and
+    standardised by the subsample. In exploitation they are those of the head, and
+    `alignment_...` repeats them. Trunk and gates being frozen, they are then computed
+    once. A head that is wide enough for all samples has full rank on a few of
     them by a wide margin, so this is necessary for full rank on all, not sufficient:
     the switch checks that. How the condition falls shows what is on its way.
 
@@ -225,7 +228,8 @@ class AlignmentMonitor(keras.callbacks.Callback):
         targets = self._aligned_targets
         entries = {}
         if view.head is not None:
-            head = _head_space(view.head, features, targets, _noise(self.model))
+            gates = _gates(self.model)
+            head = _head_space(view.head, features, targets, gates)
             entries.update(head.entries("head"))
             if view.exploiting or view.head.dense is None:
                 return {**entries, **head.entries("alignment")}
@@ -401,7 +405,7 @@ def _output_space(
 
 
 def _head_space(
-    head: AlignmentHead, features: Any, targets: Array, noise: float
+    head: AlignmentHead, features: Any, targets: Array, gates: tuple[Array, Array]
 ) -> _ColumnSpace:
     """Of the head's `J = blockdiag([Phi_1, 1], ..., [Phi_C, 1])`, as it is or would be.
 
@@ -409,19 +413,18 @@ def _head_space(
         head: The head, in either phase.
         features: What it takes.
         targets: `Y_l`, shape `(n, C)`.
-        noise: See `AlignmentHead.start_exploiting`.
+        gates: `r` and `w`, see `AlignmentHead.gates_in_use`.
 
     Returns:
         Residual, rank and condition of `J`.
     """
+    r, w = gates
     gated = features[1] if isinstance(features, (list, tuple)) else features
     gated = gated.reshape(len(gated), -1).astype(np.float64)
-    if head.phase == EXPLOITING:
-        r, w = head.gates_in_use()
-        rows = head.normalize_exactly(gated)
-    else:
-        r, w = head.gates_at_switch(noise)
-        rows = head.normalize_exactly(gated, (gated.mean(axis=0), gated.var(axis=0)))
+    moments = None
+    if head.phase != EXPLOITING:
+        moments = gated.mean(axis=0), gated.var(axis=0)
+    rows = head.normalize_exactly(gated, moments)
 
     n, outputs = targets.shape
     groups = len(w)
@@ -475,10 +478,18 @@ def _movement(features: Array, reference: Array) -> float:
     return float(np.clip(1.0 - cosine, 0.0, 1.0))
 
 
-def _noise(model: keras.Model) -> float:
-    """What `fit` would add to learned gates at the switch."""
+def _gates(model: AlignedModel) -> tuple[Array, Array]:
+    """The gates that the head has, or that `fit` would set at the switch."""
+    if model.phase == EXPLOITING:
+        return model.head.gates_in_use()
     optimizer = getattr(model, "optimizer", None)
-    return optimizer.noise if isinstance(optimizer, DAlign) else 1e-3
+    if not isinstance(optimizer, DAlign):
+        return model.head.gates_at_switch()
+    width = None
+    if optimizer.solves:
+        options = SolveOptions.from_dict(optimizer.solve_options)
+        width = first_width(model.head, options)
+    return model.head.gates_at_switch(optimizer.noise, width)
 
 
 def _first(features: Any) -> Array:

@@ -14,7 +14,7 @@ import keras
 
 from keras_dalign.head import data
 from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
-from keras_dalign.head.features import FeaturePass, FeatureSet
+from keras_dalign.head.features import FeaturePass, FeatureSet, plan_cache
 from keras_dalign.head.objective import loss_of
 from keras_dalign.numerics.html_table import html_table
 from keras_dalign.promises.certificate import Certificate, certify_features
@@ -163,7 +163,9 @@ def solve(
     computed in float32 on the device of the backend where the problem is large. Memory
     beside the features: the gates, `n m` numbers for gates that outputs share (computed
     block by block beyond 0.5 GiB), logits, `n C` numbers a few times, and some 25
-    vectors of the size of the parameters, `d C m`.
+    vectors of the size of the parameters, `d C m`. The features go to a temporary file
+    (in the folder that the environment variable `TMPDIR` names) where they take more
+    than half of the memory that is free.
 
     Args:
         model: An `AlignedModel` in either phase.
@@ -191,6 +193,7 @@ def solve(
     Raises:
         ValueError: If an argument is out of its range, the model has no alignment head,
             the loss is not known or not convex, or the data do not fit.
+        OSError: If the features fit neither into memory nor on the disk.
     """
     begin = time.perf_counter()
     options = SolveOptions(tol=tol, method=method, l2=l2, max_iterations=max_iterations)
@@ -213,6 +216,7 @@ def solve(
                 "rank_matters": options.l2 == 0,
             },
             passes,
+            say,
         )
         validation = None
         if validation_data is not None:
@@ -311,12 +315,17 @@ def _features(
     loss: ConvexLoss,
     switching: dict[str, Any],
     passes: dict[str, Any],
+    say: _Speaker,
 ) -> FeatureSet:
     """The trunk's features, after the switch."""
     if y is not None:
         loss.targets(keras.ops.convert_to_numpy(y), model.head.units)
+    is_array = data.is_arrays(x)
+    n = data.n_samples(x) if is_array else None
+    plan = plan_cache(model.head, n, True, is_array)
+    say(plan.reason)
     if model.phase == EXPLOITING:
-        everything = FeaturePass(model, keep=True, digest=True)
+        everything = FeaturePass(model, keep=plan.keep, digest=True)
         return everything.run(x, y, sample_weight, **passes).feature_set()
     noise = getattr(getattr(model, "optimizer", None), "noise", None)
     _, features = switch(
@@ -324,7 +333,7 @@ def _features(
         x,
         y,
         sample_weight,
-        keep_features=True,
+        keep_features=plan.keep,
         digest=True,
         **switching,
         **({} if noise is None else {"noise": noise}),

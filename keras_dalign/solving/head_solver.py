@@ -44,6 +44,8 @@ _COMPONENTS_HOLD = 0.95
 # Ridges tried where rounding spoils the solution, as parts of the largest curvature.
 _RIDGES = tuple(10.0**-k for k in range(2, 17))
 _RIDGE_TOLERANCE = 1e-4
+# Rounding spoils the solution if it costs this part of what was gained.
+_SPOILT_PART = 1e-4
 _RIDGE_ITERATIONS = 200
 
 _METHOD_NAMES = {"lbfgs": "L-BFGS", "direct": "the closed form"}
@@ -213,7 +215,8 @@ class HeadSolver:
         value, own = self._measure(last.theta)
         reason = last.reason or "stopped"
         excess = max(value - last.value - own.outputs, own.cancellation)
-        if not self.l2 and excess > tol:
+        spoilt = excess > max(tol, _SPOILT_PART * (own_start - last.value))
+        if spoilt and not self.l2 and reason != "stopped":
             value, own = self._with_ridge(last, start, value, own)
         if value > own_start:
             self._assign(start)
@@ -285,7 +288,8 @@ class HeadSolver:
             if problem.d >= _MANY_FEATURES and not start.any():
                 basis = principal_components(problem.rows, _COMPONENTS_HOLD)
         path = None
-        first = self._held_out(problem, mask, basis)
+        coordinates = None if basis is None else problem.coordinates(basis)
+        first = self._held_out(problem, mask, coordinates)
         theta = first.trained.center if basis is not None else start
         if auto:
             choice = choose_l2(
@@ -299,7 +303,7 @@ class HeadSolver:
         widths = None
         if self.set_width is not None:
             found = choose_width(
-                lambda width: self._held_out(self._at_width(width), mask, basis),
+                lambda width: self._held_out(self._at_width(width), mask, coordinates),
                 theta,
                 first=problem.width,
                 largest=self.head.default_width(),
@@ -322,15 +326,18 @@ class HeadSolver:
         return self.problem.with_gates(*self.head.gates_at_switch(width=width))
 
     def _held_out(
-        self, problem: ConvexProblem, mask: np.ndarray | None, basis: Array | None
+        self,
+        problem: ConvexProblem,
+        mask: np.ndarray | None,
+        coordinates: FeatureRows | None,
     ) -> HeldOut:
         if mask is None:
             judges = self.validation or problem
             if judges.width != problem.width:
                 judges = judges.with_gates(problem.gates.r, problem.gates.w)
             return HeldOut.other(problem, judges)
-        if basis is not None:
-            problem = problem.restricted(basis)
+        if coordinates is not None:
+            problem = problem.restricted(coordinates)
         return HeldOut.part_of(problem, mask)
 
     def _assign(self, theta: Array) -> None:

@@ -137,8 +137,7 @@ def minimize(
             as the products on the way.
 
     Returns:
-        The last iterate. Its value is never above that of the
-        start.
+        The last iterate. Its value is never above that of the start.
 
     Raises:
         ValueError: If `tol` is below what float64 can tell at this lower bound, or the
@@ -151,9 +150,10 @@ def minimize(
             f"Received: tol={tol}"
         )
     ends = problem.exact if exact else problem.fast
-    begin = problem.evaluate(np.array(start, dtype=np.float64), l2, ends)
+    products = ends if method == "direct" else problem.fast
+    begin = problem.evaluate(np.array(start, dtype=np.float64), l2, products)
     if not math.isfinite(begin.value):
-        ends = problem.exact
+        products = problem.exact
         begin = problem.evaluate(begin.theta, l2)
     if not math.isfinite(begin.value):
         raise ValueError(
@@ -162,10 +162,13 @@ def minimize(
         )
     tol = max(tol, part * begin.loss)
     run = _Minimisation(problem, tol, lower_bound, l2, max_iterations, on_iterate, ends)
-    if run.iterate(begin, ends).gap <= tol:
-        return run.iterate(begin, ends, reason="gap")
-    last = run.by_closed_form(begin) if method == "direct" else run.by_lbfgs(begin)
-    return last if last.value <= begin.value else run.iterate(begin, ends, "stalled")
+    if run.iterate(begin, products).gap <= tol:
+        begin = run.measured(begin, products)
+        if run.iterate(begin, ends).gap <= tol:
+            return run.iterate(begin, ends, "gap")
+    if method == "direct":
+        return run.by_closed_form(begin)
+    return run.by_lbfgs(begin)
 
 
 class _Minimisation:
@@ -215,15 +218,22 @@ class _Minimisation:
             reason=reason,
         )
 
+    def measured(self, at: Evaluation, products: Products) -> Evaluation:
+        """An evaluation by some products, repeated as the last one is measured."""
+        if products is self.ends:
+            return at
+        self.evaluations += 1
+        return self.problem.evaluate(at.theta, self.l2, self.ends)
+
     def by_lbfgs(self, begin: Evaluation) -> Iterate:
         """L-BFGS, in float32 on the device as long as that gets anywhere."""
         products = self.problem.fast
         at = best = begin
         while True:
-            at = self._lbfgs(at, products)
-            if products is not self.ends:
-                at = self.problem.evaluate(at.theta, self.l2, self.ends)
-                self.evaluations += 1
+            at = self.measured(self._lbfgs(at, products), products)
+            if at.value > best.value and best is begin:
+                # Not by the rounding of float32?
+                best = self.measured(begin, products)
             best = at if at.value <= best.value else best
             last = self.iterate(best, self.ends)
             if last.gap <= self.tol:
@@ -310,6 +320,7 @@ class _Minimisation:
         if full and self.gaps[0] - self.gaps[-1] < _STALL_PART * self.gaps[-1]:
             self.stalled = True
             return True
-        if self.on_iterate is not None and self.on_iterate(iterate):
+        stop = self.on_iterate is not None and self.on_iterate(iterate)
+        if self.problem.replicas.any(stop):
             self.stopped = True
         return self.stopped

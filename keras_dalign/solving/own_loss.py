@@ -10,6 +10,7 @@ import numpy as np
 
 from keras_dalign.numerics import device
 from keras_dalign.numerics.losses import SquaredError
+from keras_dalign.numerics.replicas import replicas_of
 
 if TYPE_CHECKING:
     from keras_dalign.head.alignment_head import AlignmentHead
@@ -67,7 +68,7 @@ class OwnLoss:
                 lambda leaf, rows=rows: device.put(leaf[rows], leaf.dtype.name), z
             )
             out[rows] = device.fetch(_call(self.head, part)).astype(np.float64)
-        return out
+        return replicas_of(self.head.bias).from_first(out)
 
     def measure(self, problem: ConvexProblem) -> OwnMeasure:
         """The head's loss, and what rounding may do to it.

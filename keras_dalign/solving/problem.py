@@ -267,6 +267,12 @@ class ConvexProblem:
 
         gradient = (products or self.exact).sweep(theta, cotangents)
         loss /= self.normalizer
+        if self.replicas.processes > 1:
+            # Processors may differ in the last bit, and that in what comes next.
+            own = np.concatenate([theta, gradient, [loss]])
+            theta, gradient, (loss,) = np.split(
+                self.replicas.from_first(own), [self.size, 2 * self.size]
+            )
         value = loss
         if l2:
             change = theta - self.center
@@ -373,24 +379,35 @@ class ConvexProblem:
         other.center = np.zeros(other.size)
         return other
 
-    def restricted(self, basis: Array) -> ConvexProblem:
+    def coordinates(self, basis: Array) -> FeatureRows:
+        """The features' coordinates in a subspace, for `restricted`.
+
+        Args:
+            basis: Orthonormal columns, shape `(d, k)`.
+
+        Returns:
+            Shape `(n, k)`, in the dtype of `fast`.
+        """
+        dtype = self.fast.dtype
+        found = np.empty((self.n, basis.shape[1]), dtype)
+        for part in self.rows.blocks(8 * self.d, 2**24):
+            found[part] = self.rows.block(part, dtype) @ basis.astype(dtype)
+        return FeatureRows(found)
+
+    def restricted(self, coordinates: FeatureRows) -> ConvexProblem:
         """The problem of changes from the center that lie in a subspace.
 
         Gates stay what they are; what they gate are the features' coordinates in the
         subspace. There are no gates `r` in those coordinates.
 
         Args:
-            basis: Orthonormal columns, shape `(d, k)`.
+            coordinates: From `coordinates`, of the same samples and any gates.
 
         Returns:
-            The problem, of `k` features in the dtype of `fast`, centred at the origin.
+            The problem, of `k` features, centred at the origin.
         """
-        dtype = self.fast.dtype
-        coordinates = np.empty((self.n, basis.shape[1]), dtype)
-        for part in self.rows.blocks(8 * self.d, 2**24):
-            coordinates[part] = self.rows.block(part, dtype) @ basis.astype(dtype)
-        other = self._with_rows(FeatureRows(coordinates))
-        kept = self.gates.all_values(self.rows, dtype)
+        other = self._with_rows(coordinates)
+        kept = self.gates.all_values(self.rows, coordinates.raw.dtype)
         other.gates = dataclasses.replace(self.gates, kept=kept)
         if self.center.any():
             other.offset = self.logits(self.center)

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import scipy.special
 from keras import ops
 
 from keras_dalign.numerics import device
@@ -77,15 +78,23 @@ class Gates:
         group = output % self.groups
         return self.r[:, group], self.w[group]
 
-    def values(self, v: Array) -> Array:
-        """The gates' values times output weights for rows `(rows, d)` of `v`.
+    def values(self, v: np.ndarray) -> np.ndarray:
+        """The gates' values times output weights.
+
+        Args:
+            v: Rows of `v`, shape `(rows, d)`; in float32 the values are, too.
 
         Returns:
-            Shape `(rows, G, m)`, float64.
+            Shape `(rows, G, m)`.
         """
-        d = self.r.shape[0]
-        values = gate_activations(v, self.r.reshape(d, -1), self.slope)
-        return values.reshape(len(v), self.groups, self.width) * self.w
+        r = self.r.reshape(len(self.r), -1)
+        if v.dtype == np.float32:
+            values = scipy.special.expit(np.float32(self.slope) * (v @ r.astype("f4")))
+        else:
+            values = gate_activations(v, r, self.slope)
+        values = values.reshape(len(v), self.groups, self.width)
+        values *= self.w.astype(v.dtype)
+        return values
 
     def all_values(self, rows: FeatureRows, dtype: npt.DTypeLike) -> np.ndarray:
         """The values for all samples, shape `(n, G, m)`."""
@@ -94,7 +103,7 @@ class Gates:
         out = np.empty((rows.n, self.groups, self.width), dtype)
         row_bytes = 8 * (rows.d + 2 * self.groups * self.width)
         for part in rows.blocks(row_bytes, _BLOCK_BYTES):
-            out[part] = self.values(rows.block(part))
+            out[part] = self.values(rows.block(part, dtype))
         return out
 
     def nbytes(self, n: int, dtype: npt.DTypeLike) -> int:
@@ -228,7 +237,7 @@ class NumpyProducts(Products):
         if self.kept_gates is not None:
             gates = self.kept_gates[part]
         else:
-            gates = self.gates.values(self.rows.block(part)).astype(self.dtype)
+            gates = self.gates.values(self.rows.block(part, self.dtype))
         projections = u @ q
         if self.rows.scales is not None:
             projections *= self.rows.scales[part, None].astype(self.dtype)
@@ -374,7 +383,7 @@ class DeviceProducts(Products):
     def _gates_of(self, rows: slice) -> np.ndarray:
         if self.kept_gates is not None:
             return self.kept_gates[rows]
-        return self.gates.values(self.rows.block(rows))
+        return self.gates.values(self.rows.block(rows, self.dtype))
 
     def _block_forward(self, raw: Any, gates: Any, q: Any) -> tuple[Any, Any, Any]:
         """Logits without bias, the rows of `v`, and the gates as they were given."""

@@ -57,7 +57,7 @@ class AlignedModel(keras.Model):
         self.switch_report: SwitchReport | None = None
         # What the base model was compiled with, as a loss of logits; see `align`.
         self.inherited_loss: keras.losses.Loss | None = None
-        self._compiled_phase = head.phase
+        self._compiled_for = (head.phase, head.generation)
         self.built = True
 
     def build(self, input_shape: Any = None) -> None:
@@ -117,14 +117,15 @@ class AlignedModel(keras.Model):
         return restore
 
     def _follow_phase(self) -> None:
-        """Forgets functions that were compiled in the other phase."""
+        """Forgets functions that were compiled in another phase or for other units."""
         optimizer = getattr(self, "optimizer", None)
         if isinstance(optimizer, DAlign):
             with self._variable_scope():
                 optimizer.build_exploitation(self.head.exploited_variables)
             optimizer.enter(self.phase)
-        if self._compiled_phase != self.phase:
-            self._compiled_phase = self.phase
+        compiled_for = (self.phase, self.head.generation)
+        if self._compiled_for != compiled_for:
+            self._compiled_for = compiled_for
             self.train_function = None
             self.test_function = None
             self.predict_function = None
@@ -321,31 +322,29 @@ class AlignedModel(keras.Model):
         return [v for v in self.weights if id(v) not in trained]
 
     def set_weights(self, weights: list[Any]) -> None:
-        """Sets all weights and, with them, the phase."""
-        super().set_weights(weights)
-        self.head.sync_phase()
+        """Sets all weights and, with them, the phase and the width."""
+        with self._variable_scope():
+            self.head.set_weights_of(self, weights)
         self._follow_phase()
 
     def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
-        """Loads all weights and, with them, the phase; arguments as in Keras.
+        """Loads all weights and, with them, phase and width; arguments as in Keras.
 
         Raises:
             ValueError: If they are those of another model; this one is then left as
                 it was.
         """
-        optimizer = getattr(self, "optimizer", None)
-        if isinstance(optimizer, DAlign):
-            state = optimizer.all_variables
-        else:
-            state = list(optimizer.variables) if optimizer else []
-        before = [keras.ops.convert_to_numpy(variable) for variable in state]
+        before = [keras.ops.convert_to_numpy(v) for v in self._optimizer_variables()]
         restore = self.snapshot()
         try:
             with self._variable_scope():
                 super().load_weights(filepath, *args, **kwargs)
         except ValueError as error:
             restore()
-            for variable, value in zip(state, before, strict=True):
+            # The optimizer of exploitation begins anew wherever units do.
+            for variable, value in zip(
+                self._optimizer_variables(), before, strict=True
+            ):
                 variable.assign(value)
             raise ValueError(
                 "The weights do not fit this model, which was left as it was. "
@@ -355,6 +354,12 @@ class AlignedModel(keras.Model):
             ) from error
         finally:
             self._follow_phase()
+
+    def _optimizer_variables(self) -> list[keras.Variable]:
+        optimizer = getattr(self, "optimizer", None)
+        if isinstance(optimizer, DAlign):
+            return optimizer.all_variables
+        return list(optimizer.variables) if optimizer else []
 
     @property
     def inputs(self) -> Any:

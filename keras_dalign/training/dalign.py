@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_dalign.head.alignment_head import EXPLOITING, EXPLORING
+from keras_dalign.head.features import DISK
 from keras_dalign.solving.options import SolveOptions
 
 # What `exploit_optimizer` is called when it is the solver.
@@ -57,10 +58,14 @@ class DAlign(keras.optimizers.Optimizer):
         noise: Non-negative float, standard deviation of the Gaussian noise added
             to learned gates at the switch, in units of the weights' root mean
             square. Random gates take none.
-        cache_features: `"auto"`, `True` or `False`. Whether exploitation computes
-            the trunk's features once and keeps them in memory. `"auto"` does so
-            for arrays when they fit; `True` also for streams (one pass is stored,
-            so random augmentation stops); `False` never.
+        cache_features: `"auto"`, `True`, `"disk"` or `False`. Whether exploitation
+            computes the trunk's features once and keeps them. `"auto"` does so for
+            arrays, `True` also for streams (one pass is stored, so random
+            augmentation stops): in memory if they fit, else in a temporary file,
+            which is gone after the run. `"disk"` is `True` with the file in any
+            case; `False` never keeps them. The file is in the folder that the
+            environment variable `TMPDIR` names; one that is itself held in memory
+            (tmpfs) spares none.
         solve_options: Dict with any of `tol`, `method`, `l2` and `max_iterations`,
             for `exploit_optimizer="solve"`; see `keras_dalign.solve`.
         name: Name of the optimizer.
@@ -110,9 +115,9 @@ class DAlign(keras.optimizers.Optimizer):
                 f"`noise` must be a non-negative number. Received: noise={noise}"
             )
         self.noise = float(noise)
-        if cache_features not in (True, False, "auto"):
+        if cache_features not in (True, False, "auto", DISK):
             raise ValueError(
-                "`cache_features` must be True, False or 'auto'. Received: "
+                "`cache_features` must be True, False, 'disk' or 'auto'. Received: "
                 f"cache_features={cache_features}"
             )
         self.cache_features = cache_features
@@ -214,12 +219,10 @@ class DAlign(keras.optimizers.Optimizer):
         self.built: bool = True
 
     def build_exploitation(self, variables: list[keras.Variable]) -> None:
-        """Builds the optimizer of exploitation on the units that there are.
+        """Builds the optimizer of exploitation on the units that there are, if any.
 
         Units are made anew when the width changes; the optimizer then begins anew, too.
         """
-        if not variables:
-            return
         optimizer = _unwrapped(self.exploit_optimizer)
         if self.exploit_optimizer.built:
             known = optimizer._trainable_variables
@@ -227,7 +230,8 @@ class DAlign(keras.optimizers.Optimizer):
                 return
             config = keras.saving.serialize_keras_object(self.exploit_optimizer)
             self.exploit_optimizer = keras.saving.deserialize_keras_object(config)
-        self.exploit_optimizer.build(variables)
+        if variables:
+            self.exploit_optimizer.build(variables)
 
     def build(self, variables: list[keras.Variable]) -> None:
         """Refuses models without an alignment head; others were built by `compile`.

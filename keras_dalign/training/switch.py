@@ -62,7 +62,7 @@ def switch(
     noise: float = 1e-3,
     width: int | None = None,
     rank_matters: bool = True,
-    keep_features: bool = False,
+    keep_features: bool | str = False,
     digest: bool = False,
     fresh_statistics: bool = True,
 ) -> tuple[SwitchReport, FeatureSet | None]:
@@ -84,7 +84,8 @@ def switch(
         width: Number of random gates; None for the default.
         rank_matters: Whether to check the rank. An L2 term makes the optimum unique at
             any rank.
-        keep_features: Whether to return the features.
+        keep_features: Whether to return the features: False, True or `"disk"`, see
+            `FeaturePass`.
         digest: Whether to return digests of the inputs with them.
         fresh_statistics: Whether to re-estimate the trunk's batch-norm statistics.
 
@@ -93,6 +94,7 @@ def switch(
 
     Raises:
         ValueError: If features are non-finite, or constant over the data.
+        OSError: If the features are kept on a disk that is too small for them.
     """
     begin = time.perf_counter()
     restore = model.snapshot()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -20,10 +21,17 @@ from keras.src.trainers.data_adapters.data_adapter_utils import (
 
 from keras_dalign.head import data
 from keras_dalign.head.alignment_head import EXPLOITING, PHASES
-from keras_dalign.head.features import FeaturePass, FeatureSet, as_inputs, plan_cache
+from keras_dalign.head.features import (
+    DISK,
+    FeaturePass,
+    FeatureSet,
+    as_inputs,
+    plan_cache,
+)
 from keras_dalign.numerics.losses import convex_loss
 from keras_dalign.solving.head_solver import HeadSolver, first_width
 from keras_dalign.solving.options import SolveOptions
+from keras_dalign.training.file_batches import file_batches, needs_file_batches
 from keras_dalign.training.switch import switch
 
 if TYPE_CHECKING:
@@ -165,7 +173,7 @@ class TrainingRun:
             return features
         if not plan.keep:
             return None
-        everything = FeaturePass(model, keep=True, digest=digest)
+        everything = FeaturePass(model, keep=plan.keep, digest=digest)
         return everything.run(
             self.x, self.y, self.sample_weight, **passes
         ).feature_set()
@@ -183,16 +191,30 @@ class TrainingRun:
             if not self.is_array:
                 # Steps of the size that the stream took in exploration.
                 arguments["batch_size"] = features.batch_size
-        self.keras_fit(
-            x,
-            y,
-            sample_weight=weight,
-            validation_data=validation_data,
-            callbacks=self.callbacks,
-            epochs=self.epochs,
-            initial_epoch=epoch,
-            **arguments,
-        )
+        with contextlib.ExitStack() as stack:
+            if features is not None and needs_file_batches(features):
+                x = stack.enter_context(
+                    file_batches(
+                        features,
+                        batch_size=arguments["batch_size"],
+                        steps=self.steps,
+                        shuffle=arguments["shuffle"],
+                        class_weight=arguments["class_weight"],
+                    )
+                )
+                # What the batches bring, `fit` is not asked for.
+                y, weight = None, None
+                arguments.update(shuffle=False, class_weight=None)
+            self.keras_fit(
+                x,
+                y,
+                sample_weight=weight,
+                validation_data=validation_data,
+                callbacks=self.callbacks,
+                epochs=self.epochs,
+                initial_epoch=epoch,
+                **arguments,
+            )
 
     def _solve(self, epoch: int) -> None:
         """Exploits with the solver; each of its iterations is an epoch.
@@ -205,8 +227,12 @@ class TrainingRun:
         model = self.model
         options = SolveOptions.from_dict(model.optimizer.solve_options)
         free = first_width(model.head, options) if model.phase != EXPLOITING else None
+        wanted = model.optimizer.cache_features
         features = self._features(
-            wanted=True, digest=True, width=free, rank_matters=options.l2 == 0
+            DISK if wanted == DISK else True,
+            digest=True,
+            width=free,
+            rank_matters=options.l2 == 0,
         )
         if features is None:
             raise RuntimeError("The switch kept no features.")
