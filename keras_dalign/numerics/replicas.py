@@ -12,6 +12,7 @@ of the first process count (`from_first`), so that all take the same decisions.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any
@@ -110,13 +111,13 @@ class Replicas:
         if not differ.any():
             return
         names = [name for name, other in zip(facts, differ, strict=True) if other]
-        received = ", ".join(f"{name}: {_describe(facts[name])}" for name in names)
+        received = "; ".join(f"{name} {_describe(facts[name])}" for name in names)
         raise ValueError(
             f"The {self.processes} processes must be given the same model and the same "
-            f"data, in the same order: each works on its share of them. Received "
-            f"different {' and '.join(names)}. In process {self.process}: {received}. "
-            "Load all samples in every process, and set one seed with "
-            "keras.utils.set_random_seed before the model is made."
+            "data, in the same order: each works on its share of them. Received: "
+            f"different {' and '.join(names)} ({received} in process {self.process}). "
+            "Load all samples in every process, and call "
+            "keras.utils.set_random_seed with one seed before the model is made."
         )
 
     def _share(
@@ -149,9 +150,12 @@ class _StrategyReplicas(Replicas):
         self._sum = tf.function(
             lambda tensor: strategy.reduce("SUM", tensor, axis=None)
         )
-        # Strategies gather in an order of their own.
+
+    @functools.cached_property
+    def _order(self) -> np.ndarray:
+        """Where the replicas' shares are among those that the strategy gathers."""
         ids = self._values(lambda index: np.asarray([index]))
-        self._order = np.argsort(device.fetch(self._gather(ids)))
+        return np.argsort(device.fetch(self._gather(ids)))
 
     def put_rows(self, rows: slice, shape: tuple[int, ...], values: Rows) -> Any:
         return self._values(lambda index: self._share(rows, index, shape, values))
@@ -176,18 +180,15 @@ class _StrategyReplicas(Replicas):
         return device.fetch(self._sum(given))
 
     def from_all(self, array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        found = np.zeros((self.count, *array.shape))
-        own = self.process * len(self._devices)
+        if self.processes == 1:
+            return array[None]
 
         def of_replica(index: int) -> np.ndarray:
-            given = np.zeros_like(found)
+            given = np.zeros((self.count, *array.shape))
             given[index] = array
             return given
 
-        if self.processes == 1:
-            return array[None]
         found = device.fetch(self._sum(self._values(of_replica)))
-        assert own < len(found)
         return found[:: len(self._devices)]
 
     def _values(self, of_replica: Callable[[int], np.ndarray]) -> Any:
@@ -346,6 +347,8 @@ def _digest(fact: Any) -> float:
 
 
 def _describe(fact: Any) -> str:
-    shapes = [getattr(leaf, "shape", leaf) for leaf in keras.tree.flatten(fact)]
-    text = ", ".join(str(shape) for shape in shapes)
-    return f"arrays of shape {text}" if hasattr(fact, "shape") else text
+    """A fact in words, arrays by their shapes."""
+    shown = keras.tree.map_structure(
+        lambda leaf: tuple(leaf.shape) if hasattr(leaf, "shape") else leaf, fact
+    )
+    return f"shape {shown}" if hasattr(fact, "shape") else str(shown)
