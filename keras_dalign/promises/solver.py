@@ -20,6 +20,7 @@ from keras_dalign.numerics.html_table import html_table
 from keras_dalign.promises.certificate import Certificate, certify_features
 from keras_dalign.solving.head_solver import HeadSolver, first_width
 from keras_dalign.solving.options import SolveOptions
+from keras_dalign.training.processes import check_processes
 from keras_dalign.training.switch import switch
 
 if TYPE_CHECKING:
@@ -192,13 +193,21 @@ def solve(
 
     Raises:
         ValueError: If an argument is out of its range, the model has no alignment head,
-            the loss is not known or not convex, or the data do not fit.
+            the loss is not known or not convex, the data do not fit, or several
+            processes were given different things.
         OSError: If the features fit neither into memory nor on the disk.
     """
     begin = time.perf_counter()
     options = SolveOptions(tol=tol, method=method, l2=l2, max_iterations=max_iterations)
     _check(model, x, validation_data, options)
     convex = loss_of(model, loss)
+    check_processes(
+        model,
+        x,
+        y,
+        sample_weight,
+        {**dataclasses.asdict(options), "batch_size": batch_size, "steps": steps},
+    )
     say = _Speaker(verbose)
     passes: dict[str, Any] = {"batch_size": batch_size, "steps": steps}
     restore = model.snapshot()

@@ -119,7 +119,8 @@ class HeadSolver:
         say: Takes lines on what was chosen.
 
     Raises:
-        ValueError: If the method does not fit the loss, or the data do not fit.
+        ValueError: If the method does not fit the loss, the data do not fit, or several
+            processes have different data.
     """
 
     def __init__(
@@ -136,6 +137,13 @@ class HeadSolver:
         self.head = head
         self.options = options
         self.problem = ConvexProblem.from_head(head, features, loss)
+        self.problem.replicas.check_alike(
+            {
+                "samples": self.problem.n,
+                "targets": self.problem.targets,
+                "sample weights": self.problem.weights,
+            }
+        )
         self.validation = None
         if validation is not None:
             self.validation = ConvexProblem.from_head(head, validation, loss)

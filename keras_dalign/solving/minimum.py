@@ -255,17 +255,19 @@ class _Minimisation:
         if self._report(self.iterate(begin, products)):
             return begin
         at = accepted = begin
+        asked = begin.theta
 
         def value_and_gradient(theta: Array) -> tuple[float, Array]:
-            nonlocal at
-            at = self.problem.evaluate(theta.copy(), self.l2, products)
+            nonlocal at, asked
+            asked = theta.copy()
+            at = self.problem.evaluate(asked, self.l2, products)
             self.evaluations += 1
             return at.value, at.gradient
 
         def callback(intermediate_result: Any) -> None:
             nonlocal accepted
             self.iterations += 1
-            if not np.array_equal(at.theta, intermediate_result.x):
+            if not np.array_equal(asked, intermediate_result.x):
                 value_and_gradient(intermediate_result.x)
             accepted = at
             iterate = self.iterate(at, products)
@@ -320,6 +322,7 @@ class _Minimisation:
         if full and self.gaps[0] - self.gaps[-1] < _STALL_PART * self.gaps[-1]:
             self.stalled = True
             return True
-        if self.on_iterate is not None and self.on_iterate(iterate):
+        stop = self.on_iterate is not None and self.on_iterate(iterate)
+        if self.problem.replicas.any(stop):
             self.stopped = True
         return self.stopped

@@ -10,6 +10,7 @@ import numpy as np
 
 from keras_dalign.numerics import device
 from keras_dalign.numerics.losses import SquaredError
+from keras_dalign.numerics.replicas import replicas_of
 
 if TYPE_CHECKING:
     from keras_dalign.head.alignment_head import AlignmentHead
@@ -55,6 +56,7 @@ class OwnLoss:
     def __init__(self, head: AlignmentHead, features: FeatureSet) -> None:
         self.head = head
         self.features = features
+        self.replicas = replicas_of(head.standardize.moving_mean)
 
     def logits(self) -> np.ndarray:
         """The head's outputs for all samples, shape `(n, C)`, float64."""
@@ -67,7 +69,7 @@ class OwnLoss:
                 lambda leaf, rows=rows: device.put(leaf[rows], leaf.dtype.name), z
             )
             out[rows] = device.fetch(_call(self.head, part)).astype(np.float64)
-        return out
+        return self.replicas.from_first(out)
 
     def measure(self, problem: ConvexProblem) -> OwnMeasure:
         """The head's loss, and what rounding may do to it.

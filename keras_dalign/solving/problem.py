@@ -28,6 +28,7 @@ from keras import ops
 from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
 from keras_dalign.head.objective import sample_weights
 from keras_dalign.numerics.gram import Array, gram_matrix
+from keras_dalign.numerics.replicas import Replicas, replicas_of
 from keras_dalign.numerics.rounding import EPS
 from keras_dalign.solving.feature_rows import FeatureRows
 from keras_dalign.solving.products import (
@@ -82,6 +83,8 @@ class ConvexProblem:
         weights: Sample weights, shape `(n,)`; None for ones.
         loss: The loss.
         center: Where the L2 term is zero, shape `(size,)`; None for the origin.
+        replicas: The devices and processes that share the work of large products; None
+            for one device.
 
     Raises:
         ValueError: If the weights are of another shape, negative, not finite, or all 0.
@@ -98,7 +101,9 @@ class ConvexProblem:
         weights: Array | None,
         loss: ConvexLoss,
         center: Array | None = None,
+        replicas: Replicas | None = None,
     ) -> None:
+        self.replicas = replicas or Replicas()
         if not isinstance(features, FeatureRows):
             features = FeatureRows(np.ascontiguousarray(features, dtype=np.float64))
         self.rows = features
@@ -164,6 +169,7 @@ class ConvexProblem:
             None if weights is None else np.asarray(weights),
             loss,
             np.concatenate([q, origin]),
+            replicas_of(head.standardize.moving_mean),
         )
 
     @property
@@ -209,7 +215,7 @@ class ConvexProblem:
         """
         if self.n * (self.size - self.units) < _LARGE:
             return self.exact
-        return DeviceProducts(self.rows, self.gates, self.units)
+        return DeviceProducts(self.rows, self.gates, self.units, self.replicas)
 
     def product(self, theta: Array) -> Array:
         """`Phi theta` in float64, shape `(n, C)`."""
@@ -261,6 +267,12 @@ class ConvexProblem:
 
         gradient = (products or self.exact).sweep(theta, cotangents)
         loss /= self.normalizer
+        if self.replicas.processes > 1:
+            # Processors may differ in the last bit, and that in what comes next.
+            own = np.concatenate([theta, gradient, [loss]])
+            theta, gradient, (loss,) = np.split(
+                self.replicas.from_first(own), [self.size, 2 * self.size]
+            )
         value = loss
         if l2:
             change = theta - self.center

@@ -27,6 +27,7 @@ from keras import ops
 
 from keras_dalign.numerics import device
 from keras_dalign.numerics.gram import gate_activations
+from keras_dalign.numerics.replicas import Replicas
 from keras_dalign.solving.feature_rows import LEAST_SQUARE, Array, FeatureRows
 
 logger = logging.getLogger("keras_dalign")
@@ -254,31 +255,43 @@ class DeviceProducts(Products):
 
     On an accelerator the features are kept there if they fit; elsewhere blocks are
     handed over from the host's memory, or from a memory map. A device that runs out
-    of memory gets smaller blocks.
+    of memory gets smaller blocks, unless there are other processes: these would not
+    know, so that its error is raised.
+
+    Of every block each replica has a share of the rows, and computes logits and a part
+    of `Phi^T u` with them. The backend gathers the former, block by block, and sums up
+    the latter.
 
     Args:
         rows: The features.
         gates: The gates.
         units: Number of outputs.
+        replicas: The devices and processes; None for one device.
     """
 
     dtype = np.dtype("float32")
 
-    def __init__(self, rows: FeatureRows, gates: Gates, units: int) -> None:
+    def __init__(
+        self,
+        rows: FeatureRows,
+        gates: Gates,
+        units: int,
+        replicas: Replicas | None = None,
+    ) -> None:
         super().__init__(rows, gates, units)
+        self._replicas = replicas or Replicas()
         # Elsewhere the host's memory is that of the device.
         self._holds = device.has_accelerator()
         self._block_bytes = (
             _ACCELERATOR_BLOCK_BYTES if self._holds else _DEVICE_BLOCK_BYTES
         )
         self._held: dict[int, Any] = {}
-        self._forward = device.compiled(self._block_forward)
-        self._backward = device.compiled(self._block_backward)
-        normalisation = rows.normalisation
+        self._forward = self._replicas.compiled(self._block_forward)
+        self._backward = self._replicas.compiled(self._block_backward)
         self._constants: tuple[Any, ...] = ()
-        if normalisation is not None:
-            moments = (normalisation.mean, normalisation.inverse)
-            self._constants += tuple(device.put(moment) for moment in moments)
+        if rows.normalisation is not None:
+            moments = (rows.normalisation.mean, rows.normalisation.inverse)
+            self._constants += tuple(self._replicas.put(moment) for moment in moments)
 
     def product(self, theta: Array) -> Array:
         """See `Products`."""
@@ -290,25 +303,39 @@ class DeviceProducts(Products):
 
     def _product(self, theta: Array) -> Array:
         out = np.empty((self.rows.n, self.units))
-        q = device.put(theta[: -self.units].reshape(self.rows.d, -1))
+        q = self._put_q(theta)
         for part, raw, gates in self._blocks():
-            out[part] = device.fetch(self._forward(raw, gates, q)[0])
+            out[part] = self._logits(part, self._forward(raw, gates, q)[0])
         out += theta[-self.units :]
         return out
 
     def _sweep(self, theta: Array, cotangents: Cotangents) -> Array:
-        q = device.put(theta[: -self.units].reshape(self.rows.d, -1))
+        q = self._put_q(theta)
         bias = theta[-self.units :]
-        gradient: Any = None
+        gradient = self._put_q(np.zeros(self.size))
         gradient_b = np.zeros(self.units)
         for part, raw, gates in self._blocks():
             logits, v, values = self._forward(raw, gates, q)
-            u = cotangents(part, device.fetch(logits).astype(np.float64) + bias)
+            u = cotangents(part, self._logits(part, logits) + bias)
             gradient_b += u.sum(axis=0)
-            partial = self._backward(v, values, device.put(u))
-            gradient = partial if gradient is None else gradient + partial
-        found = device.fetch(gradient).ravel()
+            gradient = self._backward(v, values, self._put(part, u), gradient)
+        found = self._replicas.summed(gradient).ravel()
         return np.concatenate([found, gradient_b], dtype=np.float64)
+
+    def _put_q(self, theta: Array) -> Any:
+        return self._replicas.put(theta[: -self.units].reshape(self.rows.d, -1))
+
+    def _put(self, part: slice, values: np.ndarray) -> Any:
+        """The values of a block's rows, each with the replica that has the row."""
+        return self._replicas.put_rows(
+            part,
+            values.shape[1:],
+            lambda rows: values[rows.start - part.start : rows.stop - part.start],
+        )
+
+    def _logits(self, part: slice, logits: Any) -> Array:
+        found = self._replicas.gathered(logits, part.stop - part.start)
+        return found.astype(np.float64)
 
     def _retried(self, compute: Callable[[], Array]) -> Array:
         """Computes, with less on the device as long as it runs out of memory."""
@@ -316,7 +343,9 @@ class DeviceProducts(Products):
             try:
                 return compute()
             except Exception as error:
-                if not device.is_out_of_memory(error) or not self._reduce():
+                alone = self._replicas.processes == 1
+                full = alone and device.is_out_of_memory(error)
+                if not full or not self._reduce():
                     raise
 
     def _reduce(self) -> bool:
@@ -334,21 +363,27 @@ class DeviceProducts(Products):
         return True
 
     def _blocks(self) -> Iterator[tuple[slice, Any, Any]]:
-        """Slices of rows, with features and gates on the device."""
+        """Slices of rows, with features and gates on the devices."""
         columns = self.rows.d + 3 * self.units * self.gates.width
-        kept = self.kept_gates
-        for part in self.rows.blocks(4 * columns, self._block_bytes):
+        block_bytes = self._block_bytes * self._replicas.count
+        for part in self.rows.blocks(4 * columns, block_bytes):
             held = self._held.get(part.start)
             if held is None:
-                raw = device.put(self.rows.raw[part])
-                gates = device.put(self._gates_of(part) if kept is None else kept[part])
-                held = (raw, gates)
+                raw, gates = self.rows.raw, (self.gates.groups, self.gates.width)
+                held = (
+                    self._replicas.put_rows(
+                        part, raw.shape[1:], lambda rows: self.rows.raw[rows]
+                    ),
+                    self._replicas.put_rows(part, gates, self._gates_of),
+                )
                 if self._holds:
                     self._held[part.start] = held
             yield part, *held
 
-    def _gates_of(self, part: slice) -> np.ndarray:
-        return self.gates.values(self.rows.block(part, self.dtype))
+    def _gates_of(self, rows: slice) -> np.ndarray:
+        if self.kept_gates is not None:
+            return self.kept_gates[rows]
+        return self.gates.values(self.rows.block(rows, self.dtype))
 
     def _block_forward(self, raw: Any, gates: Any, q: Any) -> tuple[Any, Any, Any]:
         """Logits without bias, the rows of `v`, and the gates as they were given."""
@@ -362,8 +397,9 @@ class DeviceProducts(Products):
         projections = ops.reshape(ops.matmul(v, q), (-1, self.units, self.gates.width))
         return ops.sum(projections * gates, axis=-1), v, gates
 
-    def _block_backward(self, v: Any, gates: Any, u: Any) -> Any:
-        """`Phi^T u` of a block, shape `(d, C m)`."""
+    def _block_backward(self, v: Any, gates: Any, u: Any, total: Any) -> Any:
+        """`total` with `Phi^T u` of a block added to it, shape `(d, C m)`."""
         weighted = gates * ops.expand_dims(u, -1)
         size = self.units * self.gates.width
-        return ops.matmul(ops.transpose(v), ops.reshape(weighted, (-1, size)))
+        weighted = ops.reshape(weighted, (-1, size))
+        return total + ops.matmul(ops.transpose(v), weighted)

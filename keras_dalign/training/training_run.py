@@ -32,6 +32,7 @@ from keras_dalign.numerics.losses import convex_loss
 from keras_dalign.solving.head_solver import HeadSolver, first_width
 from keras_dalign.solving.options import SolveOptions
 from keras_dalign.training.file_batches import file_batches, needs_file_batches
+from keras_dalign.training.processes import check_processes
 from keras_dalign.training.switch import switch
 
 if TYPE_CHECKING:
@@ -95,6 +96,13 @@ class TrainingRun:
         self.x, self.y, self.sample_weight = x, y, sample_weight
         self.validation_data = validation_data
         self.n_samples = self._checked_size()
+        check_processes(
+            model,
+            self.x,
+            self.y,
+            self.sample_weight,
+            {"epochs": epochs, "batch_size": self.batch_size, "steps": self.steps},
+        )
         self.callbacks = _OneRun(
             model,
             callbacks,

@@ -1,0 +1,354 @@
+"""Devices and processes that share the rows of a sum, by the backends' own engines.
+
+Rows are split into as many shares of one length as there are replicas; shares at the
+end are filled up with rows of zeros, so that any number of rows fits any number of
+replicas. The backend moves, gathers and sums; nothing here talks to a device or to
+another process by itself.
+
+Processes must be alike: each calls the same functions with the same arrays, and
+computes what is not shared on its own. Where that decides on how to go on, the numbers
+of the first process count (`from_first`), so that all take the same decisions.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+
+from keras_dalign.numerics import device
+
+Rows = Callable[[slice], np.ndarray]
+
+
+class Replicas:
+    """One device of one process; what several do is in the subclasses.
+
+    Attributes:
+        count: Number of shares that rows are split into.
+        processes: Number of processes.
+        process: Index of this one.
+    """
+
+    count = 1
+    processes = 1
+    process = 0
+
+    def put(self, array: np.ndarray) -> Any:
+        """An array as a float32 tensor that every replica has."""
+        return device.put(array)
+
+    def put_rows(self, rows: slice, shape: tuple[int, ...], values: Rows) -> Any:
+        """A float32 tensor of rows, of which every replica has its share.
+
+        Args:
+            rows: Which rows.
+            shape: Shape of a row.
+            values: Gives the values of a slice of rows, shape `(rows, *shape)`; called
+                for the shares of this process alone.
+
+        Returns:
+            The tensor, for functions from `compiled` and for `gathered`.
+        """
+        del shape
+        return device.put(values(rows))
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that every replica computes on what it has.
+
+        Args:
+            function: Takes and returns tensors; uses `keras.ops`. Tensors of rows are
+                mapped to such, or to partial sums over them.
+
+        Returns:
+            The compiled function.
+        """
+        return device.compiled(function)
+
+    def gathered(self, tensor: Any, n: int) -> np.ndarray:
+        """The first `n` rows of a tensor of rows, in every process."""
+        return device.fetch(tensor)[:n]
+
+    def summed(self, tensor: Any) -> np.ndarray:
+        """The sum of the replicas' partial sums: the same bits in every process."""
+        return device.fetch(tensor)
+
+    def from_first(self, array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """The array that the first process gave, in every process."""
+        return array
+
+    def from_all(self, array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """The arrays of all processes, shape `(processes, *array.shape)`."""
+        return array[None]
+
+    def any(self, flag: Any) -> bool:
+        """Whether a flag is set in any process."""
+        if self.processes == 1:
+            return bool(flag)
+        return bool(self.from_all(np.asarray([float(bool(flag))])).any())
+
+    def check_alike(self, facts: dict[str, Any]) -> None:
+        """Compares what the processes were given, before they compute with it.
+
+        Args:
+            facts: Names, with numbers, strings, arrays or structures of them.
+
+        Raises:
+            ValueError: If the processes were given different things. It is raised in
+                every process.
+        """
+        if self.processes == 1:
+            return
+        own = np.asarray([_digest(fact) for fact in facts.values()])
+        differ = (self.from_all(own) != own).any(axis=0)
+        # Where a third process differs from the first two, these have to stop as well.
+        differ = self.from_all(differ.astype("float64")).any(axis=0)
+        if not differ.any():
+            return
+        names = [name for name, other in zip(facts, differ, strict=True) if other]
+        received = "; ".join(f"{name} {_describe(facts[name])}" for name in names)
+        raise ValueError(
+            f"The {self.processes} processes must be given the same model and the same "
+            "data, in the same order: each works on its share of them. Received: "
+            f"different {' and '.join(names)} ({received} in process {self.process}). "
+            "Load all samples in every process, and call "
+            "keras.utils.set_random_seed with one seed before the model is made."
+        )
+
+    def _share(
+        self, rows: slice, index: int, shape: tuple[int, ...], values: Rows
+    ) -> np.ndarray:
+        """The rows of one replica, filled up with zeros."""
+        length = -(-(rows.stop - rows.start) // self.count)
+        start = min(rows.start + index * length, rows.stop)
+        stop = min(start + length, rows.stop)
+        share = np.zeros((length, *shape), "float32")
+        if stop > start:
+            share[: stop - start] = values(slice(start, stop))
+        return share
+
+
+class _StrategyReplicas(Replicas):
+    """The replicas of a `tf.distribute` strategy."""
+
+    def __init__(self, strategy: Any) -> None:
+        import tensorflow as tf  # noqa: PLC0415  (only where it is the backend)
+
+        self._tf = tf
+        self._strategy = strategy
+        self._devices = strategy.extended.worker_devices
+        self.count = int(strategy.num_replicas_in_sync)
+        self.processes = self.count // len(self._devices)
+        resolver = strategy.cluster_resolver
+        self.process = (resolver.task_id or 0) if self.processes > 1 else 0
+        self._gather = tf.function(lambda tensor: strategy.gather(tensor, axis=0))
+        self._sum = tf.function(
+            lambda tensor: strategy.reduce("SUM", tensor, axis=None)
+        )
+
+    @functools.cached_property
+    def _order(self) -> np.ndarray:
+        """Where the replicas' shares are among those that the strategy gathers."""
+        ids = self._values(lambda index: np.asarray([index]))
+        return np.argsort(device.fetch(self._gather(ids)))
+
+    def put_rows(self, rows: slice, shape: tuple[int, ...], values: Rows) -> Any:
+        return self._values(lambda index: self._share(rows, index, shape, values))
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled, strategy = device.compiled(function), self._strategy
+        return self._tf.function(lambda *tensors: strategy.run(compiled, args=tensors))
+
+    def gathered(self, tensor: Any, n: int) -> np.ndarray:
+        found = device.fetch(self._gather(tensor))
+        shares = found.reshape(self.count, -1, *found.shape[1:])[self._order]
+        return shares.reshape(found.shape)[:n]
+
+    def summed(self, tensor: Any) -> np.ndarray:
+        return device.fetch(self._sum(tensor))
+
+    def from_first(self, array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        if self.processes == 1:
+            return array
+        nothing = np.zeros_like(array)
+        given = self._values(lambda index: nothing if index else array)
+        return device.fetch(self._sum(given))
+
+    def from_all(self, array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        if self.processes == 1:
+            return array[None]
+
+        def of_replica(index: int) -> np.ndarray:
+            given = np.zeros((self.count, *array.shape))
+            given[index] = array
+            return given
+
+        found = device.fetch(self._sum(self._values(of_replica)))
+        return found[:: len(self._devices)]
+
+    def _values(self, of_replica: Callable[[int], np.ndarray]) -> Any:
+        """Tensors of the replicas of this process, each on its device."""
+
+        def put(context: Any) -> Any:
+            index = int(context.replica_id_in_sync_group)
+            with self._tf.device(self._devices[index % len(self._devices)]):
+                return self._tf.convert_to_tensor(of_replica(index))
+
+        return self._strategy.experimental_distribute_values_from_function(put)
+
+
+class _MeshReplicas(Replicas):
+    """The devices of a `keras.distribution` on JAX, along its batch dimension."""
+
+    def __init__(self, distribution: Any) -> None:
+        import jax  # noqa: PLC0415  (only where it is the backend)
+
+        self._jax = jax
+        mesh = distribution.device_mesh.backend_mesh
+        spec, named = jax.sharding.PartitionSpec, jax.sharding.NamedSharding
+        self._by_rows = named(mesh, spec(distribution.batch_dim_name))
+        self._everywhere = named(mesh, spec())
+        self.count = int(mesh.shape[distribution.batch_dim_name])
+        self.processes = jax.process_count()
+        self.process = jax.process_index()
+        self._replicate = jax.jit(lambda tensor: tensor, out_shardings=self._everywhere)
+
+    def put(self, array: np.ndarray) -> Any:
+        array = np.asarray(array, "float32")
+        # Unlike `device_put`, it does not ask the other processes whether they agree.
+        return self._jax.make_array_from_callback(
+            array.shape, self._everywhere, lambda index: array[index]
+        )
+
+    def put_rows(self, rows: slice, shape: tuple[int, ...], values: Rows) -> Any:
+        length = -(-(rows.stop - rows.start) // self.count)
+
+        def share(index: tuple[slice, ...]) -> np.ndarray:
+            return self._share(rows, (index[0].start or 0) // length, shape, values)
+
+        return self._jax.make_array_from_callback(
+            (length * self.count, *shape), self._by_rows, share
+        )
+
+    def gathered(self, tensor: Any, n: int) -> np.ndarray:
+        return device.fetch(self._replicate(tensor))[:n]
+
+    def summed(self, tensor: Any) -> np.ndarray:
+        # The compiler has put the sum over devices into the function.
+        return device.fetch(self._replicate(tensor))
+
+    def from_first(self, array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        if self.processes == 1:
+            return array
+        return self.from_all(array)[0]
+
+    def from_all(self, array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        from jax.experimental import multihost_utils  # noqa: PLC0415
+
+        # JAX would round float64 to float32.
+        bits = np.ascontiguousarray(array, "float64").view("int32")
+        found = np.asarray(multihost_utils.process_allgather(bits[None], tiled=True))
+        return found.view("float64")
+
+
+class _GroupReplicas(Replicas):
+    """The processes of PyTorch's default process group, with one device each."""
+
+    def __init__(self) -> None:
+        import torch  # noqa: PLC0415  (only where it is the backend)
+
+        self._torch, self._group = torch, torch.distributed
+        self.count = self.processes = self._group.get_world_size()
+        self.process = self._group.get_rank()
+
+    def put_rows(self, rows: slice, shape: tuple[int, ...], values: Rows) -> Any:
+        return device.put(self._share(rows, self.process, shape, values))
+
+    def gathered(self, tensor: Any, n: int) -> np.ndarray:
+        return np.concatenate(self._all_gather(tensor))[:n]
+
+    def summed(self, tensor: Any) -> np.ndarray:
+        total = self._reachable(tensor).clone()
+        self._group.all_reduce(total)
+        return device.fetch(total)
+
+    def from_first(self, array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        given = self._reachable(device.put(array.copy(), "float64"))
+        self._group.broadcast(given, src=0)
+        return device.fetch(given)
+
+    def from_all(self, array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        return np.stack(self._all_gather(device.put(array.copy(), "float64")))
+
+    def _all_gather(self, tensor: Any) -> list[np.ndarray]:
+        own = self._reachable(tensor).contiguous()
+        found = [self._torch.empty_like(own) for _ in range(self.count)]
+        self._group.all_gather(found, own)
+        return [device.fetch(share) for share in found]
+
+    def _reachable(self, tensor: Any) -> Any:
+        """The tensor where the group's engine can take it from."""
+        nccl = "nccl" in str(self._group.get_backend())
+        return tensor.detach() if nccl else tensor.detach().cpu()
+
+
+def replicas_of(variable: Any) -> Replicas:
+    """The replicas that share a variable of a model.
+
+    On TensorFlow these are those of the `MirroredStrategy` or
+    `MultiWorkerMirroredStrategy` in whose scope it was made. On JAX they are the
+    devices of the `keras.distribution` that is set. On PyTorch they are the processes
+    of the default group of `torch.distributed`, once it is initialised. Otherwise it
+    is one device.
+
+    Args:
+        variable: A `keras.Variable`.
+
+    Returns:
+        The replicas.
+    """
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf  # noqa: PLC0415
+
+        strategy = getattr(variable.value, "distribute_strategy", None)
+        known = tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy
+        if isinstance(strategy, known) and strategy.num_replicas_in_sync > 1:
+            return _StrategyReplicas(strategy)
+    elif backend == "jax":
+        distribution = keras.distribution.distribution()
+        if distribution is not None and distribution.device_mesh.devices.size > 1:
+            return _MeshReplicas(distribution)
+    elif backend == "torch":
+        import torch  # noqa: PLC0415
+
+        group = torch.distributed
+        if group.is_available() and group.is_initialized():
+            return _GroupReplicas()
+    return Replicas()
+
+
+def _digest(fact: Any) -> float:
+    """A number of 48 bits for a fact, exact in float64."""
+    digest = hashlib.blake2b(digest_size=6)
+    for leaf in keras.tree.flatten(fact):
+        if isinstance(leaf, (int, float, str, type(None))):
+            digest.update(repr(leaf).encode())
+        else:
+            array = np.ascontiguousarray(keras.ops.convert_to_numpy(leaf))
+            digest.update(f"{array.shape}{array.dtype}".encode())
+            digest.update(array.view("uint8").data)
+    return float(int.from_bytes(digest.digest(), "big"))
+
+
+def _describe(fact: Any) -> str:
+    """A fact in words, arrays by their shapes."""
+    shown = keras.tree.map_structure(
+        lambda leaf: tuple(leaf.shape) if hasattr(leaf, "shape") else leaf, fact
+    )
+    return f"shape {shown}" if hasattr(fact, "shape") else str(shown)
