@@ -1,6 +1,6 @@
 """Products with the gated features, against the machine's matrix multiplications.
 
-For several shapes: one gradient's worth of products (`Phi theta`, then `Phi^T u`) in
+For several shapes: the loss and its gradient (`Phi theta`, softmax, `Phi^T u`) in
 NumPy float64, in NumPy float32 and in float32 on the device of Keras's backend, and
 two plain multiplications of the same shapes by NumPy in float32. They alternate; each
 number is the median over the rounds. Run it once for each backend.
@@ -19,8 +19,14 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.common import Target
+from keras_dalign.numerics.losses import SoftmaxCrossEntropy
 from keras_dalign.solving.feature_rows import FeatureRows, Normalisation
-from keras_dalign.solving.products import DeviceProducts, Gates, NumpyProducts
+from keras_dalign.solving.products import (
+    DeviceProducts,
+    Gates,
+    NumpyProducts,
+    SampleLoss,
+)
 
 # Samples, features without the constant, outputs, width; and what they are.
 SHAPES = {
@@ -55,8 +61,13 @@ def measure(shape: tuple[int, int, int, int], rounds: int) -> dict[str, float]:
     def gemm() -> None:
         rows.raw.T @ (rows.raw @ q)
 
+    targets = SoftmaxCrossEntropy().targets(rng.integers(0, units, n), units)
+    samples = SampleLoss(
+        SoftmaxCrossEntropy(), np.zeros((n, units)), targets, np.full(n, 1 / n)
+    )
+
     def sweep(products: Any) -> Callable[[], Any]:
-        return lambda: products.sweep(theta, lambda _, logits: logits)
+        return lambda: products.loss_and_gradient(theta, samples)
 
     kinds = {
         "sgemm": gemm,
@@ -107,7 +118,7 @@ def main() -> None:
         f"products_{backend}",
         title=f"Products with the gated features, {backend}",
         body=[
-            f"Gflop/s of one gradient's products, medians of {options.rounds} rounds.",
+            f"Gflop/s of a loss and its gradient, medians of {options.rounds} rounds.",
             common.table(header, rows),
         ],
         targets=targets,

@@ -139,6 +139,25 @@ def test_value_and_gradient_together_are_those_alone(name):
     np.testing.assert_array_equal(gradient, loss.gradient(logits, targets))
 
 
+@pytest.mark.parametrize("size", [0.1, 1.0, 15.0])
+@pytest.mark.parametrize("name", CASES)
+def test_losses_on_the_device_keep_small_numbers(name, size):
+    """Relative to each number, as losses and slopes of fitted samples are tiny."""
+    keras_loss, y, logits = case(name, n=200)
+    loss = convex_loss(keras_loss)
+    logits = (size * logits).astype("float32")
+    logits[5] = logits[5, 0]
+    targets = loss.targets(y, logits.shape[1]).astype("float32")
+    expected = loss.value_and_gradient(logits.astype(float), targets.astype(float))
+    tensors = keras.ops.convert_to_tensor(logits), keras.ops.convert_to_tensor(targets)
+    found = map(keras.ops.convert_to_numpy, loss.value_and_gradient_on_device(*tensors))
+    for of_device, exact in zip(found, expected, strict=True):
+        assert of_device.dtype == np.float32
+        # Soft targets and squares differ from the outputs by rounding at their size.
+        atol = 1e-7 * np.abs(exact).max() if targets.min() != 0 else 1e-15
+        np.testing.assert_allclose(of_device, exact, rtol=2e-5, atol=atol)
+
+
 @pytest.mark.parametrize(
     ("loss", "worst"),
     [

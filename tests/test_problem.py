@@ -12,7 +12,7 @@ from keras_dalign.numerics.losses import (
     SquaredError,
 )
 from keras_dalign.solving.problem import ConvexProblem
-from keras_dalign.solving.products import DeviceProducts
+from keras_dalign.solving.products import DeviceProducts, NumpyProducts
 
 # JAX has float64 only where it was switched on for the whole process.
 DTYPES = ["float32"]
@@ -88,13 +88,19 @@ def test_products_are_those_with_the_explicit_features(units, share):
     np.testing.assert_allclose(of.logits(theta), of.offset + of.product(theta))
 
 
-def test_large_problems_are_solved_in_float32_on_the_device(monkeypatch):
+@pytest.mark.parametrize(
+    ("accelerator", "kind"), [(True, DeviceProducts), (False, NumpyProducts)]
+)
+def test_large_problems_are_solved_in_float32(accelerator, kind, monkeypatch):
     of = problem("softmax", n=30)
     assert of.fast is of.exact
     assert of.exact.dtype == np.float64
-    monkeypatch.setattr("keras_dalign.solving.problem._LARGE", 1)
+    where = "keras_dalign.solving.problem"
+    monkeypatch.setattr(f"{where}._LARGE", 1)
+    monkeypatch.setattr(f"{where}.has_accelerator", lambda: accelerator)
     of = problem("softmax", n=30)
-    assert isinstance(of.fast, DeviceProducts)
+    assert type(of.fast) is kind
+    assert of.fast.dtype == np.float32
     theta = np.random.default_rng(1).standard_normal(of.size)
     rough, exact = of.evaluate(theta, 0.1, of.fast), of.evaluate(theta, 0.1)
     assert rough.value == pytest.approx(exact.value, rel=1e-6)

@@ -3,10 +3,21 @@ import dataclasses
 import numpy as np
 import pytest
 
+from keras_dalign.numerics.losses import (
+    BinaryCrossEntropy,
+    SoftmaxCrossEntropy,
+    SquaredError,
+)
 from keras_dalign.solving import products
 from keras_dalign.solving.feature_rows import FeatureRows, Normalisation
-from keras_dalign.solving.products import DeviceProducts, Gates, NumpyProducts
+from keras_dalign.solving.products import (
+    DeviceProducts,
+    Gates,
+    NumpyProducts,
+    SampleLoss,
+)
 
+LOSSES = [SoftmaxCrossEntropy(), BinaryCrossEntropy(), SquaredError()]
 KINDS = ["normalised", "plain", "kept gates", "memory-mapped"]
 
 
@@ -63,31 +74,74 @@ def test_products_are_those_with_the_dense_features(kind, share, tmp_path):
         assert of.size == len(theta)
         close(of.product(theta), logits, tolerance)
         close(of.transposed_product(u), np.einsum("icp,ic->p", phi, u), tolerance)
-        seen = np.zeros_like(logits)
 
-        def cotangents(part, block, seen=seen):
-            seen[part] += block
-            return np.tanh(block)
 
-        found = of.sweep(theta, cotangents)
-        close(seen, logits, tolerance)
-        expected = np.einsum("icp,ic->p", phi, np.tanh(logits))
-        close(found, expected, 10 * tolerance)
+def samples_of(loss, n, units, seed=2):
+    """Random offsets, targets and shares of `n` samples."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, units, n)
+    if not isinstance(loss, SoftmaxCrossEntropy):
+        y = rng.integers(0, 2, (n, units))
+    shares = rng.random(n) * (rng.random(n) < 0.9) / n
+    offset = rng.standard_normal((n, units))
+    return SampleLoss(loss, offset, loss.targets(y, units), shares)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradient_in_one_pass(kind, share, loss, tmp_path):
+    rows, gates, phi = case(kind, share, tmp_path)
+    theta = np.random.default_rng(1).standard_normal(phi.shape[2])
+    samples = samples_of(loss, *phi.shape[:2])
+    logits = samples.offset + phi @ theta
+    values, slopes = loss.value_and_gradient(logits, samples.targets)
+    slopes *= samples.shares[:, None]
+    gradient = np.einsum("icp,ic->p", phi, slopes)
+    for of, tolerance in kinds_of_products(rows, gates):
+        for _ in range(2):  # What is kept for a loss is used again.
+            found = of.loss_and_gradient(theta, samples)
+            close(found[0], logits, tolerance)
+            assert found[1] == pytest.approx(samples.shares @ values, rel=2e-6)
+            close(found[2], gradient, 10 * tolerance)
+        other = samples_of(loss, *phi.shape[:2], seed=3)
+        values = loss.value(other.offset + phi @ theta, other.targets)
+        found = of.loss_and_gradient(theta, other)
+        assert found[1] == pytest.approx(other.shares @ values, rel=2e-6)
+        values = loss.value(logits, samples.targets)
 
 
 @pytest.mark.parametrize("share", [True, False])
 def test_blocks_and_gates_computed_again_change_nothing(share, tmp_path, monkeypatch):
     rows, gates, phi = case("normalised", share, tmp_path)
     theta = np.random.default_rng(1).standard_normal(phi.shape[2])
-    whole = [
-        of.sweep(theta, lambda _, f: f) for of, _ in kinds_of_products(rows, gates)
-    ]
+    samples = samples_of(LOSSES[0], *phi.shape[:2])
+    u = np.random.default_rng(2).standard_normal(phi.shape[:2])
+
+    def everything(of):
+        logits, loss, gradient = of.loss_and_gradient(theta, samples)
+        return of.product(theta), of.transposed_product(u), logits, [loss], gradient
+
+    whole = [everything(of) for of, _ in kinds_of_products(rows, gates)]
     for name in ("_BLOCK_BYTES", "_DEVICE_BLOCK_BYTES", "_KEPT_GATES_BYTES"):
         monkeypatch.setattr(products, name, 1)
     for (of, tolerance), one in zip(kinds_of_products(rows, gates), whole, strict=True):
         assert of.kept_gates is None
         assert len(list(rows.blocks(1, 1))) == 5
-        close(of.sweep(theta, lambda _, f: f), one, 10 * tolerance)
+        for found, expected in zip(everything(of), one, strict=True):
+            close(np.asarray(found), np.asarray(expected), 10 * tolerance)
+
+
+def test_rows_that_threads_share(tmp_path, monkeypatch):
+    rows, gates, phi = case("normalised", True, tmp_path, n=1000)
+    samples = samples_of(LOSSES[0], *phi.shape[:2])
+    theta = np.random.default_rng(1).standard_normal(phi.shape[2])
+    alone = NumpyProducts(rows, gates, 3).loss_and_gradient(theta, samples)
+    monkeypatch.setattr(products, "_THREADED", 1)
+    monkeypatch.setattr(products.threads, "blas_threads", lambda: 3)
+    found = NumpyProducts(rows, gates, 3).loss_and_gradient(theta, samples)
+    for one, other in zip(found, alone, strict=True):
+        close(np.asarray(one), np.asarray(other), 1e-13)
 
 
 class FullError(Exception):
@@ -104,11 +158,11 @@ def test_a_device_without_memory_gets_less_at_a_time(tmp_path, monkeypatch, capl
     of._holds = True
     forward, sizes = of._forward, []
 
-    def limited(raw, *rest):
-        sizes.append(len(raw))
-        if len(raw) > 300:
+    def limited(rows, *rest):
+        sizes.append(len(rows[0]))
+        if len(rows[0]) > 300:
             raise FullError
-        return forward(raw, *rest)
+        return forward(rows, *rest)
 
     monkeypatch.setattr(of, "_forward", limited)
     monkeypatch.setattr(products, "_LEAST_BLOCK_BYTES", 1)

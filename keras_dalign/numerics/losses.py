@@ -18,6 +18,7 @@ from typing import Any
 import keras
 import numpy as np
 import numpy.typing as npt
+from keras import ops
 
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
@@ -110,6 +111,20 @@ class ConvexLoss(abc.ABC):
     def value_and_gradient(self, logits: Array, targets: Array) -> tuple[Array, Array]:
         """`value` and `gradient` together, `(n,)` and `(n, C)`."""
         return self.value(logits, targets), self.gradient(logits, targets)
+
+    @abc.abstractmethod
+    def value_and_gradient_on_device(
+        self, logits: Any, targets: Any
+    ) -> tuple[Any, Any]:
+        """`value` and `gradient` for tensors of Keras's backend, in their dtype.
+
+        Args:
+            logits: Shape `(n, C)`.
+            targets: Shape `(n, C)`.
+
+        Returns:
+            Tensors of shapes `(n,)` and `(n, C)`.
+        """
 
     @abc.abstractmethod
     def max_curvature(self, n_outputs: int) -> float:
@@ -288,6 +303,24 @@ class SoftmaxCrossEntropy(ConvexLoss):
         shares -= targets
         return value, shares
 
+    def value_and_gradient_on_device(
+        self, logits: Any, targets: Any
+    ) -> tuple[Any, Any]:
+        """Both, for tensors; see `ConvexLoss`."""
+        below = ops.max(logits, axis=1, keepdims=True) - logits
+        top = ops.equal(below, 0.0)
+        shares = ops.exp(-below)
+        # Written so that small losses and slopes keep their digits in float32.
+        others = ops.sum(ops.where(top, 0.0, shares), axis=1, keepdims=True)
+        tied = ops.sum(ops.cast(top, shares.dtype), axis=1, keepdims=True)
+        rest = (tied - 1.0) + others
+        value = ops.sum(targets * (below + ops.log1p(rest)), axis=1)
+        mass = ops.sum(targets, axis=1, keepdims=True)
+        scale = mass / (1.0 + rest)
+        return value, ops.where(
+            top, (mass - targets) - scale * rest, scale * shares - targets
+        )
+
     def max_curvature(self, n_outputs: int) -> float:  # noqa: ARG002
         """1/2, up to the rounding of soft labels; see `ConvexLoss`."""
         return 0.5 * (1.0 if self.sparse else 1.0 + _ROW_SUM_TOLERANCE)
@@ -341,6 +374,16 @@ class BinaryCrossEntropy(ConvexLoss):
         sigmoid = np.exp(-np.logaddexp(0.0, -logits))
         return (sigmoid - targets) / logits.shape[1]
 
+    def value_and_gradient_on_device(
+        self, logits: Any, targets: Any
+    ) -> tuple[Any, Any]:
+        """Both, for tensors; see `ConvexLoss`."""
+        losses = targets * ops.softplus(-logits)
+        losses = losses + (1.0 - targets) * ops.softplus(logits)
+        # The difference of sigmoid and target, but small ones keep their digits.
+        slopes = (1.0 - targets) * ops.sigmoid(logits) - targets * ops.sigmoid(-logits)
+        return ops.mean(losses, axis=1), slopes / logits.shape[1]
+
     def max_curvature(self, n_outputs: int) -> float:
         """`1 / (4 C)`; see `ConvexLoss`."""
         return 0.25 / n_outputs
@@ -380,6 +423,13 @@ class SquaredError(ConvexLoss):
     def gradient(self, logits: Array, targets: Array) -> Array:
         """Gradient of each sample's loss in its logits; see `ConvexLoss`."""
         return (logits - targets) * (2.0 / logits.shape[1])
+
+    def value_and_gradient_on_device(
+        self, logits: Any, targets: Any
+    ) -> tuple[Any, Any]:
+        """Both, for tensors; see `ConvexLoss`."""
+        away = logits - targets
+        return ops.mean(ops.square(away), axis=1), away * (2.0 / logits.shape[1])
 
     def max_curvature(self, n_outputs: int) -> float:
         """`2 / C`; see `ConvexLoss`."""

@@ -317,7 +317,10 @@ def replicas_of(variable: Any) -> Replicas:
         import tensorflow as tf  # noqa: PLC0415
 
         strategy = getattr(variable.value, "distribute_strategy", None)
-        known = tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy
+        known = (
+            tf.distribute.MirroredStrategy,
+            tf.distribute.MultiWorkerMirroredStrategy,
+        )
         if isinstance(strategy, known) and strategy.num_replicas_in_sync > 1:
             return _StrategyReplicas(strategy)
     elif backend == "jax":

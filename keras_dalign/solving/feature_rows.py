@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from keras_dalign.numerics import threads
+
 if TYPE_CHECKING:
     from keras_dalign.head.alignment_head import AlignmentHead
 
@@ -118,10 +120,15 @@ class FeatureRows:
         if self.normalisation is None:
             return None
         out = np.empty(self.n)
-        for part in self.blocks(16 * self.d, 2**22):
-            u = self.centred(part, np.float64) * self.normalisation.inverse
-            square = np.einsum("ij,ij->i", u, u)
-            out[part] = np.sqrt(u.shape[1] / np.maximum(square, LEAST_SQUARE))
+        inverse = self.normalisation.inverse
+
+        def compute(rows: slice) -> None:
+            for part in self.blocks(16 * self.d, 2**21, rows):
+                u = self.centred(part, np.float64) * inverse
+                square = np.einsum("ij,ij->i", u, u)
+                out[part] = np.sqrt(u.shape[1] / np.maximum(square, LEAST_SQUARE))
+
+        threads.over_rows(compute, self.n, split=self.raw.size >= 2**21)
         return out
 
     def fold(self, q: Array) -> tuple[Array, Array | None]:
@@ -162,16 +169,20 @@ class FeatureRows:
         """Some of the samples; a copy of their features."""
         return FeatureRows(self.raw[rows], self.normalisation)
 
-    def blocks(self, row_bytes: int, block_bytes: int) -> Iterator[slice]:
+    def blocks(
+        self, row_bytes: int, block_bytes: int, rows: slice | None = None
+    ) -> Iterator[slice]:
         """Slices of rows that take about so many bytes.
 
         Args:
             row_bytes: Bytes that a row takes, with what is computed from it.
             block_bytes: Bytes of a block.
+            rows: A slice of rows; all by default.
 
         Yields:
-            Slices that cover all rows in order.
+            Slices that cover the rows in order.
         """
+        first, last = (rows.start, rows.stop) if rows else (0, self.n)
         step = max(block_bytes // row_bytes, 64)
-        for start in range(0, self.n, step):
-            yield slice(start, min(start + step, self.n))
+        for start in range(first, last, step):
+            yield slice(start, min(start + step, last))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from keras_dalign.numerics.losses import SquaredError
+from keras_dalign.numerics.losses import SoftmaxCrossEntropy, SquaredError
 
 if TYPE_CHECKING:
     from keras_dalign.numerics.gram import Array
@@ -123,8 +123,10 @@ def hold_out(problem: ConvexProblem, seed: int) -> np.ndarray:
     order = np.random.default_rng(seed).permutation(counted)
     if not isinstance(problem.loss, SquaredError):
         # Sorted by class, every fifth one is a fifth of each.
-        _, classes = np.unique(problem.targets[order], axis=0, return_inverse=True)
-        order = order[np.argsort(classes.ravel(), kind="stable")]
+        targets = problem.targets[order]
+        softmax = isinstance(problem.loss, SoftmaxCrossEntropy)
+        keys = targets.argmax(axis=1)[None] if softmax else (targets > 0.5).T
+        order = order[np.lexsort(keys)]
     held_out = np.zeros(problem.n, dtype=bool)
     held_out[order[2 :: round(1 / _PART)]] = True
     return held_out

@@ -18,6 +18,7 @@ import scipy.optimize
 
 from keras_dalign.numerics.losses import SquaredError
 from keras_dalign.numerics.rounding import EPS
+from keras_dalign.numerics.threads import one_blas_thread
 from keras_dalign.solving.closed_form import ClosedForm
 
 if TYPE_CHECKING:
@@ -276,21 +277,22 @@ class _Minimisation:
             if self._report(iterate):
                 raise StopIteration
 
-        scipy.optimize.minimize(
-            value_and_gradient,
-            begin.theta,
-            jac=True,
-            method="L-BFGS-B",
-            callback=callback,
-            options={
-                "maxcor": _PAIRS,
-                "ftol": 0.0,
-                "gtol": 0.0,
-                "maxiter": self.max_iterations - self.iterations + 1,
-                "maxfun": 10**9,
-                "maxls": _LINE_SEARCH_STEPS,
-            },
-        )
+        with one_blas_thread():
+            scipy.optimize.minimize(
+                value_and_gradient,
+                begin.theta,
+                jac=True,
+                method="L-BFGS-B",
+                callback=callback,
+                options={
+                    "maxcor": _PAIRS,
+                    "ftol": 0.0,
+                    "gtol": 0.0,
+                    "maxiter": self.max_iterations - self.iterations + 1,
+                    "maxfun": 10**9,
+                    "maxls": _LINE_SEARCH_STEPS,
+                },
+            )
         return accepted
 
     def by_closed_form(self, begin: Evaluation) -> Iterate:

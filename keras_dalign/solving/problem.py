@@ -27,6 +27,7 @@ from keras import ops
 
 from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
 from keras_dalign.head.objective import sample_weights
+from keras_dalign.numerics.device import has_accelerator
 from keras_dalign.numerics.gram import Array, gram_matrix
 from keras_dalign.numerics.replicas import Replicas, replicas_of
 from keras_dalign.numerics.rounding import EPS
@@ -36,6 +37,7 @@ from keras_dalign.solving.products import (
     Gates,
     NumpyProducts,
     Products,
+    SampleLoss,
 )
 
 if TYPE_CHECKING:
@@ -203,18 +205,27 @@ class ConvexProblem:
         return self.gates.slope
 
     @functools.cached_property
+    def samples(self) -> SampleLoss:
+        """The loss of all samples, as products take it."""
+        shares = self.weights / self.normalizer
+        return SampleLoss(self.loss, self.offset, self.targets, shares)
+
+    @functools.cached_property
     def exact(self) -> Products:
         """Products in float64."""
         return NumpyProducts(self.rows, self.gates, self.units)
 
     @functools.cached_property
     def fast(self) -> Products:
-        """Products for the way down: in float32 on the device if the problem is large.
+        """Products for the way down: in float32 if the problem is large.
 
-        Small problems have those in float64.
+        They are computed on the accelerator, or by several devices, if there are any,
+        and by NumPy otherwise. Small problems have those in float64.
         """
         if self.n * (self.size - self.units) < _LARGE:
             return self.exact
+        if self.replicas.count == 1 and not has_accelerator():
+            return NumpyProducts(self.rows, self.gates, self.units, np.float32)
         return DeviceProducts(self.rows, self.gates, self.units, self.replicas)
 
     def product(self, theta: Array) -> Array:
@@ -253,20 +264,8 @@ class ConvexProblem:
         Returns:
             The evaluation. Sums over samples are in float64.
         """
-        logits = np.empty((self.n, self.units))
-        loss = 0.0
-
-        def cotangents(rows: slice, product: Array) -> Array:
-            nonlocal loss
-            np.add(self.offset[rows], product, out=logits[rows])
-            targets, weights = self.targets[rows], self.weights[rows]
-            values, slopes = self.loss.value_and_gradient(logits[rows], targets)
-            loss += float(weights @ values)
-            slopes *= (weights / self.normalizer)[:, None]
-            return slopes
-
-        gradient = (products or self.exact).sweep(theta, cotangents)
-        loss /= self.normalizer
+        products = products or self.exact
+        logits, loss, gradient = products.loss_and_gradient(theta, self.samples)
         if self.replicas.processes > 1:
             # Processors may differ in the last bit, and that in what comes next.
             own = np.concatenate([theta, gradient, [loss]])
@@ -374,7 +373,7 @@ class ConvexProblem:
         Returns:
             The problem; features are shared.
         """
-        other = self._with_rows(self.rows)
+        other = self._copy("exact", "fast")
         other.gates = Gates(r, w, self.slope)
         other.center = np.zeros(other.size)
         return other
@@ -429,7 +428,7 @@ class ConvexProblem:
         Returns:
             The problem.
         """
-        other = copy.copy(self)
+        other = self._copy("samples")
         other.weights = _checked_weights(self.weights * factors, self.n)
         counted = int(np.count_nonzero(factors))
         other.normalizer = self.loss.normalizer(counted, float(other.weights.sum()))
@@ -437,7 +436,7 @@ class ConvexProblem:
 
     def centred(self, center: Array) -> ConvexProblem:
         """The same problem with the L2 term's zero elsewhere, shape `(size,)`."""
-        other = copy.copy(self)
+        other = self._copy()
         other.center = center
         return other
 
@@ -452,9 +451,14 @@ class ConvexProblem:
         head.bias.assign(theta[-self.units :])
 
     def _with_rows(self, rows: FeatureRows) -> ConvexProblem:
-        other = copy.copy(self)
+        other = self._copy("exact", "fast", "samples")
         other.rows = rows
-        for name in ("exact", "fast"):
+        return other
+
+    def _copy(self, *without: str) -> ConvexProblem:
+        """A copy, without properties that were computed from what it will change."""
+        other = copy.copy(self)
+        for name in without:
             other.__dict__.pop(name, None)
         return other
 

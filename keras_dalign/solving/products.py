@@ -4,8 +4,9 @@
 
 for trained parameters `theta = (q, b)`. Each takes `2 n d C m` flop, a block of rows at
 a time: `P = V Q` for the block, then a sum over `k` with the gates, and the other way
-round. `NumpyProducts` is the reference, in float64; `DeviceProducts` computes the same
-in float32, compiled by Keras's backend, where the model runs.
+round. Between the two lies the loss, so that value and gradient take one pass.
+`NumpyProducts` is the reference, in float64; `DeviceProducts` computes the same in
+float32, compiled by Keras's backend, where the model runs.
 
 Gates are kept where they take little memory (`n m` numbers where outputs share them),
 and computed again for every block where they do not.
@@ -18,31 +19,53 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import scipy.special
 from keras import ops
 
-from keras_dalign.numerics import device
+from keras_dalign.numerics import device, threads
 from keras_dalign.numerics.gram import gate_activations
 from keras_dalign.numerics.replicas import Replicas
-from keras_dalign.solving.feature_rows import LEAST_SQUARE, Array, FeatureRows
+
+if TYPE_CHECKING:
+    from keras_dalign.solving.feature_rows import Array, FeatureRows
+    from keras_dalign.numerics.losses import ConvexLoss
 
 logger = logging.getLogger("keras_dalign")
 
-# A block of rows, with what is computed from it, fits into the processor's cache.
+Result = TypeVar("Result")
+
+# A block of rows, with what is computed from it, fits into the caches.
 _BLOCK_BYTES = 2**22
 _DEVICE_BLOCK_BYTES = 2**24
 _ACCELERATOR_BLOCK_BYTES = 2**28
 _LEAST_BLOCK_BYTES = 2**18
 
+# From so many multiply-adds on, a product is worth several threads.
+_THREADED = 2**21
+
 # What is kept of the gates at most.
 _KEPT_GATES_BYTES = 2**29
 
-# Gives the cotangents `(rows, C)` for the logits `(rows, C)` of a slice of rows.
-Cotangents = Callable[[slice, Array], Array]
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SampleLoss:
+    """What makes a loss of the products with all samples.
+
+    Attributes:
+        loss: The loss.
+        offset: What is added to the products, `(n, C)`, float64.
+        targets: From `ConvexLoss.targets`, `(n, C)`, float64.
+        shares: Weights over the normaliser, `(n,)`, float64.
+    """
+
+    loss: ConvexLoss
+    offset: Array
+    targets: Array
+    shares: Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,8 +125,13 @@ class Gates:
             return self.kept.astype(dtype, copy=False)
         out = np.empty((rows.n, self.groups, self.width), dtype)
         row_bytes = 8 * (rows.d + 2 * self.groups * self.width)
-        for part in rows.blocks(row_bytes, _BLOCK_BYTES):
-            out[part] = self.values(rows.block(part, dtype))
+
+        def compute(part: slice) -> None:
+            for block in rows.blocks(row_bytes, _BLOCK_BYTES, part):
+                out[block] = self.values(rows.block(block, dtype))
+
+        split = rows.n * self.r.size >= _THREADED
+        threads.over_rows(compute, rows.n, split=split)
         return out
 
     def nbytes(self, n: int, dtype: npt.DTypeLike) -> int:
@@ -141,6 +169,12 @@ class Products(abc.ABC):
             return None
         return self.gates.all_values(self.rows, self.dtype)
 
+    def _gates_of(self, rows: slice) -> np.ndarray:
+        """Values of the gates for some rows, `(rows, G, m)`."""
+        if self.kept_gates is not None:
+            return self.kept_gates[rows]
+        return self.gates.values(self.rows.block(rows, self.dtype))
+
     @abc.abstractmethod
     def product(self, theta: Array) -> Array:
         """`Phi theta`.
@@ -153,20 +187,29 @@ class Products(abc.ABC):
         """
 
     @abc.abstractmethod
-    def sweep(self, theta: Array, cotangents: Cotangents) -> Array:
-        """`Phi^T u`, where `u` depends on `Phi theta`, in one pass over the features.
+    def transposed_product(self, u: Array) -> Array:
+        """`Phi^T u`.
 
         Args:
-            theta: Shape `(size,)`.
-            cotangents: Gives `u` for each block of `Phi theta`.
+            u: Shape `(n, C)`.
 
         Returns:
             Shape `(size,)`, float64.
         """
 
-    def transposed_product(self, u: Array) -> Array:
-        """`Phi^T u` for `u` of shape `(n, C)`; shape `(size,)`, float64."""
-        return self.sweep(np.zeros(self.size), lambda rows, _: u[rows])
+    @abc.abstractmethod
+    def loss_and_gradient(
+        self, theta: Array, samples: SampleLoss
+    ) -> tuple[Array, float, Array]:
+        """The loss at a point, in one pass over the features.
+
+        Args:
+            theta: Shape `(size,)`.
+            samples: The loss.
+
+        Returns:
+            The logits `(n, C)`, the loss, and its gradient `(size,)`, in float64.
+        """
 
 
 class NumpyProducts(Products):
@@ -193,61 +236,138 @@ class NumpyProducts(Products):
         """See `Products`."""
         out = np.empty((self.rows.n, self.units))
         q, constant, bias = self._parts(theta)
-        for part in self._blocks():
-            u = self.rows.centred(part, self.dtype)
-            out[part] = self._forward(u, part, q, constant)[0]
+
+        def compute(rows: slice) -> None:
+            for part in self._blocks(rows):
+                out[part] = self._forward(self._opened(part), q, constant)
+
+        self._over_rows(compute)
         out += bias
         return out
 
-    def sweep(self, theta: Array, cotangents: Cotangents) -> Array:
+    def transposed_product(self, u: Array) -> Array:
+        """See `Products`."""
+
+        def compute(rows: slice) -> _Sums:
+            sums = _Sums(self)
+            for part in self._blocks(rows):
+                sums.add(self._opened(part), u[part])
+            return sums
+
+        return self._gradient(self._over_rows(compute))
+
+    def loss_and_gradient(
+        self, theta: Array, samples: SampleLoss
+    ) -> tuple[Array, float, Array]:
         """See `Products`."""
         q, constant, bias = self._parts(theta)
-        gradient = np.zeros(q.shape, self.dtype)
-        gradient_constant = np.zeros(q.shape[1])
-        gradient_b = np.zeros(self.units)
-        for part in self._blocks():
-            u = self.rows.centred(part, self.dtype)
-            logits, gates = self._forward(u, part, q, constant)
-            slopes = cotangents(part, logits + bias)
-            gradient_b += slopes.sum(axis=0)
-            weighted = gates * slopes.astype(self.dtype)[:, :, None]
-            weighted = weighted.reshape(len(u), -1)
-            if self.rows.scales is not None:
-                gradient_constant += weighted.sum(axis=0)
-                weighted *= self.rows.scales[part, None].astype(self.dtype)
-            gradient += u.T @ weighted
-        found = self.rows.unfold(gradient.astype(np.float64), gradient_constant)
-        return np.concatenate([found.ravel(), gradient_b])
+        logits = np.empty((self.rows.n, self.units))
+
+        def compute(rows: slice) -> _Sums:
+            sums = _Sums(self)
+            for part in self._blocks(rows):
+                block = self._opened(part)
+                found = self._forward(block, q, constant)
+                np.add(samples.offset[part], found + bias, out=logits[part])
+                values, slopes = samples.loss.value_and_gradient(
+                    logits[part], samples.targets[part]
+                )
+                sums.loss += float(samples.shares[part] @ values)
+                slopes *= samples.shares[part, None]
+                sums.add(block, slopes)
+            return sums
+
+        sums = self._over_rows(compute)
+        return logits, sum(part.loss for part in sums), self._gradient(sums)
+
+    def _over_rows(self, function: Callable[[slice], Result]) -> list[Result]:
+        """Calls a function for parts of the rows, in threads if there is much to do."""
+        # Computed here, not by each thread.
+        _ = self.kept_gates, self.rows.scales
+        n = self.rows.n
+        return threads.over_rows(function, n, split=n * self.size >= _THREADED)
 
     def _parts(self, theta: Array) -> tuple[np.ndarray, np.ndarray | None, Array]:
         """Coefficients of the features `(p, C m)`, of the constant, and the bias."""
         q, constant = self.rows.fold(theta[: -self.units].reshape(self.rows.d, -1))
         if constant is not None:
-            constant = constant.astype(self.dtype)
+            constant = constant.astype(self.dtype).reshape(self.units, -1)
         return q.astype(self.dtype), constant, theta[-self.units :]
 
-    def _blocks(self) -> Iterator[slice]:
+    def _blocks(self, rows: slice) -> Iterator[slice]:
         columns = self.rows.d + 2 * self.units * self.gates.width
-        return self.rows.blocks(self.dtype.itemsize * columns, _BLOCK_BYTES)
+        row_bytes = self.dtype.itemsize * columns
+        return self.rows.blocks(row_bytes, _BLOCK_BYTES, rows)
+
+    def _opened(self, part: slice) -> _Block:
+        """Centred features, gates times scales, and gates, of a block."""
+        gates = self._gates_of(part)
+        scaled = gates
+        if self.rows.scales is not None:
+            scaled = gates * self.rows.scales[part, None, None].astype(self.dtype)
+        return _Block(self.rows.centred(part, self.dtype), scaled, gates)
 
     def _forward(
-        self, u: np.ndarray, part: slice, q: np.ndarray, constant: np.ndarray | None
-    ) -> tuple[Array, np.ndarray]:
-        """Logits `(rows, C)` without bias, and the gates `(rows, G, m)`."""
-        if self.kept_gates is not None:
-            gates = self.kept_gates[part]
-        else:
-            gates = self.gates.values(self.rows.block(part, self.dtype))
-        projections = u @ q
-        if self.rows.scales is not None:
-            projections *= self.rows.scales[part, None].astype(self.dtype)
-            projections += constant
-        projections = projections.reshape(len(u), self.units, -1)
+        self, block: _Block, q: np.ndarray, constant: np.ndarray | None
+    ) -> np.ndarray:
+        """Logits `(rows, C)` without bias."""
+        shape = len(block.u), self.units, self.gates.width
+        projections = (block.u @ q).reshape(shape)
         if self.gates.groups == 1:
-            logits = np.einsum("icm,im->ic", projections, gates[:, 0])
+            logits = (projections @ block.scaled[:, 0, :, None])[:, :, 0]
+            if constant is not None:
+                logits += block.gates[:, 0] @ constant.T
+            return logits
+        logits = np.einsum("icm,icm->ic", projections, block.scaled)
+        if constant is not None:
+            logits += np.einsum("icm,cm->ic", block.gates, constant)
+        return logits
+
+    def _gradient(self, sums: list[_Sums]) -> Array:
+        """`Phi^T u` of its sums over parts of the rows, shape `(size,)`, float64."""
+        features, constant, bias = (
+            functools.reduce(np.add, arrays)
+            for arrays in zip(
+                *((part.features, part.constant, part.bias) for part in sums),
+                strict=True,
+            )
+        )
+        q = self.rows.unfold(features.astype(np.float64, copy=False), constant.ravel())
+        return np.concatenate([q.ravel(), bias])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Block:
+    """A block of rows: centred features, gates times scales, and gates."""
+
+    u: np.ndarray
+    scaled: np.ndarray
+    gates: np.ndarray
+
+
+class _Sums:
+    """Sums over rows: of the loss, and for `Phi^T u`."""
+
+    def __init__(self, products: NumpyProducts) -> None:
+        units, width = products.units, products.gates.width
+        rows, dtype = products.rows, products.dtype
+        self.shared = products.gates.groups == 1
+        self.loss = 0.0
+        self.features = np.zeros((rows.raw.shape[1], units * width), dtype)
+        self.constant = np.zeros((units, width))
+        self.bias = np.zeros(units)
+
+    def add(self, block: _Block, slopes: Array) -> None:
+        """Adds a block with `u` of shape `(rows, C)`."""
+        self.bias += slopes.sum(axis=0)
+        slopes = slopes.astype(block.u.dtype, copy=False)
+        if self.shared:
+            weighted = np.einsum("ic,im->icm", slopes, block.scaled[:, 0])
+            self.constant += slopes.T @ block.gates[:, 0]
         else:
-            logits = np.einsum("icm,icm->ic", projections, gates)
-        return logits.astype(np.float64), gates
+            weighted = slopes[:, :, None] * block.scaled
+            self.constant += np.einsum("ic,icm->cm", slopes, block.gates)
+        self.features += block.u.T @ weighted.reshape(len(slopes), -1)
 
 
 class DeviceProducts(Products):
@@ -286,44 +406,79 @@ class DeviceProducts(Products):
             _ACCELERATOR_BLOCK_BYTES if self._holds else _DEVICE_BLOCK_BYTES
         )
         self._held: dict[int, Any] = {}
+        self._held_samples: tuple[SampleLoss | None, dict[int, Any]] = (None, {})
         self._forward = self._replicas.compiled(self._block_forward)
         self._backward = self._replicas.compiled(self._block_backward)
-        self._constants: tuple[Any, ...] = ()
+        self._steps: dict[ConvexLoss, Callable[..., Any]] = {}
         if rows.normalisation is not None:
-            moments = (rows.normalisation.mean, rows.normalisation.inverse)
-            self._constants += tuple(self._replicas.put(moment) for moment in moments)
+            self._mean = rows.normalisation.mean.astype(np.float32)
 
     def product(self, theta: Array) -> Array:
         """See `Products`."""
         return self._retried(lambda: self._product(theta))
 
-    def sweep(self, theta: Array, cotangents: Cotangents) -> Array:
+    def transposed_product(self, u: Array) -> Array:
         """See `Products`."""
-        return self._retried(lambda: self._sweep(theta, cotangents))
+        return self._retried(lambda: self._transposed_product(u))
+
+    def loss_and_gradient(
+        self, theta: Array, samples: SampleLoss
+    ) -> tuple[Array, float, Array]:
+        """See `Products`."""
+        return self._retried(lambda: self._loss_and_gradient(theta, samples))
 
     def _product(self, theta: Array) -> Array:
         out = np.empty((self.rows.n, self.units))
-        q = self._put_q(theta)
-        for part, raw, gates in self._blocks():
-            out[part] = self._logits(part, self._forward(raw, gates, q)[0])
-        out += theta[-self.units :]
+        parameters = self._put_parameters(theta)
+        for part, rows in self._blocks():
+            out[part] = self._gathered(part, self._forward(rows, parameters))
         return out
 
-    def _sweep(self, theta: Array, cotangents: Cotangents) -> Array:
-        q = self._put_q(theta)
-        bias = theta[-self.units :]
-        gradient = self._put_q(np.zeros(self.size))
-        gradient_b = np.zeros(self.units)
-        for part, raw, gates in self._blocks():
-            logits, v, values = self._forward(raw, gates, q)
-            u = cotangents(part, self._logits(part, logits) + bias)
-            gradient_b += u.sum(axis=0)
-            gradient = self._backward(v, values, self._put(part, u), gradient)
-        found = self._replicas.summed(gradient).ravel()
-        return np.concatenate([found, gradient_b], dtype=np.float64)
+    def _transposed_product(self, u: Array) -> Array:
+        totals = self._zeros()
+        for part, rows in self._blocks():
+            totals = self._backward(rows, self._put(part, u[part]), totals)
+        return self._gradient(totals)
 
-    def _put_q(self, theta: Array) -> Any:
-        return self._replicas.put(theta[: -self.units].reshape(self.rows.d, -1))
+    def _loss_and_gradient(
+        self, theta: Array, samples: SampleLoss
+    ) -> tuple[Array, float, Array]:
+        logits, loss = np.empty((self.rows.n, self.units)), 0.0
+        parameters, totals = self._put_parameters(theta), self._zeros()
+        step = self._step(samples.loss)
+        for part, rows in self._blocks():
+            labels = self._labels(part, samples)
+            found, values, totals = step(rows, labels, parameters, totals)
+            logits[part] = self._gathered(part, found)
+            loss += float(samples.shares[part] @ self._gathered(part, values))
+        return logits, loss, self._gradient(totals)
+
+    def _step(self, loss: ConvexLoss) -> Callable[..., Any]:
+        """The compiled function for one block of a loss and its gradient."""
+        if loss not in self._steps:
+            self._steps[loss] = self._replicas.compiled(
+                functools.partial(self._block_step, loss)
+            )
+        return self._steps[loss]
+
+    def _put_parameters(self, theta: Array) -> tuple[Any, ...]:
+        """Coefficients of the features and of the constant, if any, and the bias."""
+        q, constant = self.rows.fold(theta[: -self.units].reshape(self.rows.d, -1))
+        parts = [q, theta[-self.units :]]
+        if constant is not None:
+            parts.append(constant.reshape(self.units, -1))
+        return tuple(self._replicas.put(part) for part in parts)
+
+    def _zeros(self) -> tuple[Any, ...]:
+        return self._put_parameters(np.zeros(self.size))
+
+    def _gradient(self, totals: tuple[Any, ...]) -> Array:
+        """`Phi^T u` of its sums over rows, shape `(size,)`, float64."""
+        q, bias, *rest = (
+            self._replicas.summed(total).astype(np.float64) for total in totals
+        )
+        constant = rest[0].ravel() if rest else np.zeros(0)
+        return np.concatenate([self.rows.unfold(q, constant).ravel(), bias])
 
     def _put(self, part: slice, values: np.ndarray) -> Any:
         """The values of a block's rows, each with the replica that has the row."""
@@ -333,11 +488,22 @@ class DeviceProducts(Products):
             lambda rows: values[rows.start - part.start : rows.stop - part.start],
         )
 
-    def _logits(self, part: slice, logits: Any) -> Array:
-        found = self._replicas.gathered(logits, part.stop - part.start)
+    def _gathered(self, part: slice, values: Any) -> Array:
+        found = self._replicas.gathered(values, part.stop - part.start)
         return found.astype(np.float64)
 
-    def _retried(self, compute: Callable[[], Array]) -> Array:
+    def _labels(self, part: slice, samples: SampleLoss) -> tuple[Any, ...]:
+        """Offset, targets and shares of a block on the devices."""
+        if self._held_samples[0] is not samples:
+            self._held_samples = samples, {}
+        labels: tuple[Any, ...] | None = self._held_samples[1].get(part.start)
+        if labels is None:
+            arrays = samples.offset, samples.targets, samples.shares
+            labels = tuple(self._put(part, array[part]) for array in arrays)
+            self._held_samples[1][part.start] = labels
+        return labels
+
+    def _retried(self, compute: Callable[[], Result]) -> Result:
         """Computes, with less on the device as long as it runs out of memory."""
         while True:
             try:
@@ -359,47 +525,80 @@ class DeviceProducts(Products):
         else:
             return False
         self._held.clear()
+        self._held_samples = None, {}
         logger.warning("The device ran out of memory. Going on: %s.", remedy)
         return True
 
-    def _blocks(self) -> Iterator[tuple[slice, Any, Any]]:
-        """Slices of rows, with features and gates on the devices."""
+    def _blocks(self) -> Iterator[tuple[slice, tuple[Any, ...]]]:
+        """Slices of rows, with features, gates and scales, if any, on the devices."""
         columns = self.rows.d + 3 * self.units * self.gates.width
         block_bytes = self._block_bytes * self._replicas.count
         for part in self.rows.blocks(4 * columns, block_bytes):
             held = self._held.get(part.start)
             if held is None:
                 raw, gates = self.rows.raw, (self.gates.groups, self.gates.width)
+                put = self._replicas.put_rows
                 held = (
-                    self._replicas.put_rows(
-                        part, raw.shape[1:], lambda rows: self.rows.raw[rows]
-                    ),
-                    self._replicas.put_rows(part, gates, self._gates_of),
+                    put(part, raw.shape[1:], lambda rows: self.rows.raw[rows]),
+                    put(part, gates, self._gates_of),
                 )
+                if self.rows.scales is not None:
+                    held += (self._put(part, self.rows.scales[part]),)
                 if self._holds:
                     self._held[part.start] = held
-            yield part, *held
+            yield part, held
 
-    def _gates_of(self, rows: slice) -> np.ndarray:
-        if self.kept_gates is not None:
-            return self.kept_gates[rows]
-        return self.gates.values(self.rows.block(rows, self.dtype))
+    def _opened(self, rows: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+        """Centred features, gates times scales, and gates, of a block."""
+        raw, gates, *scales = rows
+        if not scales:
+            return raw, gates, gates
+        mean = ops.convert_to_tensor(self._mean)
+        return raw - mean, gates * ops.reshape(scales[0], (-1, 1, 1)), gates
 
-    def _block_forward(self, raw: Any, gates: Any, q: Any) -> tuple[Any, Any, Any]:
-        """Logits without bias, the rows of `v`, and the gates as they were given."""
-        v = raw
-        if self._constants:
-            mean, inverse = self._constants
-            v = (v - mean) * inverse
-            square = ops.sum(ops.square(v), axis=-1, keepdims=True)
-            v = v * ops.sqrt(v.shape[1] / ops.maximum(square, LEAST_SQUARE))
-            v = ops.concatenate([v, ops.ones_like(v[:, :1])], axis=-1)
-        projections = ops.reshape(ops.matmul(v, q), (-1, self.units, self.gates.width))
-        return ops.sum(projections * gates, axis=-1), v, gates
+    def _block_forward(self, rows: tuple[Any, ...], parameters: tuple[Any, ...]) -> Any:
+        """`Phi theta` of a block, `(rows, C)`."""
+        u, scaled, gates = self._opened(rows)
+        q, bias, *constant = parameters
+        shape = (-1, self.units, self.gates.width)
+        projections = ops.reshape(ops.matmul(u, q), shape)
+        logits = ops.sum(projections * scaled, axis=-1) + bias
+        if not constant:
+            return logits
+        if self.gates.groups == 1:
+            return logits + ops.matmul(gates[:, 0], ops.transpose(constant[0]))
+        return logits + ops.sum(gates * constant[0], axis=-1)
 
-    def _block_backward(self, v: Any, gates: Any, u: Any, total: Any) -> Any:
-        """`total` with `Phi^T u` of a block added to it, shape `(d, C m)`."""
-        weighted = gates * ops.expand_dims(u, -1)
+    def _block_backward(
+        self, rows: tuple[Any, ...], slopes: Any, totals: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
+        """Sums for `Phi^T u` with those of a block added to them."""
+        u, scaled, gates = self._opened(rows)
+        q, bias, *constant = totals
+        slopes_k = ops.expand_dims(slopes, -1)
         size = self.units * self.gates.width
-        weighted = ops.reshape(weighted, (-1, size))
-        return total + ops.matmul(ops.transpose(v), weighted)
+        weighted = ops.reshape(scaled * slopes_k, (-1, size))
+        q = q + ops.matmul(ops.transpose(u), weighted)
+        bias = bias + ops.sum(slopes, axis=0)
+        if not constant:
+            return q, bias
+        if self.gates.groups == 1:
+            added = ops.matmul(ops.transpose(slopes), gates[:, 0])
+        else:
+            added = ops.sum(gates * slopes_k, axis=0)
+        return q, bias, constant[0] + added
+
+    def _block_step(
+        self,
+        loss: ConvexLoss,
+        rows: tuple[Any, ...],
+        labels: tuple[Any, ...],
+        parameters: tuple[Any, ...],
+        totals: tuple[Any, ...],
+    ) -> tuple[Any, Any, tuple[Any, ...]]:
+        """Logits and losses of a block, and sums with those of its gradient added."""
+        offset, targets, shares = labels
+        logits = offset + self._block_forward(rows, parameters)
+        values, slopes = loss.value_and_gradient_on_device(logits, targets)
+        slopes = slopes * ops.expand_dims(shares, -1)
+        return logits, values, self._block_backward(rows, slopes, totals)

@@ -1,0 +1,67 @@
+"""Threads of NumPy's and SciPy's linear algebra.
+
+NumPy and SciPy each bring a BLAS with threads of its own, and the backend has some,
+too. Threads that wait for work keep a core busy for a while, so that libraries which
+take turns slow each other down: four times where vectors are short. Here BLAS is
+limited to one thread, and large work is split by its rows instead, which gives the
+operations between two matrix products all cores as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import scipy.linalg.blas  # noqa: F401  (loads the library that is to be limited)
+from threadpoolctl import ThreadpoolController
+
+Result = TypeVar("Result")
+
+
+@functools.cache
+def _controller() -> ThreadpoolController:
+    return ThreadpoolController().select(user_api="blas")
+
+
+@functools.cache
+def blas_threads() -> int:
+    """Number of threads that BLAS had when this was first asked: those to use."""
+    return max((each["num_threads"] for each in _controller().info()), default=1)
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(blas_threads(), thread_name_prefix="keras_dalign")
+
+
+def one_blas_thread() -> AbstractContextManager[Any]:
+    """Limits BLAS to one thread while a context lasts."""
+    blas_threads()
+    limit: AbstractContextManager[Any] = _controller().limit(limits=1)
+    return limit
+
+
+def over_rows(
+    function: Callable[[slice], Result], n: int, *, split: bool = True
+) -> list[Result]:
+    """Calls a function for parts of `n` rows, each in a thread of its own.
+
+    Args:
+        function: Takes a slice of rows. It calls NumPy, which releases the lock.
+        n: Number of rows.
+        split: Whether there is enough to do for several threads.
+
+    Returns:
+        The results, in the order of the rows.
+    """
+    parts = min(blas_threads(), n) if split else 1
+    bounds = [n * part // parts for part in range(parts + 1)]
+    slices = [slice(*pair) for pair in itertools.pairwise(bounds)]
+    if parts == 1:
+        return [function(slices[0])]
+    with one_blas_thread():
+        return list(_pool().map(function, slices))
