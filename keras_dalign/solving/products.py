@@ -31,8 +31,8 @@ from keras_dalign.numerics.gram import gate_activations
 from keras_dalign.numerics.replicas import Replicas
 
 if TYPE_CHECKING:
-    from keras_dalign.solving.feature_rows import Array, FeatureRows
     from keras_dalign.numerics.losses import ConvexLoss
+    from keras_dalign.solving.feature_rows import Array, FeatureRows
 
 logger = logging.getLogger("keras_dalign")
 
