@@ -125,8 +125,8 @@ def hold_out(problem: ConvexProblem, seed: int) -> np.ndarray:
         # Sorted by class, every fifth one is a fifth of each.
         targets = problem.targets[order]
         softmax = isinstance(problem.loss, SoftmaxCrossEntropy)
-        keys = targets.argmax(axis=1)[None] if softmax else (targets > 0.5).T
-        order = order[np.lexsort(keys)]
+        classes = -targets.argmax(axis=1)[None] if softmax else (targets > 0.5).T
+        order = order[np.lexsort(classes[::-1])]
     held_out = np.zeros(problem.n, dtype=bool)
     held_out[order[2 :: round(1 / _PART)]] = True
     return held_out
