@@ -242,7 +242,10 @@ class ConvexProblem:
 
     def loss_of(self, logits: Array) -> float:
         """The loss of given logits `(n, C)`, without the L2 term."""
-        total = float(self.weights @ self.loss.value(logits, self.targets))
+        total = 0.0
+        for part in self.rows.blocks(64 * self.units, 2**22):
+            losses = self.loss.value(logits[part], self.targets[part])
+            total += float(self.weights[part] @ losses)
         return total / self.normalizer
 
     def loss_gradient(self, logits: Array) -> Array:
@@ -310,22 +313,22 @@ class ConvexProblem:
         Returns:
             The bound.
         """
-        shares = self.weights / self.normalizer
         lengths = self.row_lengths()
         inner = (self.d + self.width + 8) * EPS
         size = float(np.linalg.norm(at.theta))
-        logits = inner * (
-            np.linalg.norm(self.offset, axis=1) + lengths * size * np.sqrt(2.0)
-        )
-        cotangents = np.linalg.norm(
-            shares[:, None] * self.loss.gradient(at.logits, self.targets), axis=1
-        )
-        # Targets and logits that cancel were rounded at their own size.
-        sizes = np.linalg.norm(at.logits, axis=1) + np.linalg.norm(self.targets, axis=1)
-        curvature = shares * self.loss.max_curvature(self.units)
-        wrong = curvature * (logits + 4 * EPS * sizes) + 16 * EPS * cotangents
-        summed = (self.n + self.d + self.width) * EPS * cotangents
-        bound = float(lengths @ (wrong + summed))
+        curvature = self.loss.max_curvature(self.units)
+        bound = 0.0
+        for part in self.rows.blocks(64 * self.units, 2**22):
+            targets, logits = self.targets[part], at.logits[part]
+            offsets = np.linalg.norm(self.offset[part], axis=1)
+            wrong = inner * (offsets + lengths[part] * size * np.sqrt(2.0))
+            # Targets and logits that cancel were rounded at their own size.
+            sizes = np.linalg.norm(logits, axis=1) + np.linalg.norm(targets, axis=1)
+            wrong = curvature * (wrong + 4 * EPS * sizes)
+            cotangents = np.linalg.norm(self.loss.gradient(logits, targets), axis=1)
+            summed = (self.n + self.d + self.width + 16) * EPS * cotangents
+            shares = lengths[part] * self.samples.shares[part]
+            bound += float(shares @ (wrong + summed))
         if l2:
             change = at.theta - self.center
             bound += 4 * EPS * l2 * (size + float(np.linalg.norm(change)))
