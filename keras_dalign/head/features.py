@@ -86,9 +86,9 @@ class FeaturePass:
         self.loss = None if model.loss is None else convex_loss(model.loss)
         self.n = 0
         self.first_batch = 0
-        # Sums of what the features are more than those of the first sample, and of its
-        # square. By its distance from the mean no sample can exceed sqrt(n) standard
-        # deviations, so that the variance loses n roundings of float64 at most.
+        # Sums over the samples of their difference from the first one, and of its
+        # square. No sample is farther than sqrt(n) standard deviations from the mean,
+        # so that the variance loses n roundings of float64 at most.
         self.shift: Any = 0.0
         self.total: Any = 0.0
         self.square: Any = 0.0

@@ -57,7 +57,7 @@ class RowStore:
     def _write(self, batch: np.ndarray) -> None:
         if not self._parts:
             # The shape and the dtype of a row.
-            self._parts.append(batch[:0])
+            self._parts.append(np.empty_like(batch[:0]))
         left = np.ascontiguousarray(batch).data.cast("B")
         try:
             while left:
