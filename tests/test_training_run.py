@@ -541,7 +541,7 @@ def test_the_noise_at_the_switch_is_that_of_the_optimizer(exploit):
         class Explored(keras.callbacks.Callback):
             def on_epoch_end(self, epoch, logs=None, noise=noise, expected=expected):
                 if self.model.phase == "exploring":
-                    expected[:] = [self.model.head.gates_at_switch(noise)]
+                    expected[:] = [self.model.head.gates_at_switch(noise)[0]]
 
         model.fit(x, y, epochs=3, verbose=0, callbacks=[Explored()])
         gates = keras.ops.convert_to_numpy(model.head.r)

@@ -44,6 +44,8 @@ _COMPONENTS_HOLD = 0.95
 # Ridges tried where rounding spoils the solution, as parts of the largest curvature.
 _RIDGES = tuple(10.0**-k for k in range(2, 17))
 _RIDGE_TOLERANCE = 1e-4
+# Rounding spoils the solution if it costs this part of what was gained.
+_SPOILT_PART = 1e-4
 _RIDGE_ITERATIONS = 200
 
 _METHOD_NAMES = {"lbfgs": "L-BFGS", "direct": "the closed form"}
@@ -213,7 +215,8 @@ class HeadSolver:
         value, own = self._measure(last.theta)
         reason = last.reason or "stopped"
         excess = max(value - last.value - own.outputs, own.cancellation)
-        if not self.l2 and excess > tol:
+        spoilt = excess > max(tol, _SPOILT_PART * (own_start - last.value))
+        if spoilt and not self.l2 and reason != "stopped":
             value, own = self._with_ridge(last, start, value, own)
         if value > own_start:
             self._assign(start)
