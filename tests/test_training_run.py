@@ -927,7 +927,7 @@ def test_a_width_that_the_user_asked_for_is_kept():
 
 def chosen_width(base=None, **options):
     """Solves at a width that the samples choose, far from the default."""
-    return solving(base, n=10**6, options={"l2": 1e-5, "tol": 1e-7, **options})
+    return solving(base, n=10**12, options={"l2": 1e-5, "tol": 1e-7, **options})
 
 
 @pytest.fixture(scope="module")

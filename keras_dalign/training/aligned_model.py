@@ -200,6 +200,8 @@ class AlignedModel(keras.Model):
             ValueError: If the data are empty, non-finite or more than the head's
                 `n_samples`, if labels do not fit the loss, or if the loss is not
                 convex in the logits.
+            MemoryError: If the gated units do not fit into memory: the model explores
+                on, as it was.
         """
         arguments = {
             "batch_size": batch_size,

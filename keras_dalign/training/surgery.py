@@ -98,6 +98,7 @@ def align(
 
     Raises:
         ValueError: If the model cannot be aligned; the message says what to do.
+        MemoryError: If the units of learned gates do not fit into memory.
 
     Warns:
         UserWarning: If a softmax or sigmoid is dropped, the width is too small, or the

@@ -94,6 +94,7 @@ def switch(
 
     Raises:
         ValueError: If features are non-finite, or constant over the data.
+        MemoryError: If the gated units do not fit into memory.
         OSError: If the features are kept on a disk that is too small for them.
     """
     begin = time.perf_counter()
