@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -27,6 +28,10 @@ INPUTS, FEATURES, CLASSES = 64, 127, 10
 L2 = 1e-3
 WIDTH = 16
 BATCH_SIZE = 1024
+ABOUT = (
+    f"Batch size {BATCH_SIZE}, L2 weight {L2:g}. Losses: of the epoch of exploration, "
+    "and of the model at the end."
+)
 GIB = 2.0
 
 
@@ -44,7 +49,7 @@ class Samples(keras.utils.PyDataset):
         self.top = rng.standard_normal((32, CLASSES))
 
     def __len__(self) -> int:
-        return -(-self.n // BATCH_SIZE)
+        return math.ceil(self.n / BATCH_SIZE)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         rng = np.random.default_rng(index)
@@ -121,11 +126,7 @@ def main() -> None:
         options.out,
         "million",
         title="A million samples",
-        body=[
-            f"Batch size {BATCH_SIZE}, L2 weight {L2:g}. Losses: of the epoch of "
-            "exploration, and of the model at the end.",
-            common.table(["", "measured"], rows),
-        ],
+        body=[ABOUT, common.table(["", "measured"], rows)],
         targets=[
             Target("peak of the resident memory, GiB", found["peak GiB"], GIB),
             Target("certified gap with the L2 term", found["gap"], 1e-6),

@@ -160,10 +160,7 @@ def main():
     kind, process, processes, port, output, *case = sys.argv[1:]
     process, processes = int(process), int(processes)
     scope = start(kind, process, processes, int(port))
-    if case:
-        out = disagreement(process, scope)
-    else:
-        out = results(scope)
+    out = disagreement(process, scope) if case else results(scope)
     Path(output).write_bytes(pickle.dumps(out))
     if kind == "group":
         import torch
