@@ -2,8 +2,8 @@
 
 Digits, with true, partly random and random labels: from the explored model to a gap of
 1e-10 by L-BFGS, which is SciPy's L-BFGS-B each time, on explicit features, on
-structured products in float64, and on these in float32 on the device until float64 is
-needed, as `solve` does. MNIST: the features of a trained ResNet-8, to a gap of 1e-6,
+structured products in float64, and on these in float32 until float64 is needed, as
+`solve` does where problems are large. MNIST: the features of a trained ResNet-8, to a gap of 1e-6,
 with the peak of the memory. `benchmarks.peers` compares with other solvers.
 """
 
@@ -32,13 +32,13 @@ from keras_dalign.numerics.losses import SoftmaxCrossEntropy
 from keras_dalign.promises.solver import solve
 from keras_dalign.solving.minimum import minimize
 from keras_dalign.solving.problem import ConvexProblem
-from keras_dalign.solving.products import Cotangents, DeviceProducts, Products
+from keras_dalign.solving.products import NumpyProducts, Products, SampleLoss
 
 DIGITS_GAP = 1e-10
 MNIST_GAP = 1e-6
 RANDOM_PARTS = (0.0, 0.2, 1.0)
 EPOCHS_EXPLORED = 24
-SOLVE = "float32 on the device, then float64"
+SOLVE = "float32, then float64"
 STRUCTURED = "float64"
 EXPLICIT = "float64, explicit features"
 MNIST_EPOCHS = 5
@@ -91,13 +91,22 @@ class ExplicitFeatures(Products):
         products = [phi @ q_c for phi, q_c in zip(self.phis, by_class, strict=True)]
         return np.stack(products, axis=1) + theta[-self.units :]
 
-    def sweep(self, theta: Array, cotangents: Cotangents) -> Array:
+    def transposed_product(self, u: Array) -> Array:
         """See `Products`."""
-        slopes = cotangents(slice(0, self.rows.n), self.product(theta))
-        gradient = [phi.T @ slopes[:, c] for c, phi in enumerate(self.phis)]
+        gradient = [phi.T @ u[:, c] for c, phi in enumerate(self.phis)]
         by_class = np.stack(gradient).reshape(self.units, -1, self.rows.d)
         q = by_class.transpose(2, 0, 1).ravel()
-        return np.concatenate([q, slopes.sum(axis=0)])
+        return np.concatenate([q, u.sum(axis=0)])
+
+    def loss_and_gradient(
+        self, theta: Array, samples: SampleLoss
+    ) -> tuple[Array, float, Array]:
+        """See `Products`."""
+        logits = samples.offset + self.product(theta)
+        values, slopes = samples.loss.value_and_gradient(logits, samples.targets)
+        slopes *= samples.shares[:, None]
+        loss = float(samples.shares @ values)
+        return logits, loss, self.transposed_product(slopes)
 
 
 def with_products(problem: ConvexProblem, fast: Products) -> ConvexProblem:
@@ -124,9 +133,9 @@ def run(problem: ConvexProblem, start: Array) -> dict[str, Any]:
 def measure_digits(part: float, seed: int, repeats: int) -> dict[str, Any]:
     """One set of labels: the three ways, in turn, medians of the times."""
     problem, start = explored(part, seed)
-    device = DeviceProducts(problem.rows, problem.gates, problem.units)
+    rough = NumpyProducts(problem.rows, problem.gates, problem.units, np.float32)
     kinds = {
-        SOLVE: with_products(problem, device),
+        SOLVE: with_products(problem, rough),
         STRUCTURED: with_products(problem, problem.exact),
         EXPLICIT: with_products(problem, ExplicitFeatures(problem)),
     }

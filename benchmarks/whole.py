@@ -80,6 +80,9 @@ def training_seconds(name: str, data: Data, seed: int) -> float:
     """Seconds that the training takes: its epochs times the median of a few.
 
     They are measured right before the solve, so that both see the same machine.
+
+    Returns:
+        The seconds.
     """
     base, stream = compiled(name, data, seed)
     ends = [time.perf_counter()]

@@ -160,8 +160,9 @@ def solve(
     falls by less than its standard error.
 
     Cost: one gradient takes `4 n d C m` flop for `n` samples, `d` features,
-    `C` outputs and width `m`, and some 20 to 40 gradients reach a gap of 1e-6; they are
-    computed in float32 on the device of the backend where the problem is large. Memory
+    `C` outputs and width `m`, and some 20 to 40 gradients reach a gap of 1e-6. Those of
+    a large problem are computed in float32: by the backend on its accelerator, or on
+    the devices and processes that share the model, otherwise by NumPy. Memory
     beside the features: the gates, `n m` numbers for gates that outputs share (computed
     block by block beyond 0.5 GiB), logits, `n C` numbers a few times, and some 25
     vectors of the size of the parameters, `d C m`. The features go to a temporary file
