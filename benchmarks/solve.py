@@ -4,7 +4,7 @@ Digits, with true, partly random and random labels: from the explored model to a
 1e-10 by L-BFGS, which is SciPy's L-BFGS-B each time, on explicit features, on
 structured products in float64, and on these in float32 until float64 is needed, as
 `solve` does where problems are large. MNIST: the features of a trained ResNet-8, to a
-gap of 1e-6, with the peak of the memory. `benchmarks.peers` compares with other solvers.
+gap of 1e-6, with the peak of the memory. `benchmarks.peers` compares with others.
 """
 
 from __future__ import annotations
