@@ -277,7 +277,7 @@ class ConvexProblem:
         if l2:
             change = theta - self.center
             value += 0.5 * l2 * float(change @ change)
-            gradient += l2 * change
+            gradient = gradient + l2 * change
         return Evaluation(theta, logits, loss, value, gradient)
 
     def value_and_gradient(self, theta: Array, l2: float = 0.0) -> tuple[float, Array]:
