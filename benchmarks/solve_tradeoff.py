@@ -14,7 +14,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import matplotlib as mpl
@@ -25,10 +25,13 @@ from benchmarks import common
 from benchmarks.common import Data, Target
 from keras_dalign.head.features import FeaturePass
 from keras_dalign.numerics.losses import SoftmaxCrossEntropy
-from keras_dalign.solving.head_solver import HeadSolver
+from keras_dalign.solving.head_solver import HeadSolver, first_width
 from keras_dalign.solving.options import SolveOptions
 from keras_dalign.solving.problem import ConvexProblem
 from keras_dalign.training.switch import switch
+
+if TYPE_CHECKING:
+    from keras_dalign.solving.minimum import Iterate
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -53,7 +56,9 @@ ABOUT = (
     "gates); batch-norm statistics re-estimated, so that the error before is the "
     "base's at its best. Digits: MLP 64-64; MNIST and CIFAR-10: ResNet-8, 5,000 "
     "training and 5,000 test images, one seed; on CIFAR-10 15 epochs with a cosine "
-    "schedule from 3e-3. The gap is that of the objective with its L2 term."
+    "schedule from 3e-3. The gap is that of the objective with its L2 term; m is the "
+    "width that `solve` takes, and what is tried to choose it or the weight is not in "
+    "the curves."
 )
 
 Run = dict[str, Any]
@@ -131,48 +136,64 @@ def measure(
         A run for each weight.
 
     Raises:
-        RuntimeError: Never, if the switch keeps its word.
+        RuntimeError: If the switch kept no features.
     """
     model = trained(name, data, gates, slope, seed, cache)
     _, features = switch(model, data.x, data.y, keep_features=True, digest=True)
     if features is None:
         raise RuntimeError("The switch kept no features.")
+    restore = model.snapshot()
     loss = SoftmaxCrossEntropy()
-    problem = ConvexProblem.of_head(model.head, features, loss)
     tested = FeaturePass(model, keep=True).run(data.x_test, data.y_test).feature_set()
-    test = ConvexProblem.of_head(model.head, tested, loss)
-    start = problem.theta_of(model.head)
-    at_start = test.logits(start)
-    start_error = 100 * float(np.mean(at_start.argmax(axis=1) != data.y_test))
+    test = ConvexProblem.from_head(model.head, tested, loss)
+    at_start = test.logits(test.theta_of(model.head))
     for l2 in weights:
         options = SolveOptions(
             l2=l2,
             tol=TOLERANCE.get(l2, DEFAULT_TOLERANCE) if l2 != "auto" else 1e-6,
             max_iterations=MAX_ITERATIONS,
         )
-        solver = HeadSolver(problem, options, features.digests or [], seed=seed)
-        curve = []
-        for iterate in solver.iterates(start):
-            wrong = test.logits(iterate.theta).argmax(axis=1) != data.y_test
-            curve.append([iterate.loss, iterate.gap, 100 * float(np.mean(wrong))])
+        restore()
+        width = first_width(model.head, options)
+        if width is not None:
+            model.set_width(width)
+        solver = HeadSolver(
+            model.head,
+            features,
+            loss,
+            options,
+            set_width=None if width is None else model.set_width,
+        )
+        path: list[Iterate] = []
+        solution = solver.solve(path.append)
+        last = solution.last
+        test = ConvexProblem.from_head(model.head, tested, loss)
+        logits = [test.logits(iterate.theta) for iterate in (*path, last)]
+        errors = [
+            100 * float(np.mean(each.argmax(axis=1) != data.y_test)) for each in logits
+        ]
         yield {
             "data": name,
             "gates": gates,
             "slope": slope,
             "l2": l2,
-            "chosen l2": solver.l2,
+            "chosen l2": solution.l2,
+            "width": solver.problem.width,
             "seed": seed,
             "method": solver.method,
-            "iterations": iterate.iteration,
-            "hessian products": iterate.hessian_products,
-            "reason": iterate.reason,
-            "loss": iterate.loss,
-            "gap": iterate.gap,
-            "start error": start_error,
-            "test error": curve[-1][2],
+            "iterations": last.iteration,
+            "gradients": last.evaluations,
+            "reason": last.reason,
+            "loss": last.loss,
+            "gap": last.gap,
+            "start error": 100 * float(np.mean(at_start.argmax(1) != data.y_test)),
+            "test error": errors[-1],
             "start test loss": test.loss_of(at_start),
-            "test loss": test.loss_of(test.logits(iterate.theta)),
-            "curve": curve,
+            "test loss": test.loss_of(logits[-1]),
+            "curve": [
+                [iterate.loss, iterate.gap, error]
+                for iterate, error in zip((*path, last), errors, strict=True)
+            ],
         }
 
 
@@ -236,6 +257,7 @@ def summary(runs: list[Run]) -> list[list[str]]:
                 gates,
                 f"{slope:g}",
                 auto if l2 == "auto" else f"{l2:g}",
+                ", ".join(str(m) for m in sorted({run["width"] for run in of_key})),
                 f"{common.mean(of_key, 'iterations'):.0f}",
                 f"{common.mean(of_key, 'loss'):.3g}",
                 f"{max(run['gap'] for run in of_key):.1e}",
@@ -319,6 +341,7 @@ def main() -> None:
         "gates",
         "slope",
         "l2",
+        "m",
         "iterations",
         "training loss",
         "largest gap",
