@@ -1,8 +1,9 @@
 """What several devices and processes compute: run by `test_distribution`.
 
-    python several.py KIND PROCESS PROCESSES PORT OUTPUT [CASE]
+    python several.py KIND PROCESS PROCESSES PORT OUTPUT
 
-starts one of `PROCESSES` processes of a kind, and writes what `results` found there.
+is one of `PROCESSES` processes of a kind, and writes what `results` and `disagreements`
+found there.
 """
 
 import contextlib
@@ -70,7 +71,7 @@ def found(model, result):
     }
 
 
-def make(scope, images=False, n=203):
+def make(scope, images=False, n=203, seed=0, width=None):
     """A model made in a scope, and data: neither 2, 3 nor 4 divide 203."""
     from small import convnet, digit_images, digits, mlp
 
@@ -78,8 +79,8 @@ def make(scope, images=False, n=203):
 
     x, y = (digit_images if images else digits)(n)
     with scope():
-        base = (convnet if images else mlp)()
-        return kd.align(base, n_samples=n, seed=1), x, y
+        base = (convnet if images else mlp)(seed)
+        return kd.align(base, n_samples=n, seed=1, width=width), x, y
 
 
 def results(scope):
@@ -109,61 +110,86 @@ def results(scope):
     out["validated"] = found(
         model, kd.solve(model, x, y, l2=1e-2, validation_data=(x[:50], y[:50]), **told)
     )
-    for name, l2 in (("fit", 0.0), ("fit with L2", 1e-2)):
-        # Keras shards batches on JAX where the devices divide them.
-        model, x, y = make(scope, n=200)
+    for exploit in (None, "solve"):
+        # Keras shares out a batch on JAX where the devices divide it.
+        model, x, y = make(scope, n=180)
+        options = {"l2": 1e-2, "tol": 1e-5} if exploit else None
         with scope():
             model.compile(
                 kd.DAlign(
                     keras.optimizers.Adam(),
                     explore=2,
-                    exploit_optimizer="solve",
-                    solve_options={"l2": l2, "tol": 1e-5},
+                    exploit_optimizer=exploit,
+                    solve_options=options,
                 ),
                 cross_entropy(),
                 metrics=["accuracy"],
             )
         history = model.fit(
-            x, y, epochs=3, batch_size=40, validation_data=(x, y), verbose=0
+            x, y, epochs=4, batch_size=60, validation_data=(x, y), verbose=0
         ).history
         certificate = kd.certify(model, x, y)
-        out[name] = {
-            "explored": history["loss"][:2],
-            "explored accuracy": history["accuracy"][:2],
-            "loss": history["loss"][-1],
-            "val_loss": history["val_loss"][-1],
-            "gap": history["gap"][-1],
+        out[f"fit, {exploit}"] = {
+            "epochs": len(history["loss"]),
+            **{f"{key} while exploring": history[key][:2] for key in history},
+            **{f"{key} at the end": history[key][-1] for key in history},
             "certified": certificate.gap,
             "q": np.asarray(model.head.q),
         }
     return out
 
 
-def disagreement(process, scope):
-    """What a process is told whose data are not those of the others."""
+def disagreements(kind, process, scope):
+    """What a process is told whose data or model are not those of the others."""
+    import keras
     from small import cross_entropy
 
     import keras_dalign as kd
 
+    class Stream(keras.utils.PyDataset):
+        """Batches of 20 samples."""
+
+        def __init__(self, x, y):
+            super().__init__()
+            self.x, self.y = x, y
+
+        def __len__(self):
+            return len(range(0, len(self.x), 20))
+
+        def __getitem__(self, index):
+            rows = slice(20 * index, 20 * index + 20)
+            return self.x[rows], self.y[rows]
+
     model, x, y = make(scope)
-    messages = []
-    told = {"loss": cross_entropy(), "verbose": 0}
-    for rows in (slice(100 + process), slice(process, 100 + process)):
+    longer, other = slice(100 + process), slice(process, 100 + process)
+    wider, _, _ = make(scope, width=20 + process)
+    cases = {
+        "samples": (model, x[longer], y[longer]),
+        "inputs": (model, x[other], y[:100]),
+        "targets": (model, x[:100], y[other]),
+        "stream": (model, Stream(x[longer], y[longer]), None),
+        "width": (wider, x, y),
+    }
+    if kind == "group":
+        # The others give one process's weights to all, or refuse to make such a model.
+        trained, x, y = make(scope, seed=process)
+        cases["weights"] = (trained, x, y)
+    messages = {}
+    for name, (model, x, y) in cases.items():
         try:
-            kd.solve(model, x[rows], y[rows], **told)
+            kd.solve(model, x, y, loss=cross_entropy(), verbose=0)
         except ValueError as error:
-            messages.append(str(error))
+            messages[name] = str(error)
     return messages
 
 
 def main():
-    kind, process, processes, port, output, *case = sys.argv[1:]
+    kind, process, processes, port, output = sys.argv[1:]
     process, processes = int(process), int(processes)
     scope = start(kind, process, processes, int(port))
-    if case:
-        out = disagreement(process, scope)
-    else:
-        out = results(scope)
+    out = {"results": results(scope)}
+    if processes > 1:
+        out["messages"] = disagreements(kind, process, scope)
     Path(output).write_bytes(pickle.dumps(out))
     if kind == "group":
         import torch

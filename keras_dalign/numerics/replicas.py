@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -105,9 +105,9 @@ class Replicas:
         if self.processes == 1:
             return
         own = np.asarray([_digest(fact) for fact in facts.values()])
-        differ = (self.from_all(own) != own).any(axis=0)
+        differ = np.any(self.from_all(own) != own, axis=0)
         # Where a third process differs from the first two, these have to stop as well.
-        differ = self.from_all(differ.astype("float64")).any(axis=0)
+        differ = np.any(self.from_all(differ.astype("float64")), axis=0)
         if not differ.any():
             return
         names = [name for name, other in zip(facts, differ, strict=True) if other]
@@ -119,6 +119,32 @@ class Replicas:
             "Load all samples in every process, and call "
             "keras.utils.set_random_seed with one seed before the model is made."
         )
+
+    def alike(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches of a stream, each compared with those of the other processes.
+
+        So is the end of the stream, as a process that goes on alone would wait for the
+        others for ever.
+
+        Args:
+            batches: What this process reads.
+
+        Yields:
+            The batches.
+
+        Raises:
+            ValueError: If another process reads something else, in every process.
+        """
+        while True:
+            try:
+                batch = next(batches, None)
+            except Exception as error:
+                self.check_alike({"batches": repr(error)})
+                raise
+            self.check_alike({"batches": "at their end" if batch is None else batch})
+            if batch is None:
+                return
+            yield batch
 
     def _share(
         self, rows: slice, index: int, shape: tuple[int, ...], values: Rows
@@ -297,17 +323,17 @@ class _GroupReplicas(Replicas):
         return tensor.detach() if nccl else tensor.detach().cpu()
 
 
-def replicas_of(variable: Any) -> Replicas:
-    """The replicas that share a variable of a model.
+def replicas_of(layer: Any) -> Replicas:
+    """The replicas that share a layer or a model.
 
     On TensorFlow these are those of the `MirroredStrategy` or
-    `MultiWorkerMirroredStrategy` in whose scope it was made. On JAX they are the
-    devices of the `keras.distribution` that is set. On PyTorch they are the processes
-    of the default group of `torch.distributed`, once it is initialised. Otherwise it
-    is one device.
+    `MultiWorkerMirroredStrategy` in whose scope its variables were made. On
+    JAX they are the devices of the `keras.distribution` that is set. On PyTorch they
+    are the processes of the default group of `torch.distributed`, once it is
+    initialised. Otherwise it is one device.
 
     Args:
-        variable: A `keras.Variable`.
+        layer: The layer or model.
 
     Returns:
         The replicas.
@@ -316,14 +342,18 @@ def replicas_of(variable: Any) -> Replicas:
     if backend == "tensorflow":
         import tensorflow as tf  # noqa: PLC0415
 
-        strategy = getattr(variable.value, "distribute_strategy", None)
-        known = tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy
-        if isinstance(strategy, known) and strategy.num_replicas_in_sync > 1:
-            return _StrategyReplicas(strategy)
+        known = (
+            tf.distribute.MirroredStrategy,
+            tf.distribute.MultiWorkerMirroredStrategy,
+        )
+        for variable in getattr(layer, "variables", ()):
+            strategy = getattr(variable.value, "distribute_strategy", None)
+            if isinstance(strategy, known) and strategy.num_replicas_in_sync > 1:
+                return _of_strategy(strategy)
     elif backend == "jax":
         distribution = keras.distribution.distribution()
         if distribution is not None and distribution.device_mesh.devices.size > 1:
-            return _MeshReplicas(distribution)
+            return _of_mesh(distribution)
     elif backend == "torch":
         import torch  # noqa: PLC0415
 
@@ -331,6 +361,18 @@ def replicas_of(variable: Any) -> Replicas:
         if group.is_available() and group.is_initialized():
             return _GroupReplicas()
     return Replicas()
+
+
+# What they compile serves all problems of a strategy.
+_of_strategy = functools.lru_cache(maxsize=1)(_StrategyReplicas)
+_of_mesh = functools.lru_cache(maxsize=1)(_MeshReplicas)
+
+
+def runs_on_hosts(strategy: Any) -> bool:
+    """Whether a `tf.distribute` strategy, or None, spans several processes."""
+    if strategy is None:
+        return False
+    return int(strategy.num_replicas_in_sync) > len(strategy.extended.worker_devices)
 
 
 def _digest(fact: Any) -> float:

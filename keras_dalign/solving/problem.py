@@ -169,7 +169,7 @@ class ConvexProblem:
             None if weights is None else np.asarray(weights),
             loss,
             np.concatenate([q, origin]),
-            replicas_of(head.standardize.moving_mean),
+            replicas_of(head),
         )
 
     @property
@@ -273,6 +273,7 @@ class ConvexProblem:
             theta, gradient, (loss,) = np.split(
                 self.replicas.from_first(own), [self.size, 2 * self.size]
             )
+            loss = float(loss)
         value = loss
         if l2:
             change = theta - self.center

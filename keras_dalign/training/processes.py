@@ -29,20 +29,18 @@ def check_processes(
     Raises:
         ValueError: If the processes were given different things.
     """
-    replicas = replicas_of(model.head.standardize.moving_mean)
+    replicas = replicas_of(model.head)
     if replicas.processes == 1:
         return
     head = model.head
+    names = (
+        *("units", "width", "requested_width", "n_samples", "gates", "share_gates"),
+        *("slope", "seed", "phase", "compute_dtype", "output_dtype"),
+    )
     facts: dict[str, Any] = {
-        "head": {
+        "heads": {
             "features": head.dim - 1,
-            "units": head.units,
-            "width": head.width,
-            "n_samples": head.n_samples,
-            "gates": head.gates,
-            "slope": head.slope,
-            "seed": head.seed,
-            "phase": head.phase,
+            **{name: getattr(head, name) for name in names},
         },
         "weights": list(model.weights),
         "options": options,
