@@ -183,13 +183,31 @@ def disagreements(kind, process, scope):
     return messages
 
 
+def indivisible(scope):
+    """What `fit` says of batches that Keras cannot share on JAX."""
+    from small import cross_entropy
+
+    import keras_dalign as kd
+
+    model, x, y = make(scope)
+    model.compile(kd.DAlign("adam"), cross_entropy())
+    messages = {}
+    for name, n, validation in (("fit", 201, None), ("evaluate", 200, (x, y))):
+        try:
+            model.fit(x[:n], y[:n], batch_size=40, validation_data=validation)
+        except ValueError as error:
+            messages[name] = str(error)
+    return messages
+
+
 def main():
     kind, process, processes, port, output = sys.argv[1:]
     process, processes = int(process), int(processes)
     scope = start(kind, process, processes, int(port))
     out = {"results": results(scope)}
-    if processes > 1:
-        out["messages"] = disagreements(kind, process, scope)
+    out["messages"] = disagreements(kind, process, scope) if processes > 1 else {}
+    if kind == "mesh":
+        out["messages"] |= indivisible(scope)
     Path(output).write_bytes(pickle.dumps(out))
     if kind == "group":
         import torch

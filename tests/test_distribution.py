@@ -10,6 +10,9 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from small import cross_entropy, digits, mlp
+
+import keras_dalign as kd
 
 BACKEND = keras.backend.backend()
 SECONDS = 300
@@ -118,12 +121,41 @@ def test_processes_that_disagree_are_told(several):
     }
     if BACKEND == "torch":
         expected["weights"] = "weights"
+    if len(several) == 1:
+        expected = {}
     for index, process in enumerate(several):
-        if len(several) == 1:
-            assert "messages" not in process
-            continue
-        assert process["messages"].keys() == expected.keys()
         for case, differ in expected.items():
             message = process["messages"][case]
             assert f"Received: different {differ} ({differ.split()[0]} " in message
             assert f" in process {index})" in message
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="a limit of Keras on JAX")
+def test_batches_that_devices_do_not_divide_are_refused_on_jax(several):
+    devices = 4 // len(several)
+    for process in several:
+        for case, n, rows in (("fit", 201, 1), ("evaluate", 203, 3)):
+            message = process["messages"][case]
+            assert f"{n} samples in batches of 40, one of them of {rows}" in message
+            assert f"for {devices} devices" in message
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute")
+@pytest.mark.parametrize("exploit", [None, "solve"])
+def test_batches_that_replicas_do_not_divide(exploit, mirrored):
+    x, y = digits(51)
+    with mirrored.scope():
+        model = kd.align(mlp(), n_samples=len(x))
+        options = {"l2": 1e-2} if exploit else None
+        optimizer = kd.DAlign(
+            keras.optimizers.Adam(1e-2),
+            explore=2,
+            exploit_optimizer=exploit,
+            solve_options=options,
+        )
+        model.compile(optimizer, cross_entropy(), metrics=["accuracy"])
+    # The first batch is of 17 samples, for two replicas.
+    losses = model.fit(
+        x, y, epochs=4, batch_size=17, validation_data=(x, y), verbose=0
+    ).history["loss"]
+    assert losses[-1] < losses[0]

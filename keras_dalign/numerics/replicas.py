@@ -33,11 +33,13 @@ class Replicas:
         count: Number of shares that rows are split into.
         processes: Number of processes.
         process: Index of this one.
+        batch_divisor: What must divide every batch that Keras shares among them.
     """
 
     count = 1
     processes = 1
     process = 0
+    batch_divisor = 1
 
     def put(self, array: np.ndarray) -> Any:
         """An array as a float32 tensor that every replica has."""
@@ -242,6 +244,8 @@ class _MeshReplicas(Replicas):
         self.count = int(mesh.shape[distribution.batch_dim_name])
         self.processes = jax.process_count()
         self.process = jax.process_index()
+        # Every process hands Keras batches of its own.
+        self.batch_divisor = max(self.count // self.processes, 1)
         self._replicate = jax.jit(lambda tensor: tensor, out_shardings=self._everywhere)
 
     def put(self, array: np.ndarray) -> Any:
@@ -358,7 +362,11 @@ def replicas_of(layer: Any) -> Replicas:
         import torch  # noqa: PLC0415
 
         group = torch.distributed
-        if group.is_available() and group.is_initialized():
+        if (
+            group.is_available()
+            and group.is_initialized()
+            and group.get_world_size() > 1
+        ):
             return _GroupReplicas()
     return Replicas()
 
