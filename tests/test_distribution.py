@@ -15,6 +15,7 @@ import pytest
 from small import cross_entropy, digits, mlp
 
 import keras_dalign as kd
+from keras_dalign.head.batch_predictor import BatchPredictor
 
 BACKEND = keras.backend.backend()
 SECONDS = 300
@@ -157,3 +158,26 @@ def test_batches_that_replicas_do_not_divide(exploit, mirrored):
         x, y, epochs=4, batch_size=17, validation_data=(x, y), verbose=0
     ).history["loss"]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute")
+def test_replicas_share_the_rows_of_a_pass(mirrored):
+    class Recording(keras.layers.Layer):
+        """Keeps the number of rows that a replica is given."""
+
+        def call(self, inputs):
+            rows.add(inputs.shape[0])
+            return inputs
+
+    rows = set()
+    x, _ = digits(33)
+    with mirrored.scope():
+        inputs = keras.Input((64,))
+        model = keras.Model(inputs, keras.layers.Dense(3)(Recording()(inputs)))
+    rows.clear()
+    predictor = BatchPredictor(model)
+    expected = model.predict(x, verbose=0)
+    rows.clear()
+    np.testing.assert_allclose(predictor.outputs(x), expected, rtol=1e-5)
+    np.testing.assert_allclose(predictor.outputs(x[:5]), expected[:5], rtol=1e-5)
+    assert rows == {17}

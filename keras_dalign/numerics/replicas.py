@@ -72,6 +72,18 @@ class Replicas:
         """
         return device.compiled(function)
 
+    def predict(self, model: keras.Model, x: Any) -> Any:
+        """What a model puts out for a batch, of which each replica takes its share.
+
+        Args:
+            model: The model.
+            x: Inputs: arrays of rows, whose number `count` divides.
+
+        Returns:
+            The outputs for the whole batch, in every process.
+        """
+        return model.predict_on_batch(x)
+
     def gathered(self, tensor: Any, n: int) -> np.ndarray:
         """The first `n` rows of a tensor of rows, in every process."""
         return device.fetch(tensor)[:n]
@@ -192,6 +204,16 @@ class _StrategyReplicas(Replicas):
         compiled, strategy = device.compiled(function), self._strategy
         return self._tf.function(lambda *tensors: strategy.run(compiled, args=tensors))
 
+    def predict(self, model: keras.Model, x: Any) -> Any:
+        if model.distribute_strategy is not self._strategy:
+            return model.predict_on_batch(x)
+
+        def shared(leaf: np.ndarray) -> Any:
+            shares = np.split(leaf, self.count)
+            return self._values(lambda index: shares[index])
+
+        return model.predict_on_batch(keras.tree.map_structure(shared, x))
+
     def gathered(self, tensor: Any, n: int) -> np.ndarray:
         found = device.fetch(self._gather(tensor))
         shares = found.reshape(self.count, -1, *found.shape[1:])[self._order]
@@ -265,6 +287,12 @@ class _MeshReplicas(Replicas):
             (length * self.count, *shape), self._by_rows, share
         )
 
+    def predict(self, model: keras.Model, x: Any) -> Any:
+        if self.processes == 1:
+            # Of several processes each would have to be able to fetch all rows.
+            x = self._jax.device_put(x, self._by_rows)
+        return model.predict_on_batch(x)
+
     def gathered(self, tensor: Any, n: int) -> np.ndarray:
         return device.fetch(self._replicate(tensor))[:n]
 
@@ -298,6 +326,18 @@ class _GroupReplicas(Replicas):
 
     def put_rows(self, rows: slice, shape: tuple[int, ...], values: Rows) -> Any:
         return device.put(self._share(rows, self.process, shape, values))
+
+    def predict(self, model: keras.Model, x: Any) -> Any:
+        own = keras.tree.map_structure(
+            lambda leaf: np.split(leaf, self.count)[self.process], x
+        )
+
+        def whole(leaf: Any) -> np.ndarray:
+            leaf = np.asarray(leaf)
+            shares = self._all_gather(device.put(leaf, leaf.dtype.name))
+            return np.concatenate(shares) if leaf.ndim else leaf
+
+        return keras.tree.map_structure(whole, model.predict_on_batch(own))
 
     def gathered(self, tensor: Any, n: int) -> np.ndarray:
         return np.concatenate(self._all_gather(tensor))[:n]
