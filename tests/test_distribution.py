@@ -54,6 +54,15 @@ def run(kind, processes):
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join(paths),
     }
+    if BACKEND == "jax":
+        import jax
+
+        # What one process has compiled, others need not compile again.
+        environment |= {
+            "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
     port = free_port()
     started = []
     with tempfile.TemporaryDirectory() as folder:
