@@ -1,8 +1,9 @@
 """What several devices and processes compute: run by `test_distribution`.
 
-    python several.py KIND PROCESS PROCESSES PORT OUTPUT [CASE]
+    python several.py KIND PROCESS PROCESSES PORT OUTPUT
 
-starts one of `PROCESSES` processes of a kind, and writes what `results` found there.
+is one of `PROCESSES` processes of a kind, and writes what `results` and `disagreements`
+found there.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from pathlib import Path
 
 
 def start(kind, process, processes, port):
-    """Starts what the backend needs; returns the scope that models are made in."""
+    """Starts what the backend needs; gives the scope that models are made in."""
     if kind in {"mirrored", "workers"}:
         if kind == "workers":
             workers = [f"localhost:{port + index}" for index in range(processes)]
@@ -24,13 +25,13 @@ def start(kind, process, processes, port):
         import tensorflow as tf
 
         if kind == "workers":
-            return tf.distribute.MultiWorkerMirroredStrategy().scope()
+            return tf.distribute.MultiWorkerMirroredStrategy().scope
         (cpu,) = tf.config.list_physical_devices("CPU")
         tf.config.set_logical_device_configuration(
             cpu, [tf.config.LogicalDeviceConfiguration()] * 3
         )
-        return tf.distribute.MirroredStrategy([f"cpu:{i}" for i in range(3)]).scope()
-    if kind == "mesh":
+        return tf.distribute.MirroredStrategy([f"cpu:{i}" for i in range(3)]).scope
+    if kind in {"mesh", "model"}:
         import jax
 
         jax.config.update("jax_num_cpu_devices", 4 // processes)
@@ -40,7 +41,14 @@ def start(kind, process, processes, port):
 
         if processes > 1:
             keras.distribution.initialize(f"localhost:{port}", processes, process)
-        parallel = keras.distribution.DataParallel(auto_shard_dataset=False)
+        if kind == "mesh":
+            parallel = keras.distribution.DataParallel(auto_shard_dataset=False)
+        else:
+            names = ["batch", "model"]
+            mesh = keras.distribution.DeviceMesh((2, 2), names)
+            layouts = keras.distribution.LayoutMap(mesh)
+            layouts["hidden/kernel"] = (None, "model")
+            parallel = keras.distribution.ModelParallel(layout_map=layouts)
         keras.distribution.set_distribution(parallel)
     if kind == "group":
         import torch
@@ -51,7 +59,7 @@ def start(kind, process, processes, port):
             rank=process,
             world_size=processes,
         )
-    return contextlib.nullcontext()
+    return contextlib.nullcontext
 
 
 def found(model, result):
@@ -70,20 +78,19 @@ def found(model, result):
     }
 
 
-def make(scope, images=False, **arguments):
-    """A model in a scope, with data."""
+def make(scope, images=False, n=203, seed=0, width=None):
+    """A model made in a scope, and data: neither 2, 3 nor 4 divide 203."""
     from small import convnet, digit_images, digits, mlp
 
     import keras_dalign as kd
 
-    # No number of shares divides 203.
-    x, y = (digit_images if images else digits)(203)
-    with scope:
-        base = (convnet if images else mlp)()
-        return kd.align(base, n_samples=len(x), seed=1, **arguments), x, y
+    x, y = (digit_images if images else digits)(n)
+    with scope():
+        base = (convnet if images else mlp)(seed)
+        return kd.align(base, n_samples=n, seed=1, width=width), x, y
 
 
-def results(scope):
+def results(scope, few):
     """Solves, certificates and fits of small problems that count as large ones."""
     import keras
     import numpy as np
@@ -101,6 +108,8 @@ def results(scope):
     out["plain"] = found(model, kd.solve(model, x, y, tol=1e-5, **told))
     certificate = kd.certify(model, x, y, loss=cross_entropy(), gradient_bound=True)
     out["certify"] = {"gap": certificate.gap, "loss": certificate.loss}
+    if few:
+        return out
     model, x, y = make(scope, images=True)
     weight = np.linspace(0.5, 2.0, len(x)).astype("float32")
     out["auto"] = found(
@@ -110,57 +119,104 @@ def results(scope):
     out["validated"] = found(
         model, kd.solve(model, x, y, l2=1e-2, validation_data=(x[:50], y[:50]), **told)
     )
-    for name, l2 in (("fit", 0.0), ("fit with L2", 1e-2)):
-        model, x, y = make(scope)
-        with scope:
+    for exploit in (None, "solve"):
+        # Keras shares out a batch on JAX where the devices divide it.
+        model, x, y = make(scope, n=180)
+        options = {"l2": 1e-2, "tol": 1e-5} if exploit else None
+        with scope():
             model.compile(
                 kd.DAlign(
                     keras.optimizers.Adam(),
                     explore=2,
-                    exploit_optimizer="solve",
-                    solve_options={"l2": l2, "tol": 1e-5},
+                    exploit_optimizer=exploit,
+                    solve_options=options,
                 ),
                 cross_entropy(),
                 metrics=["accuracy"],
             )
         history = model.fit(
-            x, y, epochs=3, batch_size=60, validation_data=(x, y), verbose=0
+            x, y, epochs=4, batch_size=60, validation_data=(x, y), verbose=0
         ).history
         certificate = kd.certify(model, x, y)
-        out[name] = {
-            "explored": history["loss"][:2],
-            "explored accuracy": history["accuracy"][:2],
-            "loss": history["loss"][-1],
-            "val_loss": history["val_loss"][-1],
-            "gap": history["gap"][-1],
+        out[f"fit, {exploit}"] = {
+            "epochs": len(history["loss"]),
+            **{f"{key} while exploring": history[key][:2] for key in history},
+            **{f"{key} at the end": history[key][-1] for key in history},
             "certified": certificate.gap,
             "q": np.asarray(model.head.q),
         }
     return out
 
 
-def disagreement(process, scope):
-    """What a process is told whose data are not those of the others."""
+def disagreements(kind, process, scope):
+    """What a process is told whose data or model are not those of the others."""
+    import keras
+    from small import cross_entropy
+
+    import keras_dalign as kd
+
+    class Stream(keras.utils.PyDataset):
+        """Batches of 20 samples."""
+
+        def __init__(self, x, y):
+            super().__init__()
+            self.x, self.y = x, y
+
+        def __len__(self):
+            return len(range(0, len(self.x), 20))
+
+        def __getitem__(self, index):
+            rows = slice(20 * index, 20 * index + 20)
+            return self.x[rows], self.y[rows]
+
+    model, x, y = make(scope)
+    longer, other = slice(100 + process), slice(process, 100 + process)
+    wider, _, _ = make(scope, width=20 + process)
+    cases = {
+        "samples": (model, x[longer], y[longer]),
+        "inputs": (model, x[other], y[:100]),
+        "targets": (model, x[:100], y[other]),
+        "stream": (model, Stream(x[longer], y[longer]), None),
+        "width": (wider, x, y),
+    }
+    if kind == "group":
+        # The others give one process's weights to all, or refuse to make such a model.
+        trained, x, y = make(scope, seed=process)
+        cases["weights"] = (trained, x, y)
+    messages = {}
+    for name, (model, x, y) in cases.items():
+        try:
+            kd.solve(model, x, y, loss=cross_entropy(), verbose=0)
+        except ValueError as error:
+            messages[name] = str(error)
+    return messages
+
+
+def indivisible(scope):
+    """What `fit` says of batches that Keras cannot share on JAX."""
     from small import cross_entropy
 
     import keras_dalign as kd
 
     model, x, y = make(scope)
-    messages = []
-    told = {"loss": cross_entropy(), "verbose": 0}
-    for rows in (slice(100 + process), slice(process, 100 + process)):
+    model.compile(kd.DAlign("adam"), cross_entropy())
+    messages = {}
+    for name, n, validation in (("fit", 201, None), ("evaluate", 200, (x, y))):
         try:
-            kd.solve(model, x[rows], y[rows], **told)
+            model.fit(x[:n], y[:n], batch_size=40, validation_data=validation)
         except ValueError as error:
-            messages.append(str(error))
+            messages[name] = str(error)
     return messages
 
 
 def main():
-    kind, process, processes, port, output, *case = sys.argv[1:]
+    kind, process, processes, port, output = sys.argv[1:]
     process, processes = int(process), int(processes)
     scope = start(kind, process, processes, int(port))
-    out = disagreement(process, scope) if case else results(scope)
+    out = {"results": results(scope, few=kind == "model")}
+    out["messages"] = disagreements(kind, process, scope) if processes > 1 else {}
+    if kind == "mesh":
+        out["messages"] |= indivisible(scope)
     Path(output).write_bytes(pickle.dumps(out))
     if kind == "group":
         import torch

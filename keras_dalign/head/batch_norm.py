@@ -87,7 +87,7 @@ def reestimate_batch_norm(
         for index in range(passes):
             if index < 2:
                 probe = _MomentsProbe(model, layers, by_batch=index == 0)
-            batches = data.batches(x, batch_size=batch_size, steps=steps)
+            batches = data.batches(x, batch_size=batch_size, steps=steps, model=model)
             found = _pool(probe.moments(batch[0]) for batch in batches)
             _set_statistics(layers, found)
     except BaseException:

@@ -9,10 +9,13 @@ import numpy as np
 
 from keras_dalign.head import data
 from keras_dalign.head.objective import check_single
+from keras_dalign.numerics.replicas import replicas_of
 
 
 class BatchPredictor:
     """Predictions in inference mode, for batches that may differ in size.
+
+    Devices and processes that share the model share the rows of each batch.
 
     A batch that is shorter than an earlier one is filled up with its last sample, or
     Keras would compile once more.
@@ -24,6 +27,7 @@ class BatchPredictor:
     def __init__(self, model: keras.Model) -> None:
         self.model = model
         self._rows = 0
+        self._replicas = replicas_of(model)
 
     def outputs(self, x: Any) -> np.ndarray:
         """The model's outputs.
@@ -88,10 +92,11 @@ class BatchPredictor:
             sample, `n` of them.
         """
         n = data.n_samples(x)
-        self._rows = max(self._rows, n)
+        count = self._replicas.count
+        self._rows = max(self._rows, -(-n // count) * count)
         rows = self._rows
-        outputs = self.model.predict_on_batch(_padded(x, n, rows))
-        # Under `tf.distribute`, every replica predicts the whole batch.
+        outputs = self._replicas.predict(self.model, _padded(x, n, rows))
+        # Other strategies of TensorFlow let every replica predict the whole batch.
         strategy = getattr(self.model, "distribute_strategy", None)
         replicas = getattr(strategy, "num_replicas_in_sync", 1)
 

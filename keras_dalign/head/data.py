@@ -13,6 +13,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_dalign.numerics.replicas import replicas_of
+
 Batch = tuple[Any, Any | None, Any | None]
 
 _KINDS = (
@@ -82,6 +84,7 @@ def batches(
     *,
     batch_size: int = 256,
     steps: int | None = None,
+    model: keras.Model | None = None,
 ) -> Iterator[Batch]:
     """One pass over the data, in order, in batches of NumPy arrays.
 
@@ -98,6 +101,8 @@ def batches(
             stream comes batched.
         steps: Number of batches to read. `None` reads everything, which a generator, an
             infinite `tf.data.Dataset` and an infinite `PyDataset` do not allow.
+        model: The model that the batches are for. If several processes share it, each
+            batch is compared with theirs.
 
     Returns:
         An iterator over `(x, y, sample_weight)`; the structures are those of the
@@ -106,7 +111,8 @@ def batches(
     Raises:
         ValueError: At once, if the arguments are not data, disagree in length, are
             empty, or never end; while iterating, if the stream is empty, ends before
-            `steps`, or holds something that is no batch of arrays.
+            `steps`, holds something that is no batch of arrays, or is not what the
+            other processes read.
     """
     if steps is not None:
         _check_positive_int("steps", steps)
@@ -122,7 +128,9 @@ def batches(
                     f"{name} of type {type(value).__name__}"
                 )
         stream = _stream_batches(x, steps)
-    return _take(stream, steps)
+    stream = _take(stream, steps)
+    replicas = replicas_of(model)
+    return stream if replicas.processes == 1 else replicas.alike(stream)
 
 
 def even_batch_size(n: int, batch_size: int) -> int:

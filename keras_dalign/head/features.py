@@ -118,7 +118,14 @@ class FeaturePass:
             OSError: If the features are kept on a disk that is too small for them.
         """
         predictor = BatchPredictor(self.model.trunk)
-        batches = data.batches(x, y, sample_weight, batch_size=batch_size, steps=steps)
+        batches = data.batches(
+            x,
+            y,
+            sample_weight,
+            batch_size=batch_size,
+            steps=steps,
+            model=self.model,
+        )
         n = data.n_samples(x) if data.is_arrays(x) and steps is None else None
         try:
             for inputs, targets, weights in batches:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -33,11 +33,13 @@ class Replicas:
         count: Number of shares that rows are split into.
         processes: Number of processes.
         process: Index of this one.
+        batch_divisor: What must divide every batch that Keras shares among them.
     """
 
     count = 1
     processes = 1
     process = 0
+    batch_divisor = 1
 
     def put(self, array: np.ndarray) -> Any:
         """An array as a float32 tensor that every replica has."""
@@ -69,6 +71,18 @@ class Replicas:
             The compiled function.
         """
         return device.compiled(function)
+
+    def predict(self, model: keras.Model, x: Any) -> Any:
+        """What a model puts out for a batch, of which each replica takes its share.
+
+        Args:
+            model: The model.
+            x: Inputs: arrays of rows, whose number `count` divides.
+
+        Returns:
+            The outputs for the whole batch, in every process.
+        """
+        return model.predict_on_batch(x)
 
     def gathered(self, tensor: Any, n: int) -> np.ndarray:
         """The first `n` rows of a tensor of rows, in every process."""
@@ -105,9 +119,9 @@ class Replicas:
         if self.processes == 1:
             return
         own = np.asarray([_digest(fact) for fact in facts.values()])
-        differ = (self.from_all(own) != own).any(axis=0)
+        differ = np.any(self.from_all(own) != own, axis=0)
         # Where a third process differs from the first two, these have to stop as well.
-        differ = self.from_all(differ.astype("float64")).any(axis=0)
+        differ = np.any(self.from_all(differ.astype("float64")), axis=0)
         if not differ.any():
             return
         names = [name for name, other in zip(facts, differ, strict=True) if other]
@@ -119,6 +133,32 @@ class Replicas:
             "Load all samples in every process, and call "
             "keras.utils.set_random_seed with one seed before the model is made."
         )
+
+    def alike(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches of a stream, each compared with those of the other processes.
+
+        So is the end of the stream, as a process that goes on alone would wait for the
+        others for ever.
+
+        Args:
+            batches: What this process reads.
+
+        Yields:
+            The batches.
+
+        Raises:
+            ValueError: If another process reads something else, in every process.
+        """
+        while True:
+            try:
+                batch = next(batches, None)
+            except Exception as error:
+                self.check_alike({"batches": repr(error)})
+                raise
+            self.check_alike({"batches": "at their end" if batch is None else batch})
+            if batch is None:
+                return
+            yield batch
 
     def _share(
         self, rows: slice, index: int, shape: tuple[int, ...], values: Rows
@@ -163,6 +203,16 @@ class _StrategyReplicas(Replicas):
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         compiled, strategy = device.compiled(function), self._strategy
         return self._tf.function(lambda *tensors: strategy.run(compiled, args=tensors))
+
+    def predict(self, model: keras.Model, x: Any) -> Any:
+        if model.distribute_strategy is not self._strategy:
+            return model.predict_on_batch(x)
+
+        def shared(leaf: np.ndarray) -> Any:
+            shares = np.split(leaf, self.count)
+            return self._values(lambda index: shares[index])
+
+        return model.predict_on_batch(keras.tree.map_structure(shared, x))
 
     def gathered(self, tensor: Any, n: int) -> np.ndarray:
         found = device.fetch(self._gather(tensor))
@@ -216,6 +266,8 @@ class _MeshReplicas(Replicas):
         self.count = int(mesh.shape[distribution.batch_dim_name])
         self.processes = jax.process_count()
         self.process = jax.process_index()
+        # Every process hands Keras batches of its own.
+        self.batch_divisor = max(self.count // self.processes, 1)
         self._replicate = jax.jit(lambda tensor: tensor, out_shardings=self._everywhere)
 
     def put(self, array: np.ndarray) -> Any:
@@ -234,6 +286,12 @@ class _MeshReplicas(Replicas):
         return self._jax.make_array_from_callback(
             (length * self.count, *shape), self._by_rows, share
         )
+
+    def predict(self, model: keras.Model, x: Any) -> Any:
+        if self.processes == 1:
+            # Of several processes each would have to be able to fetch all rows.
+            x = self._jax.device_put(x, self._by_rows)
+        return model.predict_on_batch(x)
 
     def gathered(self, tensor: Any, n: int) -> np.ndarray:
         return device.fetch(self._replicate(tensor))[:n]
@@ -269,6 +327,18 @@ class _GroupReplicas(Replicas):
     def put_rows(self, rows: slice, shape: tuple[int, ...], values: Rows) -> Any:
         return device.put(self._share(rows, self.process, shape, values))
 
+    def predict(self, model: keras.Model, x: Any) -> Any:
+        own = keras.tree.map_structure(
+            lambda leaf: np.split(leaf, self.count)[self.process], x
+        )
+
+        def whole(leaf: Any) -> np.ndarray:
+            leaf = np.asarray(leaf)
+            shares = self._all_gather(device.put(leaf, leaf.dtype.name))
+            return np.concatenate(shares) if leaf.ndim else leaf
+
+        return keras.tree.map_structure(whole, model.predict_on_batch(own))
+
     def gathered(self, tensor: Any, n: int) -> np.ndarray:
         return np.concatenate(self._all_gather(tensor))[:n]
 
@@ -297,17 +367,17 @@ class _GroupReplicas(Replicas):
         return tensor.detach() if nccl else tensor.detach().cpu()
 
 
-def replicas_of(variable: Any) -> Replicas:
-    """The replicas that share a variable of a model.
+def replicas_of(layer: Any) -> Replicas:
+    """The replicas that share a layer or a model.
 
     On TensorFlow these are those of the `MirroredStrategy` or
-    `MultiWorkerMirroredStrategy` in whose scope it was made. On JAX they are the
-    devices of the `keras.distribution` that is set. On PyTorch they are the processes
-    of the default group of `torch.distributed`, once it is initialised. Otherwise it
-    is one device.
+    `MultiWorkerMirroredStrategy` in whose scope its variables were made. On
+    JAX they are the devices of the `keras.distribution` that is set. On PyTorch they
+    are the processes of the default group of `torch.distributed`, once it is
+    initialised. Otherwise it is one device.
 
     Args:
-        variable: A `keras.Variable`.
+        layer: The layer or model.
 
     Returns:
         The replicas.
@@ -316,24 +386,41 @@ def replicas_of(variable: Any) -> Replicas:
     if backend == "tensorflow":
         import tensorflow as tf  # noqa: PLC0415
 
-        strategy = getattr(variable.value, "distribute_strategy", None)
         known = (
             tf.distribute.MirroredStrategy,
             tf.distribute.MultiWorkerMirroredStrategy,
         )
-        if isinstance(strategy, known) and strategy.num_replicas_in_sync > 1:
-            return _StrategyReplicas(strategy)
+        for variable in getattr(layer, "variables", ()):
+            strategy = getattr(variable.value, "distribute_strategy", None)
+            if isinstance(strategy, known) and strategy.num_replicas_in_sync > 1:
+                return _of_strategy(strategy)
     elif backend == "jax":
         distribution = keras.distribution.distribution()
         if distribution is not None and distribution.device_mesh.devices.size > 1:
-            return _MeshReplicas(distribution)
+            return _of_mesh(distribution)
     elif backend == "torch":
         import torch  # noqa: PLC0415
 
         group = torch.distributed
-        if group.is_available() and group.is_initialized():
+        if (
+            group.is_available()
+            and group.is_initialized()
+            and group.get_world_size() > 1
+        ):
             return _GroupReplicas()
     return Replicas()
+
+
+# What they compile serves all problems of a strategy.
+_of_strategy = functools.lru_cache(maxsize=1)(_StrategyReplicas)
+_of_mesh = functools.lru_cache(maxsize=1)(_MeshReplicas)
+
+
+def runs_on_hosts(strategy: Any) -> bool:
+    """Whether a `tf.distribute` strategy, or None, spans several processes."""
+    if strategy is None:
+        return False
+    return int(strategy.num_replicas_in_sync) > len(strategy.extended.worker_devices)
 
 
 def _digest(fact: Any) -> float:

@@ -248,7 +248,7 @@ def certify(
     tally = _Tally(convex, keep=gradient_bound)
     predictor = BatchPredictor(model)
     for x_batch, y_batch, w_batch in data.batches(
-        x, y, sample_weight, batch_size=batch_size, steps=steps
+        x, y, sample_weight, batch_size=batch_size, steps=steps, model=model
     ):
         if y_batch is None:
             raise ValueError(

@@ -331,7 +331,7 @@ def forecast(
     kept: list[tuple[Any, Any, Array, list[int]]] = []
     weighted = False
     for x_batch, y_batch, w_batch in data.batches(
-        x, y, sample_weight, batch_size=batch_size, steps=steps
+        x, y, sample_weight, batch_size=batch_size, steps=steps, model=model
     ):
         if y_batch is None:
             raise ValueError(

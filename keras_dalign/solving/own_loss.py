@@ -56,7 +56,7 @@ class OwnLoss:
     def __init__(self, head: AlignmentHead, features: FeatureSet) -> None:
         self.head = head
         self.features = features
-        self.replicas = replicas_of(head.standardize.moving_mean)
+        self.replicas = replicas_of(head)
 
     def logits(self) -> np.ndarray:
         """The head's outputs for all samples, shape `(n, C)`, float64."""

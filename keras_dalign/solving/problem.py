@@ -171,7 +171,7 @@ class ConvexProblem:
             None if weights is None else np.asarray(weights),
             loss,
             np.concatenate([q, origin]),
-            replicas_of(head.standardize.moving_mean),
+            replicas_of(head),
         )
 
     @property
@@ -275,11 +275,12 @@ class ConvexProblem:
             theta, gradient, (loss,) = np.split(
                 self.replicas.from_first(own), [self.size, 2 * self.size]
             )
+            loss = float(loss)
         value = loss
         if l2:
             change = theta - self.center
             value += 0.5 * l2 * float(change @ change)
-            gradient += l2 * change
+            gradient = gradient + l2 * change
         return Evaluation(theta, logits, loss, value, gradient)
 
     def value_and_gradient(self, theta: Array, l2: float = 0.0) -> tuple[float, Array]:

@@ -10,6 +10,7 @@ import keras
 
 from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
 from keras_dalign.head.features import as_inputs, from_inputs
+from keras_dalign.numerics.replicas import runs_on_hosts
 from keras_dalign.training.dalign import DAlign
 from keras_dalign.training.training_run import TrainingRun
 
@@ -256,7 +257,26 @@ class AlignedModel(keras.Model):
                 # Outside of the differentiated part of the step: no gradient and
                 # no activation of the trunk is ever kept.
                 batch = (as_inputs(self._frozen_features(x, *state)), y, sample_weight)
-        return super().train_step(*state, batch)
+        return self._reducible(super().train_step(*state, batch))
+
+    def test_step(self, *args: Any) -> Any:
+        """One step of `evaluate`; arguments and result as in `train_step`."""
+        return self._reducible(super().test_step(*args))
+
+    def _reducible(self, logs: Any) -> Any:
+        """Logs of a step as Keras can average them over the hosts of TensorFlow.
+
+        It does so along an axis that the logs, which are numbers, do not have.
+
+        Returns:
+            The logs, on several hosts with an axis of length 1 each.
+        """
+        if not runs_on_hosts(getattr(self, "_distribute_strategy", None)):
+            return logs
+        expanded: Any = keras.tree.map_structure(
+            lambda value: keras.ops.expand_dims(value, 0), logs
+        )
+        return expanded
 
     def _frozen_features(self, x: Any, state: Any = None) -> Any:
         if state is not None:
@@ -272,6 +292,22 @@ class AlignedModel(keras.Model):
             with torch.no_grad():
                 return self.trunk(x, training=False)
         return self.trunk(x, training=False)
+
+    def _maybe_symbolic_build(
+        self, iterator: Any = None, data_batch: Any = None
+    ) -> None:
+        """Builds metrics in the scope of the strategy, on the share of one replica.
+
+        Keras averages the shares for it, which fails where they differ in length, and
+        on several hosts. Called by Keras on TensorFlow alone.
+        """
+        strategy = self._distribute_strategy
+        if strategy is not None and iterator is not None:
+            _, _, batches = next(iter(iterator))
+            data_batch = keras.tree.map_structure(
+                lambda leaf: strategy.experimental_local_results(leaf)[0], next(batches)
+            )
+        super()._maybe_symbolic_build(data_batch=data_batch)
 
     def make_train_function(self, force: bool = False) -> Any:
         """Compiles the training step of the current phase."""

@@ -1,4 +1,4 @@
-"""What several processes must have in common before they train one model."""
+"""What devices and processes need before they train one model."""
 
 from __future__ import annotations
 
@@ -29,20 +29,18 @@ def check_processes(
     Raises:
         ValueError: If the processes were given different things.
     """
-    replicas = replicas_of(model.head.standardize.moving_mean)
+    replicas = replicas_of(model.head)
     if replicas.processes == 1:
         return
     head = model.head
+    names = (
+        *("units", "width", "requested_width", "n_samples", "gates", "share_gates"),
+        *("slope", "seed", "phase", "compute_dtype", "output_dtype"),
+    )
     facts: dict[str, Any] = {
-        "head": {
+        "heads": {
             "features": head.dim - 1,
-            "units": head.units,
-            "width": head.width,
-            "n_samples": head.n_samples,
-            "gates": head.gates,
-            "slope": head.slope,
-            "seed": head.seed,
-            "phase": head.phase,
+            **{name: getattr(head, name) for name in names},
         },
         "weights": list(model.weights),
         "options": options,
@@ -50,3 +48,26 @@ def check_processes(
     if data.is_arrays(x):
         facts |= {"inputs": x, "targets": y, "sample weights": sample_weight}
     replicas.check_alike(facts)
+
+
+def check_batches(model: AlignedModel, n: int, batch_size: int) -> None:
+    """Looks for batches that Keras cannot share among the devices, on JAX.
+
+    Args:
+        model: The model.
+        n: Number of samples.
+        batch_size: Samples per batch.
+
+    Raises:
+        ValueError: If the devices do not divide a batch, the last one included.
+    """
+    divisor = replicas_of(model.head).batch_divisor
+    for rows in (min(batch_size, n), n % batch_size):
+        if rows % divisor:
+            raise ValueError(
+                "On JAX, Keras trains and evaluates in batches that the devices must "
+                f"divide. Received: {n} samples in batches of {batch_size}, one of "
+                f"them of {rows} samples, for {divisor} devices. Pass a `batch_size` "
+                f"and a number of samples that {divisor} divides, or explore on one "
+                "device: `solve` takes any number of samples."
+            )

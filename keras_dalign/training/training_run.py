@@ -32,7 +32,7 @@ from keras_dalign.numerics.losses import convex_loss
 from keras_dalign.solving.head_solver import HeadSolver, first_width
 from keras_dalign.solving.options import SolveOptions
 from keras_dalign.training.file_batches import file_batches, needs_file_batches
-from keras_dalign.training.processes import check_processes
+from keras_dalign.training.processes import check_batches, check_processes
 from keras_dalign.training.switch import switch
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ class TrainingRun:
             self.sample_weight,
             {"epochs": epochs, "batch_size": self.batch_size, "steps": self.steps},
         )
+        self._check_batches()
         self.callbacks = _OneRun(
             model,
             callbacks,
@@ -384,6 +385,17 @@ class TrainingRun:
         for start in range(0, n, _CHECKED_AT_ONCE):
             self.loss.targets(y[start : start + _CHECKED_AT_ONCE], head.units)
         return n
+
+    def _check_batches(self) -> None:
+        """Refuses batches that Keras would fail on after some epochs."""
+        model = self.model
+        trains = model.phase != EXPLOITING or not model.optimizer.solves
+        if trains and self.n_samples is not None:
+            check_batches(model, self.n_samples, self.batch_size)
+        validation = self.validation_data
+        if isinstance(validation, (list, tuple)) and data.is_arrays(validation[0]):
+            size = self.arguments["validation_batch_size"] or self.batch_size
+            check_batches(model, data.n_samples(validation[0]), size)
 
     def _steps_per_epoch(self) -> int | None:
         if self.steps is not None:
