@@ -2,7 +2,8 @@
 
 For several shapes: the loss and its gradient (`Phi theta`, softmax, `Phi^T u`) in
 NumPy float64, in NumPy float32 and in float32 on the device of Keras's backend, and
-two plain multiplications of the same shapes by NumPy in float32. They alternate; each
+two plain multiplications of the same shapes by NumPy in float32. `solve` takes NumPy's
+float32 on processors and the device's on accelerators. They alternate; each
 number is the median over the rounds. Run it once for each backend.
 """
 
@@ -78,6 +79,8 @@ def measure(shape: tuple[int, int, int, int], rounds: int) -> dict[str, float]:
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for round_ in range(rounds + 1):
         for name, run in kinds.items():
+            # Until threads of the one before no longer wait busily.
+            time.sleep(0.2)
             begin = time.perf_counter()
             run()
             if round_:  # The first one compiles.
@@ -95,13 +98,18 @@ def main() -> None:
     options = common.arguments(__doc__, more=_options)
     backend = keras.backend.backend()
     found = {name: measure(shape, options.rounds) for name, shape in SHAPES.items()}
-    shares = {name: r["device float32"] / r["sgemm"] for name, r in found.items()}
+    shares = {
+        name: max(r["numpy float32"], r["device float32"]) / r["sgemm"]
+        for name, r in found.items()
+    }
     against = {
         name: r["device float32"] / r["numpy float32"] for name, r in found.items()
     }
     targets = [
-        Target("least share of the sgemm rate", min(shares.values()), 0.6, True),
-        Target("least rate over NumPy float32", min(against.values()), 1.0, True),
+        Target(
+            "the better one's least share of sgemm", min(shares.values()), 0.6, True
+        ),
+        Target("device over NumPy float32, least", min(against.values()), 1.0, True),
     ]
     rows = [
         [
@@ -112,7 +120,7 @@ def main() -> None:
         ]
         for name, rates in found.items()
     ]
-    header = ["shape", "n x p x C x m", *next(iter(found.values())), "device / sgemm"]
+    header = ["shape", "n x p x C x m", *next(iter(found.values())), "better / sgemm"]
     common.write(
         options.out,
         f"products_{backend}",

@@ -82,17 +82,21 @@ class OwnLoss:
         """
         logits = self.logits()
         loss = problem.loss_of(logits)
-        slopes = problem.loss_gradient(logits)
+        sizes, moved = np.empty(problem.n), 0.0
+        shares = problem.weights / problem.normalizer
+        for part in problem.rows.blocks(64 * problem.units, 2**22):
+            slopes = problem.loss.gradient(logits[part], problem.targets[part])
+            slopes *= shares[part, None]
+            sizes[part] = np.linalg.norm(slopes, axis=1)
+            moved += float(np.abs(slopes * logits[part]).sum())
         unit = _UNIT.get(str(self.head.output_dtype), 2.0**-52)
-        outputs = _ULPS * unit * (float(np.abs(slopes * logits).sum()) + loss)
+        outputs = _ULPS * unit * (moved + loss)
         # Terms of size ||phi|| ||theta|| were rounded before they were summed up.
         theta = problem.theta_of(self.head)
         unit = _UNIT.get(str(self.head.compute_dtype), 2.0**-52)
         error = unit * problem.row_lengths() * float(np.linalg.norm(theta))
         curvature = problem.loss.max_curvature(problem.units)
-        shares = problem.weights / problem.normalizer
         bends = shares * curvature
-        sizes = np.linalg.norm(slopes, axis=1)
         if not isinstance(problem.loss, SquaredError):
             # A sample with a small gradient has a small curvature, too.
             bends = np.minimum(bends, sizes)

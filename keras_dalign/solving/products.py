@@ -5,8 +5,8 @@
 for trained parameters `theta = (q, b)`. Each takes `2 n d C m` flop, a block of rows at
 a time: `P = V Q` for the block, then a sum over `k` with the gates, and the other way
 round. Between the two lies the loss, so that value and gradient take one pass.
-`NumpyProducts` is the reference, in float64; `DeviceProducts` computes the same in
-float32, compiled by Keras's backend, where the model runs.
+`NumpyProducts` computes in float64, or in float32; `DeviceProducts` does the same in
+float32, compiled by Keras's backend, on accelerators and on several devices.
 
 Gates are kept where they take little memory (`n m` numbers where outputs share them),
 and computed again for every block where they do not.
