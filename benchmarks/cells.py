@@ -3,8 +3,7 @@
 For each data set, with and without augmentation, and seed: the base model is trained
 for the part of its epochs that is explored, with the recipe of the profile, and solved
 from there with `l2="auto"` twice, with both kinds of gates. Test error, test negative
-log likelihood, width and number of gradients are compared in pairs. On CIFAR-100
-without augmentation, two phases are timed against all epochs of the base model, too.
+log likelihood, width and number of gradients are compared in pairs.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 from typing import Any
 
 import keras
@@ -34,7 +33,6 @@ from pipelines.stream import FollowEpoch
 
 PARAMS = common.ROOT / "profiles" / "cpu" / "params.yaml"
 EXPLORE = 0.6
-TIMED = ("cifar100", "none")
 SHARED, OWN = "shared", "own"
 # Standard errors that a mean difference may be above 0 by chance.
 _ERRORS = 2.0
@@ -112,35 +110,6 @@ def solved(job: Job, trunk: keras.Model, kind: str) -> Measured:
     }
 
 
-def timed(job: Job) -> Measured:
-    """Seconds of the base model's training, and of two phases."""
-    data, train = job.data, job.train
-    seconds = {}
-    for name in ("base", "two phases"):
-        model: Any = job.base()
-        first = optimizer(job.recipe, job.steps, train.epochs)
-        if name != "base":
-            model = kd.align(model, n_samples=len(data.x_train), seed=job.run.seed)
-            options = {"l2": "auto"}
-            first = kd.DAlign(
-                first,
-                explore=EXPLORE,
-                exploit_optimizer="solve",
-                solve_options=options,
-            )
-        begin = time.perf_counter()
-        model.compile(first, **objective())
-        model.fit(
-            data.x_train,
-            data.y_train,
-            batch_size=train.batch_size,
-            epochs=train.epochs,
-            verbose=0,
-        )
-        seconds[name] = time.perf_counter() - begin
-    return {**seconds, "ratio": seconds["two phases"] / seconds["base"]}
-
-
 def measure(options: argparse.Namespace) -> list[Measured]:
     """All cells and seeds."""
     params = load(PARAMS)
@@ -153,8 +122,6 @@ def measure(options: argparse.Namespace) -> list[Measured]:
             cell: Measured = {"data": name, "augmentation": augmentation, "seed": seed}
             for kind in (SHARED, OWN):
                 cell[kind] = solved(job, trunk, kind)
-            if (name, augmentation) == TIMED and options.time:
-                cell["time"] = timed(job)
             cells.append(cell)
             print(json.dumps(cell), flush=True)
     return cells
@@ -198,7 +165,6 @@ def _options(parser: argparse.ArgumentParser) -> None:
         default=Path(tempfile.gettempdir()),
         help="folder for the trained networks",
     )
-    parser.add_argument("--time", action=argparse.BooleanOptionalAction, default=True)
 
 
 def main() -> None:
@@ -219,9 +185,6 @@ def main() -> None:
         ),
         Target("shared gates: gradients over those with own ones", gradients, 1.1),
     ]
-    times = [cell["time"]["ratio"] for cell in cells if "time" in cell]
-    if times:
-        targets.append(Target("CIFAR-100: two phases / base", median(times), 0.75))
     pairs = [f"{key}, {kind}" for key in ("error, %", "NLL") for kind in (SHARED, OWN)]
     pairs += [
         f"{key}, {kind}"
