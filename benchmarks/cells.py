@@ -71,19 +71,22 @@ def read(folder: Path, name: str, params: Params) -> Dataset:
 
 def explored(job: Job, folder: Path) -> keras.Model:
     """The base model after the part of its epochs that is explored."""
-    place = folder / job.run.name
-    if not place.exists():
-        train = job.train
-        tau = max(1, round(EXPLORE * train.epochs))
-        model = job.base()
-        model.compile(optimizer(job.recipe, job.steps, train.epochs), **objective())
-        stream = job.stream()
-        follow = [FollowEpoch(stream)]
-        model.fit(stream, epochs=tau, shuffle=False, verbose=0, callbacks=follow)
-        model.save_weights(place.with_suffix(".weights.h5"))
-        place.touch()
+    file = folder / f"keras-dalign-{job.run.name}.weights.h5"
     model = job.base()
-    model.load_weights(place.with_suffix(".weights.h5"))
+    if file.exists():
+        model.load_weights(file)
+        return model
+    train = job.train
+    model.compile(optimizer(job.recipe, job.steps, train.epochs), **objective())
+    stream = job.stream()
+    model.fit(
+        stream,
+        epochs=max(1, round(EXPLORE * train.epochs)),
+        shuffle=False,
+        verbose=0,
+        callbacks=[FollowEpoch(stream)],
+    )
+    model.save_weights(file)
     return model
 
 
