@@ -21,13 +21,10 @@ import numpy as np
 from benchmarks import common
 from benchmarks.common import Target
 from keras_dalign.numerics.losses import SoftmaxCrossEntropy
+from keras_dalign.solving.device_products import DeviceProducts
 from keras_dalign.solving.feature_rows import FeatureRows, Normalisation
-from keras_dalign.solving.products import (
-    DeviceProducts,
-    Gates,
-    NumpyProducts,
-    SampleLoss,
-)
+from keras_dalign.solving.gates import Gates
+from keras_dalign.solving.products import NumpyProducts, SampleLoss
 
 # Samples, features without the constant, outputs, width; and what they are.
 SHAPES = {

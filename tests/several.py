@@ -97,10 +97,10 @@ def results(scope, few):
     from small import cross_entropy
 
     import keras_dalign as kd
-    from keras_dalign.solving import problem, products
+    from keras_dalign.solving import device_products, problem
 
     problem._LARGE = 1
-    products._DEVICE_BLOCK_BYTES = 1  # Blocks of 64 samples, and one of 11.
+    device_products._BLOCK_BYTES = 1  # Blocks of 64 samples, and one of 11.
     told = {"loss": cross_entropy(), "verbose": 0, "batch_size": 64}
 
     out = {}

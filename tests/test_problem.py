@@ -11,8 +11,9 @@ from keras_dalign.numerics.losses import (
     SoftmaxCrossEntropy,
     SquaredError,
 )
+from keras_dalign.solving.device_products import DeviceProducts
 from keras_dalign.solving.problem import ConvexProblem
-from keras_dalign.solving.products import DeviceProducts, NumpyProducts
+from keras_dalign.solving.products import NumpyProducts
 
 # JAX has float64 only where it was switched on for the whole process.
 DTYPES = ["float32"]

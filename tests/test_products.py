@@ -8,14 +8,11 @@ from keras_dalign.numerics.losses import (
     SoftmaxCrossEntropy,
     SquaredError,
 )
-from keras_dalign.solving import products
+from keras_dalign.solving import device_products, products
+from keras_dalign.solving.device_products import DeviceProducts
 from keras_dalign.solving.feature_rows import FeatureRows, Normalisation
-from keras_dalign.solving.products import (
-    DeviceProducts,
-    Gates,
-    NumpyProducts,
-    SampleLoss,
-)
+from keras_dalign.solving.gates import Gates
+from keras_dalign.solving.products import NumpyProducts, SampleLoss
 
 LOSSES = [SoftmaxCrossEntropy(), BinaryCrossEntropy(), SquaredError()]
 KINDS = ["normalised", "plain", "kept gates", "memory-mapped"]
@@ -123,8 +120,9 @@ def test_blocks_and_gates_computed_again_change_nothing(share, tmp_path, monkeyp
         return of.product(theta), of.transposed_product(u), logits, [loss], gradient
 
     whole = [everything(of) for of, _ in kinds_of_products(rows, gates)]
-    for name in ("_BLOCK_BYTES", "_DEVICE_BLOCK_BYTES", "_KEPT_GATES_BYTES"):
-        monkeypatch.setattr(products, name, 1)
+    for module in ("products", "gates", "device_products"):
+        monkeypatch.setattr(f"keras_dalign.solving.{module}._BLOCK_BYTES", 1)
+    monkeypatch.setattr(products, "_KEPT_GATES_BYTES", 1)
     for (of, tolerance), one in zip(kinds_of_products(rows, gates), whole, strict=True):
         assert of.kept_gates is None
         assert len(list(rows.blocks(1, 1))) == 5
@@ -165,7 +163,7 @@ def test_a_device_without_memory_gets_less_at_a_time(tmp_path, monkeypatch, capl
         return forward(rows, *rest)
 
     monkeypatch.setattr(of, "_forward", limited)
-    monkeypatch.setattr(products, "_LEAST_BLOCK_BYTES", 1)
+    monkeypatch.setattr(device_products, "_LEAST_BLOCK_BYTES", 1)
     with caplog.at_level("WARNING", logger="keras_dalign"):
         close(of.product(theta), phi @ theta, 2e-6)
     assert sizes[0] == 900
@@ -207,13 +205,13 @@ def test_what_is_held_on_an_accelerator_is_put_there_once(tmp_path, monkeypatch)
     theta = np.random.default_rng(1).standard_normal(phi.shape[2])
     of = DeviceProducts(rows, gates, 3)
     of._holds = True
-    put, sizes = products.device.put, []
+    put, sizes = device_products.device.put, []
 
     def counted(array, *rest):
         sizes.append(np.size(array))
         return put(array, *rest)
 
-    monkeypatch.setattr(products.device, "put", counted)
+    monkeypatch.setattr(device_products.device, "put", counted)
     first = of.product(theta)
     assert rows.raw.size in sizes
     sizes.clear()

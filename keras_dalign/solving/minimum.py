@@ -1,8 +1,8 @@
 """Full-batch minimisation of a head's convex problem, until the gap is small.
 
 Two methods: L-BFGS, SciPy's L-BFGS-B, and for squared error on few samples a closed
-form. Large problems are evaluated in float32 on the device as long as that gets
-anywhere; the last iterate is measured in float64.
+form. Large problems are evaluated in float32 as long as that gets anywhere; the last
+iterate is measured in float64.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ class _Minimisation:
         return self.problem.evaluate(at.theta, self.l2, self.ends)
 
     def by_lbfgs(self, begin: Evaluation) -> Iterate:
-        """L-BFGS, in float32 on the device as long as that gets anywhere."""
+        """L-BFGS, in float32 as long as that gets anywhere, if the problem is large."""
         products = self.problem.fast
         at = best = begin
         while True:

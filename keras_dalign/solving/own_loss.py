@@ -83,7 +83,7 @@ class OwnLoss:
         logits = self.logits()
         loss = problem.loss_of(logits)
         sizes, moved = np.empty(problem.n), 0.0
-        shares = problem.weights / problem.normalizer
+        shares = problem.samples.shares
         for part in problem.rows.blocks(64 * problem.units, 2**22):
             slopes = problem.loss.gradient(logits[part], problem.targets[part])
             slopes *= shares[part, None]

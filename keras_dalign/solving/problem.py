@@ -10,8 +10,8 @@ exploitation does not train in `F0`. The loss is convex in `F`, hence in `theta`
     L(theta) = sum_i w_i loss(F_i, y_i) / N + l2 / 2 * ||theta - center||^2.
 
 Solvers, forecasts, certificates and reports of the head all look at this one object.
-Large problems are solved with products in float32 on the device; what is certified is
-computed in float64.
+Large problems are solved with products in float32; what is certified is computed in
+float64.
 """
 
 from __future__ import annotations
@@ -31,14 +31,10 @@ from keras_dalign.numerics.device import has_accelerator
 from keras_dalign.numerics.gram import Array, gram_matrix
 from keras_dalign.numerics.replicas import Replicas, replicas_of
 from keras_dalign.numerics.rounding import EPS
+from keras_dalign.solving.device_products import DeviceProducts
 from keras_dalign.solving.feature_rows import FeatureRows
-from keras_dalign.solving.products import (
-    DeviceProducts,
-    Gates,
-    NumpyProducts,
-    Products,
-    SampleLoss,
-)
+from keras_dalign.solving.gates import Gates
+from keras_dalign.solving.products import NumpyProducts, Products, SampleLoss
 
 if TYPE_CHECKING:
     from keras_dalign.head.features import FeatureSet
@@ -250,8 +246,8 @@ class ConvexProblem:
 
     def loss_gradient(self, logits: Array) -> Array:
         """Gradient of the loss in the logits, shape `(n, C)`."""
-        weights = self.weights[:, None] / self.normalizer
-        gradient: Array = weights * self.loss.gradient(logits, self.targets)
+        gradient: Array = self.loss.gradient(logits, self.targets)
+        gradient *= self.samples.shares[:, None]
         return gradient
 
     def evaluate(
