@@ -141,7 +141,7 @@ def compiled(
     model = base
     if method != BASE:
         model = kd.align(base, n_samples=n_samples, gates=GATES[method], seed=seed)
-        optimizer = kd.DAlign(optimizer, explore=EXPLORE)
+        optimizer = kd.DAlign(optimizer, None, explore=EXPLORE, average_weights=0)
     model.compile(
         optimizer=optimizer,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),

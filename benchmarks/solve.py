@@ -61,7 +61,7 @@ def explored(part: float, seed: int) -> tuple[ConvexProblem, Array]:
     keras.utils.set_random_seed(seed)
     model.fit(data.x, y, batch_size=64, epochs=EPOCHS_EXPLORED, verbose=0)
     # To the switch and no further.
-    solve(model, data.x, y, tol=1e6, verbose=0)
+    solve(model, data.x, y, tol=1e6, l2=0, verbose=0)
     features = FeaturePass(model, keep=True).run(data.x, y).feature_set()
     problem = ConvexProblem.from_head(model.head, features, SoftmaxCrossEntropy())
     return problem, problem.theta_of(model.head)
@@ -193,7 +193,7 @@ def measure_mnist(path: Path, cache: Path, features: str | None) -> dict[str, An
         )
         if traced:
             tracemalloc.start()
-        result = solve(model, data.x, data.y, tol=MNIST_GAP, verbose=0)
+        result = solve(model, data.x, data.y, tol=MNIST_GAP, l2=0, verbose=0)
         peak = tracemalloc.get_traced_memory()[1] if traced else 0
         tracemalloc.stop()
         runs.append((result, peak))

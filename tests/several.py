@@ -105,7 +105,7 @@ def results(scope, few):
 
     out = {}
     model, x, y = make(scope)
-    out["plain"] = found(model, kd.solve(model, x, y, tol=1e-5, **told))
+    out["plain"] = found(model, kd.solve(model, x, y, l2=0, tol=1e-5, **told))
     certificate = kd.certify(model, x, y, loss=cross_entropy(), gradient_bound=True)
     out["certify"] = {"gap": certificate.gap, "loss": certificate.loss}
     if few:
@@ -186,7 +186,7 @@ def disagreements(kind, process, scope):
     messages = {}
     for name, (model, x, y) in cases.items():
         try:
-            kd.solve(model, x, y, loss=cross_entropy(), verbose=0)
+            kd.solve(model, x, y, l2=0, loss=cross_entropy(), verbose=0)
         except ValueError as error:
             messages[name] = str(error)
     return messages

@@ -24,7 +24,7 @@ def aligned(base=None, n=96, gates="random", explore=2, compiled=True, **options
     model = kd.align(base or mlp(), n_samples=n, gates=gates, seed=1, **head)
     if compiled:
         model.compile(
-            kd.DAlign(keras.optimizers.Adam(1e-2), explore=explore, **options),
+            kd.DAlign(keras.optimizers.Adam(1e-2), explore=explore, **{"exploit_optimizer": None, **options}),
             loss=cross_entropy(),
             metrics=["accuracy"],
         )
@@ -453,7 +453,7 @@ def test_several_inputs_and_another_feature_tensor():
     inputs = {"left": x[:, :32], "right": x[:, 32:]}
     model = kd.align(base, n_samples=96, features="wide", seed=0)
     model.compile(
-        kd.DAlign(keras.optimizers.Adam(1e-2), explore=2), loss=cross_entropy()
+        kd.DAlign(keras.optimizers.Adam(1e-2), None, explore=2), loss=cross_entropy()
     )
     history = model.fit(inputs, y, epochs=12, batch_size=16, verbose=0)
     assert model.head.q.shape == (21, 10, 10)
@@ -513,7 +513,7 @@ def test_parts_by_hand():
     head = kd.AlignmentHead(10, n_samples=96, seed=0)
     head(features)
     model = kd.AlignedModel(trunk, head)
-    model.compile(kd.DAlign("adam", explore=1), loss=cross_entropy())
+    model.compile(kd.DAlign("adam", None, explore=1), loss=cross_entropy())
     history = model.fit(x, y, epochs=3, verbose=0).history
     assert history["phase"] == [0, 1, 1]
 
@@ -530,7 +530,7 @@ def test_three_backends_agree():
     model.trunk.set_weights(shared[:4])
     model.head.dense.set_weights(shared[4:])
     model.compile(
-        kd.DAlign(keras.optimizers.Adam(1e-2), explore=3), loss=cross_entropy()
+        kd.DAlign(keras.optimizers.Adam(1e-2), None, explore=3), loss=cross_entropy()
     )
     history = model.fit(x, y, epochs=6, batch_size=16, shuffle=False, verbose=0)
     expected = json.loads(BACKENDS_FILE.read_text())

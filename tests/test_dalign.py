@@ -33,7 +33,7 @@ def fitted(optimizer, *, aligned, epochs=3, seed=3):
     model = mlp(seed)
     if aligned:
         model = kd.align(model, n_samples=len(x))
-        optimizer = kd.DAlign(optimizer, explore=epochs)
+        optimizer = kd.DAlign(optimizer, None, explore=epochs)
     model.compile(optimizer=optimizer, loss=cross_entropy())
     keras.utils.set_random_seed(seed)
     history = model.fit(x, y, batch_size=20, epochs=epochs, verbose=0)
@@ -65,7 +65,7 @@ def test_every_setting_survives_the_switch(setting):
     x, y = digits(96)
     model = kd.align(mlp(), n_samples=len(x))
     model.compile(
-        optimizer=kd.DAlign(SETTINGS[setting](), explore=0.5), loss=cross_entropy()
+        optimizer=kd.DAlign(SETTINGS[setting](), None, explore=0.5), loss=cross_entropy()
     )
     # The first exploitation after a switch, and a second fit of the same model.
     history = model.fit(x, y, batch_size=20, epochs=4, verbose=0).history
@@ -87,7 +87,7 @@ def test_mixed_float16_scales_the_losses_of_both_phases():
         base = mlp(dtype="float32")
         model = kd.align(base, n_samples=len(x))
         model.compile(
-            kd.DAlign(optimizers.Adam(1e-2), explore=0.5), loss=cross_entropy()
+            kd.DAlign(optimizers.Adam(1e-2), None, explore=0.5), loss=cross_entropy()
         )
     finally:
         keras.config.set_dtype_policy(before)
@@ -139,7 +139,7 @@ def test_a_copied_schedule_goes_on_where_exploration_left_it():
         [4, 8, 12], [1e-1, 2e-2, 3e-3, 4e-4]
     )
     model = kd.align(mlp(), n_samples=len(x))
-    model.compile(kd.DAlign(optimizers.SGD(rates), explore=2), loss=cross_entropy())
+    model.compile(kd.DAlign(optimizers.SGD(rates), None, explore=2), loss=cross_entropy())
 
     seen = []
 
@@ -216,7 +216,7 @@ def test_variables_are_those_of_the_phase_and_no_model_weight():
 @pytest.mark.parametrize("epochs", range(1, 12))
 @pytest.mark.parametrize("explore", [0.01, 0.3, 0.6, 0.99])
 def test_both_phases_get_an_epoch(explore, epochs):
-    explored = kd.DAlign("sgd", explore=explore).exploration_epochs(epochs)
+    explored = kd.DAlign("sgd", None, explore=explore).exploration_epochs(epochs)
     assert 1 <= explored <= max(epochs - 1, 1)
     assert abs(explored - explore * epochs) <= 1
 
@@ -226,18 +226,18 @@ def test_both_phases_get_an_epoch(explore, epochs):
 )
 def test_explore_out_of_range(explore):
     with pytest.raises(ValueError, match=r"`explore`.*Received: explore="):
-        kd.DAlign("adam", explore=explore)
+        kd.DAlign("adam", None, explore=explore)
 
 
 def test_explore_beyond_the_epochs():
     with pytest.raises(ValueError, match=r"explore=9, epochs=5"):
-        kd.DAlign("adam", explore=9).exploration_epochs(5)
+        kd.DAlign("adam", None, explore=9).exploration_epochs(5)
 
 
 @pytest.mark.parametrize("noise", [-1, float("nan"), float("inf"), "x", None])
 def test_noise_out_of_range(noise):
     with pytest.raises(ValueError, match=r"`noise`.*Received"):
-        kd.DAlign("adam", noise=noise)
+        kd.DAlign("adam", None, noise=noise)
 
 
 def test_bad_cache_features():
@@ -327,7 +327,7 @@ def test_mirrored_strategy(exploit, mirrored, tmp_path):
 def test_the_optimizer_of_exploitation_is_built_at_the_switch():
     x, y = digits(96)
     model = kd.align(mlp(), n_samples=len(x))
-    model.compile(kd.DAlign(optimizers.Adam(1e-2), explore=2), loss=cross_entropy())
+    model.compile(kd.DAlign(optimizers.Adam(1e-2), None, explore=2), loss=cross_entropy())
     optimizer = model.optimizer
     assert optimizer.inner_optimizer.built
     assert not optimizer.exploit_optimizer.built

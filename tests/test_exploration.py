@@ -103,7 +103,7 @@ def test_the_shared_exploration_is_that_of_random_gates(params, layout, tmp_path
 
     model = kd.align(job.base(), n_samples=150, gates="random", seed=0)
     adam = optimizer(job.recipe, job.steps, job.train.epochs)
-    model.compile(optimizer=kd.DAlign(adam, explore=2), **objective())
+    model.compile(optimizer=kd.DAlign(adam, None, explore=2), **objective())
     stream = job.stream()
     model.fit(
         stream, epochs=2, verbose=0, callbacks=[FollowEpoch(stream)], shuffle=False

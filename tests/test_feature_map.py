@@ -146,7 +146,7 @@ def test_exploration_is_the_base_models(tmp_path):
     base = trained(pooling_net(), keras.optimizers.Adam())
     other = pooling_net()
     model = kd.align(other, n_samples=N, seed=0)
-    trained(model, kd.DAlign(keras.optimizers.Adam(), explore=2))
+    trained(model, kd.DAlign(keras.optimizers.Adam(), None, explore=2))
     assert model.head.dim == 3 * 3 * 3 + 1
     for a, b in zip(base.weights, other.weights, strict=True):
         np.testing.assert_array_equal(numpy(a), numpy(b), err_msg=a.path)
@@ -262,7 +262,7 @@ def test_a_map_pooled_inside_of_a_nested_model(make, tmp_path):
     assert len(grid) == 4
     assert grid[1] > 1
     assert model.head.dim == np.prod(grid[1:]) + 1
-    trained(model, kd.DAlign(keras.optimizers.Adam(), explore=2))
+    trained(model, kd.DAlign(keras.optimizers.Adam(), None, explore=2))
     for a, b in zip(base.variables, other.variables, strict=True):
         np.testing.assert_array_equal(numpy(a), numpy(b), err_msg=a.path)
     np.testing.assert_array_equal(
@@ -329,7 +329,7 @@ def test_a_finer_map_fits_with_fewer_units():
     for model in (fine, coarse):
         # Four features make an ill-conditioned problem.
         result = kd.solve(
-            model, x, y, loss=cross_entropy(), max_iterations=5000, verbose=0
+            model, x, y, loss=cross_entropy(), l2=0, max_iterations=5000, verbose=0
         )
         assert result.converged
         assert model.switch_report.rank.full

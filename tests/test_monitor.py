@@ -49,7 +49,7 @@ def aligned(n, kind="shared", explore=1, base=None, **arguments):
     options = {**KINDS[kind], **arguments}
     model = kd.align(base or mlp(), n_samples=n, seed=1, **options)
     model.compile(
-        kd.DAlign(keras.optimizers.Adam(1e-2), explore=explore), loss=cross_entropy()
+        kd.DAlign(keras.optimizers.Adam(1e-2), None, explore=explore), loss=cross_entropy()
     )
     return model
 
@@ -416,7 +416,7 @@ def test_training_is_the_same_bit_by_bit(gates):
         optimizer = keras.optimizers.Adam(1e-2)
         if gates:
             model = kd.align(base, n_samples=96, gates=gates, seed=1)
-            optimizer = kd.DAlign(optimizer, explore=2)
+            optimizer = kd.DAlign(optimizer, None, explore=2)
         model.compile(optimizer, loss=cross_entropy(), metrics=["accuracy"])
         state = RandomState()
         monitor = AlignmentMonitor(x, y, n_samples=50)

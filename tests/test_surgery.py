@@ -109,7 +109,7 @@ class TestKindsOfModels:
     def test_a_linear_model(self):
         """The trunk computes nothing at all."""
         aligned = check(keras.Sequential([keras.Input((6,)), tail()]))
-        aligned.compile(kd.DAlign(keras.optimizers.Adam(), explore=1), "mse")
+        aligned.compile(kd.DAlign(keras.optimizers.Adam(), None, explore=1), "mse")
         aligned.fit(X, X[:, :4], epochs=2, verbose=0)
         assert aligned.phase == "exploiting"
 
@@ -483,7 +483,7 @@ class TestConvolutions:
         before = predict(model, MAPS)
         model.start_exploiting()
         np.testing.assert_array_equal(predict(model, MAPS), before)
-        result = kd.solve(model, MAPS, y, loss=loss, verbose=0)
+        result = kd.solve(model, MAPS, y, l2=0, loss=loss, verbose=0)
         assert result.gap < 1e-5
 
     @pytest.mark.parametrize(

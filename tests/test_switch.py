@@ -86,7 +86,7 @@ def test_one_output_whose_units_are_all_the_same_is_named():
     x, y = digits(96)
     model = kd.align(mlp(), n_samples=96, gates="learned", seed=3)
     model.compile(
-        kd.DAlign("sgd", explore=0, noise=0.0), loss=cross_entropy(), metrics=[]
+        kd.DAlign("sgd", None, explore=0, noise=0.0), loss=cross_entropy(), metrics=[]
     )
     q = to_numpy(model.head.q).copy()
     q[:, 3] = q[:, 3, :1]
@@ -139,7 +139,7 @@ def test_the_default_fits_any_labels_however_many_features_there_are(p):
     base, (x, y), test = trained(p)
     before = error_rate(base, *test)
     model = kd.align(base, n_samples=len(x), seed=1)
-    result = kd.solve(model, x, y, tol=1e-6, verbose=0)
+    result = kd.solve(model, x, y, l2=0, tol=1e-6, verbose=0)
     rank = model.switch_report.rank
     assert rank.full
     assert rank.complete
@@ -203,7 +203,7 @@ def test_units_that_do_not_fit_leave_the_model_as_it_was(wanted):
     x, y = digits(96)
     size = {"n_samples": 10**12} if wanted == "n_samples" else {"width": 10**12}
     model = kd.align(mlp(), seed=3, **{"n_samples": 96, **size})
-    model.compile(kd.DAlign("adam", explore=1), loss=cross_entropy())
+    model.compile(kd.DAlign("adam", None, explore=1), loss=cross_entropy())
     model.fit(x, y, epochs=1, verbose=0)
     before = weights(model)
     outputs = model.predict(x, verbose=0)

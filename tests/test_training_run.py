@@ -36,7 +36,7 @@ def compiled(
 ):
     model = kd.align(base or mlp(), n_samples=n, gates=gates, width=width, seed=1)
     model.compile(
-        kd.DAlign(keras.optimizers.Adam(1e-2), explore=explore, **options),
+        kd.DAlign(keras.optimizers.Adam(1e-2), explore=explore, **{"exploit_optimizer": None, **options}),
         loss=cross_entropy(),
         metrics=["accuracy"],
         **(compile_with or {}),
@@ -152,7 +152,7 @@ def test_validation_split_is_keras_s_own():
     base.compile("sgd", loss=cross_entropy())
     expected = base.fit(x, y, validation_split=0.25, epochs=2, verbose=0).history
     model = kd.align(mlp(), n_samples=90)
-    model.compile(kd.DAlign("sgd", explore=2), loss=cross_entropy())
+    model.compile(kd.DAlign("sgd", None, explore=2), loss=cross_entropy())
     history = model.fit(x, y, validation_split=0.25, epochs=3, verbose=0).history
     assert history["val_loss"][:2] == expected["val_loss"]
     assert len(history["val_loss"]) == 3
@@ -372,7 +372,7 @@ def test_same_seed_same_weights():
     for _ in range(2):
         keras.utils.set_random_seed(11)
         model = kd.align(convnet(seed=11), n_samples=96)
-        model.compile(kd.DAlign("adam", explore=2), loss=cross_entropy())
+        model.compile(kd.DAlign("adam", None, explore=2), loss=cross_entropy())
         model.fit(x, y, epochs=4, batch_size=16, verbose=0)
         results.append(weights(model))
     assert_equal(*results)
@@ -552,7 +552,7 @@ def test_a_narrow_head_is_told_what_width_would_do():
     x, y = digits(96)
     with pytest.warns(UserWarning, match="too narrow"):
         model = kd.align(mlp(), n_samples=96, width=2)
-    model.compile(kd.DAlign("adam", explore=1), loss=cross_entropy())
+    model.compile(kd.DAlign("adam", None, explore=1), loss=cross_entropy())
     with pytest.warns(UserWarning, match=r"rank check at the switch failed.*width"):
         model.fit(x, y, epochs=2, verbose=0)
     report = model.switch_report.rank
@@ -679,7 +679,7 @@ def test_bad_labels_in_a_stream_are_found_at_the_switch():
     y[3] = np.nan
     model = kd.align(mlp(), n_samples=96)
     model.compile(
-        kd.DAlign("sgd", explore=0),
+        kd.DAlign("sgd", None, explore=0),
         loss=keras.losses.CategoricalCrossentropy(from_logits=True),
     )
     with pytest.raises(ValueError, match="finite"):

@@ -117,7 +117,7 @@ def test_a_width_that_was_asked_for_wins():
 
 def test_without_an_l2_term_the_width_is_that_of_the_rank():
     model, x, y = trained()
-    result = kd.solve(model, x, y, verbose=0)
+    result = kd.solve(model, x, y, l2=0, verbose=0)
     assert result.widths is None
     assert model.head.width == model.head.default_width()
     assert model.switch_report.rank.full

@@ -19,7 +19,7 @@ from keras_dalign.head.objective import loss_of
 from keras_dalign.numerics.html_table import html_table
 from keras_dalign.promises.certificate import Certificate, certify_features
 from keras_dalign.solving.head_solver import HeadSolver, first_width
-from keras_dalign.solving.options import SolveOptions
+from keras_dalign.solving.options import TRAINING, VALIDATION, SolveOptions
 from keras_dalign.training.processes import check_processes
 from keras_dalign.training.switch import switch
 
@@ -121,7 +121,7 @@ def solve(
     sample_weight: Any = None,
     tol: float = 1e-6,
     method: str = "auto",
-    l2: float | str = 0.0,
+    l2: float | str = "auto",
     max_iterations: int = 1000,
     validation_data: Any = None,
     reestimate_batch_norm: bool = True,
@@ -145,15 +145,18 @@ def solve(
     error the model is as it was. The loss is never higher than before, by the model's
     own outputs in its own dtype, and the result speaks of those.
 
-    With `l2` the objective is `loss + l2 / 2 * ||change of (q, b)||^2`, where the
-    change counts from the model at the switch: its optimum is unique, and certified by
-    strong convexity. With little or noisy data the plain minimum costs test error that
-    this one does not. `l2="auto"` follows a path of weights from strong to weak, takes
+    By default an L2 term is minimised, too: the objective is
+    `loss + l2 / 2 * ||change of (q, b)||^2`, where the change counts from the model at
+    the switch. Its optimum is unique, and certified by strong convexity; the
+    certificate says as well how far the plain loss is from its own infimum. With little
+    or noisy data the minimum of the plain loss, `l2=0`, costs test error that this one
+    does not. `l2="auto"` follows a path of weights from strong to weak, takes
     the one with the least loss on samples held out, and refits on all samples. By
     default these are a fifth of the samples, which the trunk was trained on: an
     optimistic judge, so that the path ends at 1e-3, and of 256 features and more it
     takes the principal components that hold 95 %. With `validation_data` these are the
-    judge, of all features, and it ends at 1e-7.
+    judge, of all features, and it ends at 1e-7. With fewer than five samples the weight
+    is 1e-3.
 
     With an L2 term and random gates the width is chosen, too, unless `align` was given
     one: it starts at 8 gates and is doubled until the loss of the samples held out
@@ -179,7 +182,8 @@ def solve(
         tol: The gap to reach, positive.
         method: `"lbfgs"`, `"direct"` (for squared error: a factorisation of the `n x n`
             Gram matrix) or `"auto"`.
-        l2: Non-negative weight of the L2 term, or `"auto"`.
+        l2: Non-negative weight of the L2 term, or `"auto"`. 0 minimises the plain
+            loss.
         max_iterations: Most iterations.
         validation_data: `(x, y)`, `(x, y, sample_weight)` or a stream, for the choice
             of L2 weight and width.
@@ -199,8 +203,14 @@ def solve(
         OSError: If the features fit neither into memory nor on the disk.
     """
     begin = time.perf_counter()
-    options = SolveOptions(tol=tol, method=method, l2=l2, max_iterations=max_iterations)
-    _check(model, x, validation_data, options)
+    options = SolveOptions(
+        tol=tol,
+        method=method,
+        l2=l2,
+        max_iterations=max_iterations,
+        judge=TRAINING if validation_data is None else VALIDATION,
+    )
+    _check(model, x)
     convex = loss_of(model, loss)
     check_processes(
         model,
@@ -288,7 +298,7 @@ def _progress(iterate: Iterate, l2: float) -> str:
     )
 
 
-def _check(model: Any, x: Any, validation_data: Any, options: SolveOptions) -> None:
+def _check(model: Any, x: Any) -> None:
     head = getattr(model, "head", None)
     if not isinstance(head, AlignmentHead) or not hasattr(model, "trunk"):
         raise ValueError(
@@ -310,11 +320,6 @@ def _check(model: Any, x: Any, validation_data: Any, options: SolveOptions) -> N
                 f"{n} samples, n_samples={head.n_samples}. Call "
                 f"keras_dalign.align(model, n_samples={n})."
             )
-    if validation_data is not None and not options.l2:
-        raise ValueError(
-            "`validation_data` serves to choose the L2 weight and the width. Received: "
-            f"validation_data with l2={options.l2}. Pass l2='auto', or leave it out."
-        )
 
 
 def _features(

@@ -17,7 +17,7 @@ from keras_dalign.numerics.rank import RankCheck, check_rank
 from keras_dalign.numerics.repeats import Repeats
 from keras_dalign.numerics.subspace import first_equal
 from keras_dalign.solving.held_out import HeldOut, hold_out
-from keras_dalign.solving.l2_path import L2Trial, choose_l2
+from keras_dalign.solving.l2_path import WEAKEST_BY_SEEN, L2Trial, choose_l2
 from keras_dalign.solving.minimum import Iterate, OnIterate, choose_method, minimize
 from keras_dalign.solving.own_loss import OwnLoss, OwnMeasure
 from keras_dalign.solving.problem import ConvexProblem
@@ -234,6 +234,11 @@ class HeadSolver:
         if reason == "gap" and not converged:
             reason = "rounding"
         message = self._message(last, value, gap, reason, rank)
+        if self.l2:
+            message += (
+                f" The plain loss is {own.loss:.6g}, at most "
+                f"{max(own.loss - self.lower_bound, 0.0):.3g} above its infimum."
+            )
         return Solution(
             value, gap, converged, last, reason, message, self.l2, path, widths
         )
@@ -293,6 +298,9 @@ class HeadSolver:
         mask = basis = None
         if self.validation is None:
             mask = hold_out(problem, self.head.seed)
+            if mask is None:
+                self._without_judges(auto)
+                return None, None, start
             if problem.d >= _MANY_FEATURES and not start.any():
                 basis = principal_components(problem.rows, _COMPONENTS_HOLD)
         path = None
@@ -327,6 +335,17 @@ class HeadSolver:
         if basis is not None:
             theta = self.problem.unrestricted(basis, theta)
         return path, widths, theta
+
+    def _without_judges(self, auto: bool) -> None:
+        """Takes a weight, where it is to be chosen, without samples to judge it."""
+        if auto:
+            total = float(self.problem.weights.sum())
+            self.l2 = WEAKEST_BY_SEEN * total / self.problem.normalizer
+        if self.say is not None:
+            self.say(
+                "There are too few samples to hold some out: the L2 weight is "
+                f"{self.l2:.3g}, and the width {self.problem.width}."
+            )
 
     def _at_width(self, width: int) -> ConvexProblem:
         if width == self.problem.width:

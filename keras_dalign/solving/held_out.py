@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from keras_dalign.solving.problem import ConvexProblem
 
 _PART = 0.2
+_FEWEST = 5
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,7 +102,7 @@ class HeldOut:
         return float(judges.weights @ wrong / judges.weights.sum())
 
 
-def hold_out(problem: ConvexProblem, seed: int) -> np.ndarray:
+def hold_out(problem: ConvexProblem, seed: int) -> np.ndarray | None:
     """Which samples to hold out: a fifth of every class, at random.
 
     Args:
@@ -109,17 +110,12 @@ def hold_out(problem: ConvexProblem, seed: int) -> np.ndarray:
         seed: Seed of the choice.
 
     Returns:
-        Shape `(n,)`, bool; samples of weight 0 are never held out.
-
-    Raises:
-        ValueError: If there are fewer than five samples.
+        Shape `(n,)`, bool; samples of weight 0 are never held out. None if there are
+        fewer than five samples.
     """
     counted = np.flatnonzero(problem.weights)
-    if len(counted) < 5:
-        raise ValueError(
-            "There are too few samples to hold some out. Received: l2='auto' with "
-            f"{len(counted)} samples. Pass `validation_data`, or a number for `l2`."
-        )
+    if len(counted) < _FEWEST:
+        return None
     order = np.random.default_rng(seed).permutation(counted)
     if not isinstance(problem.loss, SquaredError):
         # Sorted by class, every fifth one is a fifth of each.

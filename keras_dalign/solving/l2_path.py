@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _WEIGHTS = tuple(10.0**-k for k in range(8))
 # Samples that the trunk was trained on cannot speak for weaker ones: their loss still
 # falls where that of new samples rises (`benchmarks.solve_tradeoff` shows test loss).
-_WEAKEST_BY_SEEN = 1e-3
+WEAKEST_BY_SEEN = 1e-3
 # A point of the path need not be as exact as the last one: a part of the first loss.
 PATH_TOLERANCE = 1e-3
 
@@ -93,7 +93,7 @@ def choose_l2(
     """
     trained = samples.trained
     unit = samples.mean_weight
-    weakest = _WEAKEST_BY_SEEN if samples.own else 0.0
+    weakest = WEAKEST_BY_SEEN if samples.own else 0.0
     trials: list[L2Trial] = []
     best: tuple[int, Iterate] | None = None
     theta = start

@@ -11,6 +11,8 @@ import numpy as np
 from keras_dalign.numerics.rounding import EPS
 
 METHODS = ("auto", "lbfgs", "direct")
+TRAINING, VALIDATION = "training", "validation"
+JUDGES = (TRAINING, VALIDATION)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,8 @@ class SolveOptions:
         method: One of `METHODS`.
         l2: Weight of the L2 term, at least 0, or `"auto"`.
         max_iterations: Positive int.
+        judge: The samples that choose the L2 weight and the width: `"training"`, a
+            fifth of the training samples, or `"validation"`, those of the validation.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -29,8 +33,9 @@ class SolveOptions:
 
     tol: float = 1e-6
     method: str = "auto"
-    l2: float | str = 0.0
+    l2: float | str = "auto"
     max_iterations: int = 1000
+    judge: str = TRAINING
 
     def __post_init__(self) -> None:
         if not (_is_number(self.tol) and EPS <= self.tol < math.inf):
@@ -53,6 +58,15 @@ class SolveOptions:
             raise ValueError(
                 "`max_iterations` must be a positive int. Received: "
                 f"max_iterations={self.max_iterations!r}"
+            )
+        if self.judge not in JUDGES:
+            raise ValueError(
+                f"`judge` must be one of {JUDGES}. Received: judge={self.judge!r}"
+            )
+        if self.judge == VALIDATION and self.l2 == 0:
+            raise ValueError(
+                "Validation samples serve to choose the L2 weight and the width. "
+                f"Received: judge='{VALIDATION}' with l2={self.l2}. Pass l2='auto'."
             )
 
     @classmethod

@@ -13,9 +13,12 @@ from keras import ops
 from keras_dalign.head.alignment_head import EXPLOITING, EXPLORING
 from keras_dalign.head.features import DISK
 from keras_dalign.solving.options import SolveOptions
+from keras_dalign.training.weight_average import WeightAverage
 
-# What `exploit_optimizer` is called when it is the solver.
+# What `exploit_optimizer` is called when it is the solver, and when it is the solver
+# wherever the features can be kept.
 SOLVE = "solve"
+AUTO = "auto"
 
 _ON_THE_INNER_OPTIMIZER = (
     "learning_rate",
@@ -36,25 +39,31 @@ class DAlign(keras.optimizers.Optimizer):
     """Turns any Keras optimizer into two-phase training to a global minimum.
 
     Compile an `AlignedModel` with it and one `fit` does both phases: the first
-    epochs train the whole model with `inner_optimizer` (exploration), the
-    remaining ones train the convex head with `exploit_optimizer`
-    (exploitation). Each optimizer holds its own variables; learning rates,
-    schedules, weight decay, clipping, EMA and loss scaling are those of the
-    optimizer of the current phase.
+    epochs train the whole model with `inner_optimizer` (exploration), then the convex
+    head is taken to its global minimum (exploitation), by default full batch with an
+    L2 term that the data choose, certified. Each optimizer holds its own variables;
+    learning rates, schedules, weight decay, clipping, EMA and loss scaling are those
+    of the optimizer of the current phase.
+
+    Two ways to use it: *faster*, where a part of the epochs is explored (the default),
+    and *better*, where all of them are, `explore=1.0`, and the solver comes on top.
 
     Args:
         inner_optimizer: The `keras.optimizers.Optimizer` (or its name) that
             trains the base model.
-        exploit_optimizer: The optimizer of the second phase. Defaults to a fresh
-            copy of `inner_optimizer` whose learning-rate schedule, if it has one,
-            goes on where exploration left it. An optimizer given here starts its
-            own schedule at step 0. `"solve"` instead minimises the convex problem
-            full batch, as `keras_dalign.solve` does: each iteration is an epoch for
-            callbacks and `History` (with `gap` in the logs), it ends at the gap
-            that was asked for or after `max_iterations`, and may go beyond
-            `epochs`. The features of streams are kept, too.
-        explore: Float in (0, 1), fraction of the epochs spent in exploration; or a
-            non-negative int, their number (0: exploit from the first epoch).
+        exploit_optimizer: What trains the head in the second phase. `"solve"`
+            minimises the convex problem full batch, as `keras_dalign.solve` does: each
+            iteration is an epoch for callbacks and `History` (with `gap` and
+            `objective`, what is minimised, in the logs), it ends at the gap that was
+            asked for or after `max_iterations`, whatever `epochs` is. The features of
+            streams are kept, too. `"auto"` (the default) is `"solve"` where the
+            features can be kept, else None, with a warning. None trains the remaining
+            epochs with a fresh copy of `inner_optimizer`, whose learning-rate schedule,
+            if it has one, goes on where exploration left it. A Keras optimizer (or its
+            name) does so with a schedule that starts at step 0.
+        explore: Float in (0, 1], fraction of the epochs spent in exploration; or a
+            non-negative int, their number (0: exploit from the first epoch; 1: one
+            epoch). 1.0 leaves no epoch to a Keras optimizer, so it needs the solver.
         noise: Non-negative float, standard deviation of the Gaussian noise added
             to learned gates at the switch, in units of the weights' root mean
             square. Random gates take none.
@@ -66,9 +75,16 @@ class DAlign(keras.optimizers.Optimizer):
             case; `False` never keeps them. The file is in the folder that the
             environment variable `TMPDIR` names; one that is itself held in memory
             (tmpfs) spares none.
-        solve_options: Dict with any of `tol`, `method`, `l2` and `max_iterations`,
-            for `exploit_optimizer="solve"`; see `keras_dalign.solve`.
         name: Name of the optimizer.
+        solve_options: Dict with any of `tol`, `method`, `l2` and `max_iterations`, as
+            in `keras_dalign.solve`, and `judge`: which samples choose the L2 weight and
+            the width, `"training"` (a fifth of the training samples) or
+            `"validation"` (those of `validation_split` or `validation_data`).
+            `{"l2": 0}` minimises the plain loss.
+        average_weights: Float in [0, 1). At the switch the weights are set to their
+            average over about this share of the steps of exploration, which itself is
+            not changed. 0 switches from the last weights. Where `inner_optimizer` has
+            `use_ema`, its average is taken instead.
 
     Raises:
         ValueError: If an argument is out of its range, or at the first step if
@@ -92,12 +108,13 @@ class DAlign(keras.optimizers.Optimizer):
     def __init__(
         self,
         inner_optimizer: keras.optimizers.Optimizer | str,
-        exploit_optimizer: keras.optimizers.Optimizer | str | None = None,
+        exploit_optimizer: keras.optimizers.Optimizer | str | None = AUTO,
         explore: float = 0.6,
         noise: float = 1e-3,
         cache_features: bool | str = "auto",
         name: str | None = None,
         solve_options: dict[str, Any] | None = None,
+        average_weights: float = 0.1,
         **kwargs: Any,
     ) -> None:
         for key, value in kwargs.items():
@@ -110,7 +127,7 @@ class DAlign(keras.optimizers.Optimizer):
         # A callable, as a number would become one more variable to carry around.
         super().__init__(learning_rate=_no_rate_of_its_own, name=name)
         self.explore = _checked_explore(explore)
-        if not isinstance(noise, (int, float)) or not 0 <= noise < math.inf:
+        if not _is_number(noise) or not 0 <= noise < math.inf:
             raise ValueError(
                 f"`noise` must be a non-negative number. Received: noise={noise}"
             )
@@ -122,12 +139,13 @@ class DAlign(keras.optimizers.Optimizer):
             )
         self.cache_features = cache_features
         self.inner_optimizer = _checked_optimizer("inner_optimizer", inner_optimizer)
-        self._copies_inner = exploit_optimizer is None
-        self._solves = isinstance(exploit_optimizer, str) and exploit_optimizer == SOLVE
-        self.solve_options = _checked_solve_options(
-            solve_options, self._solves, cache_features
-        )
-        if self._solves:
+        if exploit_optimizer == AUTO and cache_features is False:
+            exploit_optimizer = None
+        # `"auto"`, `"solve"`, None for a copy of the inner one, or else an optimizer.
+        self._exploit_by = exploit_optimizer
+        self._check_exploitation(solve_options)
+        self.solve_options = dict(solve_options or {})
+        if self.solves:
             exploit_optimizer = NoSteps(name=SOLVE)
         elif exploit_optimizer is None:
             exploit_optimizer = _fresh_copy(self.inner_optimizer)
@@ -140,10 +158,51 @@ class DAlign(keras.optimizers.Optimizer):
                 "variables. Received: exploit_optimizer is inner_optimizer. Pass a "
                 "second optimizer, or None for a fresh copy."
             )
+        if not _is_number(average_weights) or not 0 <= average_weights < 1:
+            raise ValueError(
+                "`average_weights` must be a number from 0 (no average) to below 1. "
+                f"Received: average_weights={average_weights}"
+            )
+        self.average_weights = float(average_weights)
+        self.weight_average: WeightAverage | None = None
         self._phase = EXPLORING
         # Called before the optimizers' state is loaded: the loaded head may have
         # units that the optimizer of exploitation was not built for.
         self.before_loading: Callable[[], None] | None = None
+
+    def _check_exploitation(self, solve_options: Any) -> None:
+        """Refuses arguments that do not fit what exploitation is.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        received = f"exploit_optimizer={self._exploit_by!r}"
+        if not self.solves:
+            if solve_options is not None:
+                raise ValueError(
+                    "`solve_options` belong to the solver, which exploits if features "
+                    "are kept. Received: solve_options="
+                    f"{solve_options} with {received} and "
+                    f"cache_features={self.cache_features}"
+                )
+            if isinstance(self.explore, float) and self.explore == 1.0:
+                raise ValueError(
+                    "explore=1.0 leaves no epochs to a Keras optimizer in "
+                    f"exploitation. Received: {received} with "
+                    f"cache_features={self.cache_features}. Leave both out for the "
+                    "solver, which needs none, or explore a smaller part."
+                )
+            return
+        if self.cache_features is False:
+            raise ValueError(
+                "The solver goes over the features many times, so they must be kept. "
+                f"Received: cache_features=False with {received}."
+            )
+        if not isinstance(solve_options, (dict, type(None))):
+            raise ValueError(
+                f"`solve_options` must be a dict. Received: {solve_options!r}"
+            )
+        SolveOptions.from_dict(solve_options or {})
 
     def active_optimizer(self) -> keras.optimizers.Optimizer:
         """Returns the optimizer of the current phase."""
@@ -160,7 +219,18 @@ class DAlign(keras.optimizers.Optimizer):
     @property
     def solves(self) -> bool:
         """Whether exploitation is a full-batch solve instead of training steps."""
-        return self._solves
+        return isinstance(self._exploit_by, str) and self._exploit_by in (AUTO, SOLVE)
+
+    @property
+    def may_fall_back(self) -> bool:
+        """Whether training steps may take the place of the solver."""
+        return isinstance(self._exploit_by, str) and self._exploit_by == AUTO
+
+    def fall_back(self) -> None:
+        """Exploits with a fresh copy of the inner optimizer instead of the solver."""
+        self._exploit_by = None
+        self.solve_options = {}
+        self.exploit_optimizer = _fresh_copy(self.inner_optimizer)
 
     def exploration_epochs(self, epochs: int) -> int:
         """Number of exploration epochs in a run of `epochs`.
@@ -169,13 +239,15 @@ class DAlign(keras.optimizers.Optimizer):
             epochs: Int, epochs of the whole run.
 
         Returns:
-            The number; for a fractional `explore` both phases get an epoch as soon
-            as there are two.
+            The number; for a fractional `explore` below 1 both phases get an epoch as
+            soon as there are two.
 
         Raises:
             ValueError: If an integer `explore` is larger than `epochs`.
         """
         if isinstance(self.explore, float):
+            if self.explore == 1.0:
+                return epochs
             return min(max(round(self.explore * epochs), 1), max(epochs - 1, 1))
         if self.explore > epochs:
             raise ValueError(
@@ -188,7 +260,7 @@ class DAlign(keras.optimizers.Optimizer):
     def enter(self, phase: str) -> None:
         """Makes `phase` the current one: its optimizer takes the next step."""
         self._phase = phase
-        if phase == EXPLOITING and self._copies_inner:
+        if phase == EXPLOITING and self._exploit_by is None:
             schedule = _unwrapped(self.exploit_optimizer)._learning_rate
             if isinstance(schedule, ContinuedSchedule):
                 explored = _unwrapped(self.inner_optimizer)._iterations
@@ -216,6 +288,13 @@ class DAlign(keras.optimizers.Optimizer):
                 )
             return
         self.inner_optimizer.build(variables)
+        if self.average_weights and not _unwrapped(self.inner_optimizer).use_ema:
+            steps = self.add_variable(
+                (), initializer="zeros", dtype="int", name="averaged_steps"
+            )
+            self.weight_average = WeightAverage(
+                variables, self.average_weights, self.add_variable_from_reference, steps
+            )
         self.built: bool = True
 
     def build_exploitation(self, variables: list[keras.Variable]) -> None:
@@ -251,10 +330,15 @@ class DAlign(keras.optimizers.Optimizer):
     def variables(self) -> list[keras.Variable]:
         """Own variables and those of the optimizer of the current phase.
 
-        They are the state of a training step. The other phase's optimizer rests, and
-        is saved all the same.
+        They are the state of a training step. The other phase's optimizer is saved all
+        the same.
         """
-        return self._variables + self.active_optimizer().variables
+        return self._step_variables + self.active_optimizer().variables
+
+    @property
+    def _step_variables(self) -> list[keras.Variable]:
+        """Own variables that a step of the current phase changes."""
+        return self._variables if self._phase == EXPLORING else [self._iterations]
 
     @property
     def all_variables(self) -> list[keras.Variable]:
@@ -270,6 +354,8 @@ class DAlign(keras.optimizers.Optimizer):
             self.build(trainable_variables or [])
         self.active_optimizer().apply(grads, trainable_variables)
         self._iterations.assign_add(1)
+        if self._phase == EXPLORING and self.weight_average is not None:
+            self.weight_average.update()
 
     def stateless_apply(
         self,
@@ -282,14 +368,17 @@ class DAlign(keras.optimizers.Optimizer):
             self.build(trainable_variables)
         # The active optimizer's own stateless_apply is called, as loss scaling
         # updates its state inside a `cond`, where assignments would leak.
-        own = len(self._variables)
+        own = self._step_variables
+        given = optimizer_variables[: len(own)]
         trained, active = self.active_optimizer().stateless_apply(
-            optimizer_variables[own:], grads, trainable_variables
+            optimizer_variables[len(own) :], grads, trainable_variables
         )
-        mapping = list(zip(self._variables, optimizer_variables[:own], strict=True))
+        mapping = list(zip(own, given, strict=True))
         with keras.StatelessScope(state_mapping=mapping) as scope:
             self._iterations.assign_add(1)
-        values = [scope.get_current_value(v) for v in self._variables]
+            if self._phase == EXPLORING and self.weight_average is not None:
+                self.weight_average.update(trained)
+        values = [scope.get_current_value(v) for v in own]
         return trained, values + active
 
     def scale_loss(self, loss: Any) -> Any:
@@ -355,8 +444,11 @@ class DAlign(keras.optimizers.Optimizer):
         """Loads own variables; Keras loads those of both optimizers by itself."""
         if self.before_loading is not None:
             self.before_loading()
+        known = store.keys()
         for index, variable in enumerate(self._variables):
-            variable.assign(store[str(index)])
+            # Files of version 0.2.0 have no average: it begins with the next step.
+            if str(index) in known:
+                variable.assign(store[str(index)])
 
     def get_config(self) -> dict[str, Any]:
         """The arguments that rebuild this optimizer (without its state)."""
@@ -367,15 +459,14 @@ class DAlign(keras.optimizers.Optimizer):
             "explore": self.explore,
             "noise": self.noise,
             "cache_features": self.cache_features,
-            "solve_options": dict(self.solve_options) if self._solves else None,
+            "solve_options": dict(self.solve_options) if self.solves else None,
+            "average_weights": self.average_weights,
             "name": self.name,
         }
 
     def _exploit_config(self) -> Any:
-        if self._copies_inner:
-            return None
-        if self._solves:
-            return SOLVE
+        if self.solves or self._exploit_by is None:
+            return self._exploit_by
         return keras.saving.serialize_keras_object(self.exploit_optimizer)
 
     @classmethod
@@ -385,7 +476,7 @@ class DAlign(keras.optimizers.Optimizer):
         """Rebuilds an optimizer from `get_config`."""
         config = dict(config)
         for key in ("inner_optimizer", "exploit_optimizer"):
-            if config[key] == SOLVE:
+            if isinstance(config[key], str):
                 continue
             config[key] = keras.saving.deserialize_keras_object(
                 config[key], custom_objects=custom_objects
@@ -467,37 +558,17 @@ def _checked_explore(explore: Any) -> float:
     if isinstance(explore, (int, np.integer)) and not isinstance(explore, bool):
         if explore >= 0:
             return int(explore)
-    elif isinstance(explore, (float, np.floating)) and 0.0 < explore < 1.0:
+    elif isinstance(explore, (float, np.floating)) and 0.0 < explore <= 1.0:
         return float(explore)
     raise ValueError(
-        "`explore` must be a fraction of the epochs (a float between 0 and 1, both "
-        "excluded) or a number of epochs (a non-negative int). Received: "
-        f"explore={explore}"
+        "`explore` must be a fraction of the epochs (a float above 0, at most 1.0) or "
+        f"a number of epochs (a non-negative int). Received: explore={explore}"
     )
 
 
-def _checked_solve_options(
-    options: Any, solves: bool, cache_features: Any
-) -> dict[str, Any]:
-    if not solves:
-        if options is not None:
-            raise ValueError(
-                "`solve_options` belong to exploit_optimizer='solve'. Received: "
-                f"solve_options={options} with another one."
-            )
-        return {}
-    if cache_features is False:
-        raise ValueError(
-            "The solver goes over the features many times, so they must be kept. "
-            "Received: cache_features=False with exploit_optimizer='solve'."
-        )
-    if not isinstance(options, (dict, type(None))):
-        raise ValueError(
-            f"`solve_options` must be a dict. Received: solve_options={options!r}"
-        )
-    options = dict(options or {})
-    SolveOptions.from_dict(options)
-    return options
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, (int, float, np.integer, np.floating))
+    return is_number and not isinstance(value, (bool, np.bool_))
 
 
 def _checked_optimizer(name: str, optimizer: Any) -> keras.optimizers.Optimizer:

@@ -15,6 +15,7 @@ from keras_dalign.numerics.rank import RankCheck, check_rank
 if TYPE_CHECKING:
     from keras_dalign.head.alignment_head import AlignmentHead
     from keras_dalign.training.aligned_model import AlignedModel
+    from keras_dalign.training.weight_average import WeightAverage
 
 logger = logging.getLogger("keras_dalign")
 
@@ -36,17 +37,20 @@ class SwitchReport:
             re-estimated (the head's standardisation not counted).
         rank: The rank check; None where exploitation has an L2 term, which needs none.
         seconds: Wall time of the switch.
+        averaged: Whether the weights were set to their average over the last steps.
     """
 
     n_samples: int
     n_batch_norms: int
     rank: RankCheck | None
     seconds: float
+    averaged: bool = False
 
     def __str__(self) -> str:
+        averaged = "weights averaged over the last steps; " if self.averaged else ""
         rank = self.rank or "the L2 term makes the optimum unique at any rank"
         return (
-            f"switch: {self.n_batch_norms} batch normalisations re-estimated over "
+            f"switch: {averaged}{self.n_batch_norms} batch normalisations re-estimated over "
             f"{self.n_samples} samples; {rank} ({self.seconds:.1f} s)"
         )
 
@@ -60,6 +64,7 @@ def switch(
     batch_size: int = 256,
     steps: int | None = None,
     noise: float = 1e-3,
+    average: WeightAverage | None = None,
     width: int | None = None,
     rank_matters: bool = True,
     keep_features: bool | str = False,
@@ -70,7 +75,8 @@ def switch(
 
     Two passes over the data: one re-estimates the trunk's batch-norm statistics,
     one computes the features in inference mode, which give the head's
-    standardisation and the rank check. Then the gates are set and the trunk is
+    standardisation and the rank check. Before, the weights are set to their average
+    over the last steps. Then the gates are set and the trunk is
     frozen. On an error the model is left exploring, as it was.
 
     Args:
@@ -81,6 +87,7 @@ def switch(
         batch_size: Int, samples per batch for arrays.
         steps: Int, batches per pass over an endless stream.
         noise: Float, see `AlignmentHead.start_exploiting`.
+        average: The average of the weights to go on from; None for the last weights.
         width: Number of random gates; None for the default.
         rank_matters: Whether to check the rank. An L2 term makes the optimum unique at
             any rank.
@@ -101,6 +108,7 @@ def switch(
     restore = model.snapshot()
     head = model.head
     try:
+        averaged = average is not None and average.apply()
         n_batch_norms = 0
         if fresh_statistics:
             n_batch_norms = reestimate_batch_norm(
@@ -117,7 +125,7 @@ def switch(
         restore()
         raise
     seconds = time.perf_counter() - begin
-    report = SwitchReport(features.n, n_batch_norms, rank, seconds)
+    report = SwitchReport(features.n, n_batch_norms, rank, seconds, averaged)
     model.switch_report = report
     logger.info("%s", report)
     # Repeated inputs alone cost rank, too, but no width could change that.

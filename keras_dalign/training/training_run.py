@@ -30,7 +30,7 @@ from keras_dalign.head.features import (
 )
 from keras_dalign.numerics.losses import convex_loss
 from keras_dalign.solving.head_solver import HeadSolver, first_width
-from keras_dalign.solving.options import SolveOptions
+from keras_dalign.solving.options import VALIDATION, SolveOptions
 from keras_dalign.training.file_batches import file_batches, needs_file_batches
 from keras_dalign.training.processes import check_batches, check_processes
 from keras_dalign.training.switch import switch
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from keras_dalign.training.aligned_model import AlignedModel
 
 logger = logging.getLogger("keras_dalign")
+
+# Logs that only epochs of the solver have.
+_OF_THE_SOLVER = ("objective", "gap")
 
 # Labels become one row of floats per class while they are checked.
 _CHECKED_AT_ONCE = 8192
@@ -95,6 +98,13 @@ class TrainingRun:
             )
         self.x, self.y, self.sample_weight = x, y, sample_weight
         self.validation_data = validation_data
+        self.options = SolveOptions.from_dict(model.optimizer.solve_options)
+        if self.options.judge == VALIDATION and validation_data is None:
+            raise ValueError(
+                "solve_options={'judge': 'validation'} needs samples for validation. "
+                "Received: neither `validation_data` nor `validation_split`. Pass one, "
+                "or leave `judge` out."
+            )
         self.n_samples = self._checked_size()
         check_processes(
             model,
@@ -124,11 +134,10 @@ class TrainingRun:
             epoch = max(epoch, self.switch_epoch)
         else:
             stopped = False
-        if model.optimizer.solves:
-            # The solver's iterations may have passed `epochs` before a resumed run.
-            if model.phase == EXPLOITING or (epoch < self.epochs and not stopped):
-                self._solve(epoch)
-        elif epoch < self.epochs and not stopped:
+        if model.optimizer.solves and not stopped:
+            epoch = self._solve(epoch)
+        # The solver may have fallen back to training steps.
+        if not model.optimizer.solves and epoch < self.epochs and not stopped:
             self._exploit(epoch)
         self.callbacks.end()
         return model.history
@@ -171,6 +180,7 @@ class TrainingRun:
                 self.y,
                 self.sample_weight,
                 noise=model.optimizer.noise,
+                average=model.optimizer.weight_average,
                 width=width,
                 rank_matters=rank_matters,
                 keep_features=plan.keep,
@@ -225,42 +235,62 @@ class TrainingRun:
                 **arguments,
             )
 
-    def _solve(self, epoch: int) -> None:
+    def _solve(self, epoch: int) -> int:
         """Exploits with the solver; each of its iterations is an epoch.
 
         The last epoch is that of the model as it is left, measured by its own outputs.
 
+        Returns:
+            The epoch that comes next: `epoch` where the features could not be kept, so
+            that training steps take the solver's place.
+
         Raises:
-            RuntimeError: If the switch kept no features.
+            OSError: If they could not be kept, and nothing may take its place.
         """
         model = self.model
-        options = SolveOptions.from_dict(model.optimizer.solve_options)
+        options = self.options
         free = first_width(model.head, options) if model.phase != EXPLOITING else None
         wanted = model.optimizer.cache_features
-        features = self._features(
-            DISK if wanted == DISK else True,
-            digest=True,
-            width=free,
-            rank_matters=options.l2 == 0,
-        )
+        try:
+            features = self._features(
+                DISK if wanted == DISK else True,
+                digest=True,
+                width=free,
+                rank_matters=options.l2 == 0,
+            )
+        except OSError as error:
+            if not model.optimizer.may_fall_back:
+                raise
+            self._fall_back(error)
+            return epoch
         if features is None:
             raise RuntimeError("The switch kept no features.")
         weights = self._class_weighted(features)
         features = dataclasses.replace(features, sample_weight=weights)
+        judges = validation = None
+        if options.judge == VALIDATION:
+            judges = self._feature_set_of_validation()
+        if judges is None:
+            validation = self._validation_features()
+        else:
+            validation = keras.utils.pack_x_y_sample_weight(
+                as_inputs(judges.z), judges.y, judges.sample_weight
+            )
         solver = HeadSolver(
             model.head,
             features,
             self.loss,
             options,
+            validation=judges,
             set_width=None if free is None else model.set_width,
             say=self._say,
         )
-        validation = self._validation_features()
         model.stop_training = False
         self.callbacks.on_epoch_begin(epoch)
 
         def end_epoch(value: float, gap: float, logits: Any) -> None:
-            logs = self._solver_logs(value, gap, logits, features)
+            logs = self._solver_logs(logits, features)
+            logs.update(objective=value, gap=gap)
             if validation is not None and self._validates(epoch):
                 logs.update(self._validation_logs(validation))
             self.callbacks.on_epoch_end(epoch, logs)
@@ -283,6 +313,20 @@ class TrainingRun:
         self._say(solution.message)
         if not solution.converged and solution.reason != "stopped":
             warnings.warn(solution.message, stacklevel=4)
+        return epoch
+
+    def _fall_back(self, error: OSError) -> None:
+        """Makes training steps take the place of the solver."""
+        model = self.model
+        with model._variable_scope():
+            model.optimizer.fall_back()
+        name = type(model.optimizer.exploit_optimizer).__name__
+        warnings.warn(
+            "The features cannot be kept, so the solver cannot exploit. A fresh copy of "
+            f"{name} trains the head for the epochs that remain of {self.epochs}, "
+            f"without an L2 term or a certificate. Received: {error}",
+            stacklevel=5,
+        )
 
     def _class_weighted(self, features: FeatureSet) -> Any:
         """The sample weights, or those of the classes."""
@@ -296,21 +340,17 @@ class TrainingRun:
             )
         return class_weight_to_sample_weights(features.y, class_weight)
 
-    def _solver_logs(
-        self, value: float, gap: float, logits: Any, features: FeatureSet
-    ) -> dict[str, Any]:
-        """The loss minimised, its gap, and the metrics that the model has."""
+    def _solver_logs(self, logits: Any, features: FeatureSet) -> dict[str, Any]:
+        """The loss and the metrics that the model has."""
         model = self.model
         model.reset_metrics()
         weight = features.sample_weight
         convert = keras.ops.convert_to_tensor
-        found = model.compute_metrics(
-            None,
-            convert(features.y),
-            convert(logits.astype("float32")),
-            None if weight is None else convert(weight),
-        )
-        logs = {**found, "loss": value, "gap": gap}
+        y, outputs = convert(features.y), convert(logits.astype("float32"))
+        weight = None if weight is None else convert(weight)
+        loss = model.compute_loss(None, y, outputs, weight)
+        found = model.compute_metrics(None, y, outputs, weight)
+        logs = {**found, "loss": loss}
         return {key: _as_number(entry) for key, entry in logs.items()}
 
     def _validates(self, epoch: int) -> bool:
@@ -341,7 +381,8 @@ class TrainingRun:
             return 0
         optimizer = self.model.optimizer
         epoch = optimizer.exploration_epochs(self.epochs)
-        if isinstance(optimizer.explore, float) and epoch == self.epochs:
+        none_left = isinstance(optimizer.explore, float) and epoch == self.epochs
+        if none_left and not optimizer.solves:
             warnings.warn(
                 "One epoch leaves none for exploitation: the model only explores. "
                 f"Received: epochs={self.epochs}, explore={optimizer.explore}",
@@ -412,15 +453,24 @@ class TrainingRun:
         validation = self.validation_data
         if not isinstance(validation, (list, tuple)):
             return validation
-        x, y, weight = keras.utils.unpack_x_y_sample_weight(tuple(validation))
-        if not data.is_arrays(x):
+        if not data.is_arrays(validation[0]):
             return validation
-        everything = FeaturePass(self.model, keep=True)
-        kept = everything.run(x, y, weight, batch_size=4 * self.batch_size)
-        features = kept.feature_set()
+        features = self._feature_set_of_validation()
         return keras.utils.pack_x_y_sample_weight(
             as_inputs(features.z), features.y, features.sample_weight
         )
+
+    def _feature_set_of_validation(self) -> FeatureSet:
+        """Features, targets and weights of the validation data."""
+        given = self.validation_data
+        is_tuple = isinstance(given, (list, tuple))
+        x, y, weight = keras.utils.unpack_x_y_sample_weight(
+            tuple(given) if is_tuple else (given,)
+        )
+        everything = FeaturePass(self.model, keep=True)
+        steps = None if data.is_arrays(x) else self.arguments["validation_steps"]
+        everything.run(x, y, weight, batch_size=4 * self.batch_size, steps=steps)
+        return everything.feature_set()
 
     def _warn_if_too_many(self, n: int) -> None:
         wanted = self.model.head.n_samples
@@ -484,8 +534,9 @@ class _OneRun(keras.callbacks.CallbackList):
         model = self._aligned_model
         self._last_logs = {**(logs or {}), "phase": PHASES.index(model.phase)}
         if model.optimizer.solves:
-            # Loggers take their columns from the first epoch, where there is no gap.
-            self._last_logs.setdefault("gap", math.nan)
+            # Loggers take their columns from the first epoch, where there are none.
+            for name in _OF_THE_SOLVER:
+                self._last_logs.setdefault(name, math.nan)
         super().on_epoch_end(epoch, self._last_logs)
 
 
@@ -515,7 +566,8 @@ class _ProgressBar(keras.callbacks.ProgbarLogger):
         """An epoch ends."""
         shown = {key: value for key, value in (logs or {}).items() if key != "phase"}
         if self._solver_begin is None:
-            shown.pop("gap", None)
+            for name in _OF_THE_SOLVER:
+                shown.pop(name, None)
             super().on_epoch_end(epoch, shown)
             return
         seconds = time.perf_counter() - self._solver_begin
