@@ -1,8 +1,8 @@
 """Full-batch minimisation of a head's convex problem, until the gap is small.
 
 Two methods: L-BFGS, SciPy's L-BFGS-B, preconditioned where that pays, and for squared
-error on few samples a closed form. Large problems are evaluated in float32 as long as that gets anywhere; the last
-iterate is measured in float64.
+error on few samples a closed form. Large problems are evaluated in float32 as long as
+that gets anywhere; the last iterate is measured in float64.
 """
 
 from __future__ import annotations
@@ -176,8 +176,8 @@ def minimize(
     return run.by_lbfgs(begin)
 
 
-class _NothingButRounding(Exception):
-    """A line search in float32 came to its end."""
+class _LineSearchError(Exception):
+    """A line search in float32 finds nothing but rounding."""
 
 
 class _Minimisation:
@@ -285,7 +285,7 @@ class _Minimisation:
             nonlocal at, asked, searched
             searched += 1
             if searched > limit:
-                raise _NothingButRounding
+                raise _LineSearchError
             asked = x.copy()
             theta = asked if to is None else to.parameters(asked)
             at = self.problem.evaluate(theta, self.l2, products)
@@ -305,7 +305,7 @@ class _Minimisation:
             if self._report(iterate) or self._preconditioner_is_due(at, products):
                 raise StopIteration
 
-        with one_blas_thread(), contextlib.suppress(_NothingButRounding):
+        with one_blas_thread(), contextlib.suppress(_LineSearchError):
             scipy.optimize.minimize(
                 value_and_gradient,
                 start,
