@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +44,10 @@ if TYPE_CHECKING:
 # From so many multiply-adds on, a product is worth a call of a compiled function, and
 # float32 halves its time. Smaller problems are solved in float64 throughout.
 _LARGE = 2e7
+
+
+# Properties that are computed once.
+_CACHED = ("exact", "fast", "samples", "second_moment", "_gradient_rounding")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -224,6 +229,26 @@ class ConvexProblem:
             return NumpyProducts(self.rows, self.gates, self.units, np.float32)
         return DeviceProducts(self.rows, self.gates, self.units, self.replicas)
 
+    @functools.cached_property
+    def second_moment(self) -> Array:
+        """`Phi^T S Phi` of outputs that share their gates, `(d m, d m)`.
+
+        `S` are the samples' shares. Without the bias, and summed in float32.
+        """
+        columns = self.d * self.width
+        total = np.zeros((columns, columns), np.float32)
+        roots = np.sqrt(self.samples.shares).astype(np.float32)
+        for part in self.rows.blocks(4 * columns, 2**24):
+            v = self.rows.block(part, np.float32)
+            if self.gates.kept is None:
+                gates = self.gates.values(v)[:, 0]
+            else:
+                gates = self.gates.kept[part, 0].astype(np.float32)
+            phi = v[:, :, None] * (roots[part, None] * gates)[:, None, :]
+            phi = phi.reshape(len(v), columns)
+            total += phi.T @ phi
+        return total.astype(np.float64)
+
     def product(self, theta: Array) -> Array:
         """`Phi theta` in float64, shape `(n, C)`."""
         return self.exact.product(theta)
@@ -301,7 +326,8 @@ class ConvexProblem:
         products and Cauchy-Schwarz, with `||phi_i||^2 <= ||v_i||^2 sum_k G_ik^2 + 1`:
         a logit is off by `(d + m + 8) eps (|F0| + ||phi_i|| ||theta||)`; its cotangent
         by the curvature of the loss times that, and by 16 eps of itself; and the sum
-        over samples by `(n + d + m) eps` of the sum of sizes.
+        over samples by `(n + d + m) eps` of the sum of sizes. Cotangents are bounded by
+        those at `F0` and the curvature, so that the bound is linear in `||theta||`.
 
         Args:
             at: The evaluation.
@@ -310,26 +336,32 @@ class ConvexProblem:
         Returns:
             The bound.
         """
-        lengths = self.row_lengths()
-        inner = (self.d + self.width + 8) * EPS
         size = float(np.linalg.norm(at.theta))
-        curvature = self.loss.max_curvature(self.units)
-        bound = 0.0
-        for part in self.rows.blocks(64 * self.units, 2**22):
-            targets, logits = self.targets[part], at.logits[part]
-            offsets = np.linalg.norm(self.offset[part], axis=1)
-            wrong = inner * (offsets + lengths[part] * size * np.sqrt(2.0))
-            # Targets and logits that cancel were rounded at their own size.
-            sizes = np.linalg.norm(logits, axis=1) + np.linalg.norm(targets, axis=1)
-            wrong = curvature * (wrong + 4 * EPS * sizes)
-            cotangents = np.linalg.norm(self.loss.gradient(logits, targets), axis=1)
-            summed = (self.n + self.d + self.width + 16) * EPS * cotangents
-            shares = lengths[part] * self.samples.shares[part]
-            bound += float(shares @ (wrong + summed))
+        constant, slope = self._gradient_rounding
+        bound = constant + slope * size
         if l2:
             change = at.theta - self.center
             bound += 4 * EPS * l2 * (size + float(np.linalg.norm(change)))
         return bound
+
+    @functools.cached_property
+    def _gradient_rounding(self) -> tuple[float, float]:
+        """Constant and slope of the bound without an L2 term."""
+        curvature = self.loss.max_curvature(self.units)
+        inner = (self.d + self.width + 12) * EPS
+        summed = (self.n + self.d + self.width + 16) * EPS
+        lengths = self.row_lengths()
+        constant = slope = 0.0
+        for part in self.rows.blocks(64 * self.units, 2**22):
+            offset, targets = self.offset[part], self.targets[part]
+            offsets = np.linalg.norm(offset, axis=1)
+            # Targets and logits that cancel were rounded at their own size.
+            sizes = inner * offsets + 4 * EPS * np.linalg.norm(targets, axis=1)
+            cotangents = np.linalg.norm(self.loss.gradient(offset, targets), axis=1)
+            shares = lengths[part] * self.samples.shares[part]
+            constant += float(shares @ (curvature * sizes + summed * cotangents))
+            slope += float(shares @ lengths[part])
+        return constant, slope * curvature * (math.sqrt(2.0) * inner + summed)
 
     def gram(self, output: int) -> Array:
         """`K_c + 1`: the Gram matrix of one output, bias included, `(n, n)`."""
@@ -373,7 +405,7 @@ class ConvexProblem:
         Returns:
             The problem; features are shared.
         """
-        other = self._copy("exact", "fast")
+        other = self._copy("samples")
         other.gates = Gates(r, w, self.slope)
         other.center = np.zeros(other.size)
         return other
@@ -428,7 +460,7 @@ class ConvexProblem:
         Returns:
             The problem.
         """
-        other = self._copy("samples")
+        other = self._copy("exact", "fast")
         other.weights = _checked_weights(self.weights * factors, self.n)
         counted = int(np.count_nonzero(factors))
         other.normalizer = self.loss.normalizer(counted, float(other.weights.sum()))
@@ -436,7 +468,7 @@ class ConvexProblem:
 
     def centred(self, center: Array) -> ConvexProblem:
         """The same problem with the L2 term's zero elsewhere, shape `(size,)`."""
-        other = self._copy()
+        other = self._copy(*_CACHED)
         other.center = center
         return other
 
@@ -451,14 +483,14 @@ class ConvexProblem:
         head.bias.assign(theta[-self.units :])
 
     def _with_rows(self, rows: FeatureRows) -> ConvexProblem:
-        other = self._copy("exact", "fast", "samples")
+        other = self._copy()
         other.rows = rows
         return other
 
-    def _copy(self, *without: str) -> ConvexProblem:
-        """A copy, without properties that were computed from what it will change."""
+    def _copy(self, *kept: str) -> ConvexProblem:
+        """A copy, without cached properties but for those named."""
         other = copy.copy(self)
-        for name in without:
+        for name in set(_CACHED) - set(kept):
             other.__dict__.pop(name, None)
         return other
 

@@ -36,7 +36,7 @@ Result = TypeVar("Result")
 _BLOCK_BYTES = 2**22
 
 # From so many multiply-adds on, a product is worth several threads.
-_THREADED = 2**21
+_THREADED = 2**22
 
 # What is kept of the gates at most.
 _KEPT_GATES_BYTES = 2**29
