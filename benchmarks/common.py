@@ -72,8 +72,8 @@ class Target:
     def met(self) -> bool:
         """Whether the target is met; NaN never is."""
         if self.at_least:
-            return self.measured >= self.bound
-        return self.measured <= self.bound
+            return bool(self.measured >= self.bound)
+        return bool(self.measured <= self.bound)
 
     def __str__(self) -> str:
         verdict = "met" if self.met else "MISSED"
