@@ -24,7 +24,11 @@ def aligned(base=None, n=96, gates="random", explore=2, compiled=True, **options
     model = kd.align(base or mlp(), n_samples=n, gates=gates, seed=1, **head)
     if compiled:
         model.compile(
-            kd.DAlign(keras.optimizers.Adam(1e-2), explore=explore, **{"exploit_optimizer": None, **options}),
+            kd.DAlign(
+                keras.optimizers.Adam(1e-2),
+                explore=explore,
+                **{"exploit_optimizer": None, "average_weights": 0, **options},
+            ),
             loss=cross_entropy(),
             metrics=["accuracy"],
         )
@@ -529,8 +533,9 @@ def test_three_backends_agree():
     shared = [0.2 * rng.standard_normal(w.shape) for w in mlp().get_weights()]
     model.trunk.set_weights(shared[:4])
     model.head.dense.set_weights(shared[4:])
+    adam = keras.optimizers.Adam(1e-2)
     model.compile(
-        kd.DAlign(keras.optimizers.Adam(1e-2), None, explore=3), loss=cross_entropy()
+        kd.DAlign(adam, None, explore=3, average_weights=0), loss=cross_entropy()
     )
     history = model.fit(x, y, epochs=6, batch_size=16, shuffle=False, verbose=0)
     expected = json.loads(BACKENDS_FILE.read_text())

@@ -49,7 +49,8 @@ def aligned(n, kind="shared", explore=1, base=None, **arguments):
     options = {**KINDS[kind], **arguments}
     model = kd.align(base or mlp(), n_samples=n, seed=1, **options)
     model.compile(
-        kd.DAlign(keras.optimizers.Adam(1e-2), None, explore=explore), loss=cross_entropy()
+        kd.DAlign(keras.optimizers.Adam(1e-2), None, explore=explore),
+        loss=cross_entropy(),
     )
     return model
 

@@ -242,7 +242,8 @@ def test_what_float32_cannot_hold_is_not_called_converged(n):
 def test_the_history_of_fit_ends_with_the_model_as_it_is():
     x, y = noisy_sine(200)
     model = kd.align(sine_model(), n_samples=200, seed=0)
-    model.compile(kd.DAlign(keras.optimizers.Adam(3e-3), "solve"), "mse")
+    adam = keras.optimizers.Adam(3e-3)
+    model.compile(kd.DAlign(adam, solve_options={"l2": 0}), "mse")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         history = model.fit(x, y, epochs=30, verbose=0).history
@@ -313,7 +314,7 @@ def test_l2_auto_on_validation_data():
         verbose=0,
     )
     assert result.path is not None
-    with pytest.raises(ValueError, match="validation.*with l2=0"):
+    with pytest.raises(ValueError, match=r"alidation.*with l2=0"):
         solve(model, x_train, y_train, validation_data=(x, y))
 
 

@@ -177,11 +177,12 @@ class HeadSolver:
             KeyboardInterrupt: If it was interrupted.
         """
         start = self.problem.theta_of(self.head)
-        own_start = self._measure(start)[0]
+        plain_start = self.own_loss.measure(self.problem).loss
         path, widths, warm = self._choose(start)
-        start = (
-            start if self.problem.size == start.size else np.zeros(self.problem.size)
-        )
+        if self.problem.size != start.size:
+            # Units of another width, which start at 0.
+            start = np.zeros(self.problem.size)
+        own_start = plain_start + self._l2_term(start)
         current: Iterate | None = None
 
         def watch(iterate: Iterate) -> Any:
@@ -373,8 +374,11 @@ class HeadSolver:
     def _measure(self, theta: Array) -> tuple[float, OwnMeasure]:
         """The head's own loss with the L2 term, and what rounding may do to it."""
         own = self.own_loss.measure(self.problem)
+        return own.loss + self._l2_term(theta), own
+
+    def _l2_term(self, theta: Array) -> float:
         change = theta - self.problem.center
-        return own.loss + 0.5 * self.l2 * float(change @ change), own
+        return 0.5 * self.l2 * float(change @ change)
 
     def _message(
         self,

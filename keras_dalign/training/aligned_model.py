@@ -83,17 +83,17 @@ class AlignedModel(keras.Model):
         `fit` does this, after re-estimating batch-norm statistics and the head's
         standardisation. Arguments as `AlignmentHead.start_exploiting`.
         """
-        with self._variable_scope():
+        with self.variable_scope():
             self.head.start_exploiting(noise, width)
         self._follow_phase()
 
     def set_width(self, width: int) -> None:
         """Draws other random gates; see `AlignmentHead.set_width`."""
-        with self._variable_scope():
+        with self.variable_scope():
             self.head.set_width(width)
         self._follow_phase()
 
-    def _variable_scope(self) -> Any:
+    def variable_scope(self) -> Any:
         """Where new variables belong: on TensorFlow, to the model's strategy."""
         strategy = getattr(self, "distribute_strategy", None)
         return contextlib.nullcontext() if strategy is None else strategy.scope()
@@ -110,7 +110,7 @@ class AlignedModel(keras.Model):
         def restore() -> None:
             for variable, value in zip(variables, values, strict=True):
                 variable.assign(value)
-            with self._variable_scope():
+            with self.variable_scope():
                 self.head.load_own_variables(store)
             self.switch_report = report
             self._follow_phase()
@@ -121,7 +121,7 @@ class AlignedModel(keras.Model):
         """Forgets functions that were compiled in another phase or for other units."""
         optimizer = getattr(self, "optimizer", None)
         if isinstance(optimizer, DAlign):
-            with self._variable_scope():
+            with self.variable_scope():
                 optimizer.build_exploitation(self.head.exploited_variables)
             optimizer.enter(self.phase)
         compiled_for = (self.phase, self.head.generation)
@@ -361,7 +361,7 @@ class AlignedModel(keras.Model):
 
     def set_weights(self, weights: list[Any]) -> None:
         """Sets all weights and, with them, the phase and the width."""
-        with self._variable_scope():
+        with self.variable_scope():
             self.head.set_weights_of(self, weights)
         self._follow_phase()
 
@@ -375,7 +375,7 @@ class AlignedModel(keras.Model):
         before = [keras.ops.convert_to_numpy(v) for v in self._optimizer_variables()]
         restore = self.snapshot()
         try:
-            with self._variable_scope():
+            with self.variable_scope():
                 super().load_weights(filepath, *args, **kwargs)
         except ValueError as error:
             restore()

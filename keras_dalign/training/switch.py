@@ -50,8 +50,8 @@ class SwitchReport:
         averaged = "weights averaged over the last steps; " if self.averaged else ""
         rank = self.rank or "the L2 term makes the optimum unique at any rank"
         return (
-            f"switch: {averaged}{self.n_batch_norms} batch normalisations re-estimated over "
-            f"{self.n_samples} samples; {rank} ({self.seconds:.1f} s)"
+            f"switch: {averaged}{self.n_batch_norms} batch normalisations re-estimated "
+            f"over {self.n_samples} samples; {rank} ({self.seconds:.1f} s)"
         )
 
 

@@ -246,6 +246,7 @@ class TrainingRun:
 
         Raises:
             OSError: If they could not be kept, and nothing may take its place.
+            RuntimeError: If the switch kept no features.
         """
         model = self.model
         options = self.options
@@ -318,12 +319,12 @@ class TrainingRun:
     def _fall_back(self, error: OSError) -> None:
         """Makes training steps take the place of the solver."""
         model = self.model
-        with model._variable_scope():
+        with model.variable_scope():
             model.optimizer.fall_back()
         name = type(model.optimizer.exploit_optimizer).__name__
         warnings.warn(
-            "The features cannot be kept, so the solver cannot exploit. A fresh copy of "
-            f"{name} trains the head for the epochs that remain of {self.epochs}, "
+            "The features cannot be kept, so the solver cannot exploit. A fresh copy "
+            f"of {name} trains the head for the epochs that remain of {self.epochs}, "
             f"without an L2 term or a certificate. Received: {error}",
             stacklevel=5,
         )
