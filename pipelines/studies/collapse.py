@@ -44,7 +44,9 @@ def run(settings: Mapping[str, Any]) -> list[Row]:
                 model = kd.align(base, n_samples=len(x), gates=gates, seed=seed)
                 adam = keras.optimizers.Adam(settings["learning_rate"])
                 model.compile(
-                    optimizer=kd.DAlign(adam, explore=switch, noise=noise),
+                    optimizer=kd.DAlign(
+                        adam, None, explore=switch, noise=noise, average_weights=0
+                    ),
                     loss=sample.loss(),
                 )
                 # One epoch of exploitation, so that the switch is made.

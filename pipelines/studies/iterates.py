@@ -41,7 +41,9 @@ def run(settings: Mapping[str, Any]) -> list[Row]:
             optimizer: Any = keras.optimizers.Adam(settings["learning_rate"])
             if two_phases:
                 model = kd.align(model, n_samples=len(x), seed=seed)
-                optimizer = kd.DAlign(optimizer, explore=settings["explore"])
+                optimizer = kd.DAlign(
+                    optimizer, None, explore=settings["explore"], average_weights=0
+                )
             name = f"width {width}{', two phases' if two_phases else ''}"
             look = _Look(x, y, settings["steps"], settings["moments"])
             sample.full_batch(
