@@ -412,7 +412,13 @@ def test_bad_options(name, value):
 
 def test_options_from_a_dict():
     assert SolveOptions.from_dict({}) == SolveOptions()
-    options = {"tol": 1e-3, "l2": "auto", "method": "lbfgs", "max_iterations": 5}
+    options = {
+        "tol": 1e-3,
+        "l2": "auto",
+        "method": "lbfgs",
+        "max_iterations": 5,
+        "judge": "validation",
+    }
     assert dataclasses.asdict(SolveOptions.from_dict(options)) == options
     with pytest.raises(ValueError, match=r"Received: \['step'\]"):
         SolveOptions.from_dict({"step": 1})
