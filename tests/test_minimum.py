@@ -418,6 +418,7 @@ def test_options_from_a_dict():
         "method": "lbfgs",
         "max_iterations": 5,
         "judge": "validation",
+        "center": "base",
     }
     assert dataclasses.asdict(SolveOptions.from_dict(options)) == options
     with pytest.raises(ValueError, match=r"Received: \['step'\]"):

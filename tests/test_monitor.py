@@ -49,7 +49,9 @@ def aligned(n, kind="shared", explore=1, base=None, **arguments):
     options = {**KINDS[kind], **arguments}
     model = kd.align(base or mlp(), n_samples=n, seed=1, **options)
     model.compile(
-        kd.DAlign(keras.optimizers.Adam(1e-2), None, explore=explore),
+        kd.DAlign(
+            keras.optimizers.Adam(1e-2), None, explore=explore, average_weights=0
+        ),
         loss=cross_entropy(),
     )
     return model
@@ -276,7 +278,7 @@ def test_a_head_whose_width_the_solver_chooses():
     model = kd.align(mlp(), n_samples=10**12, seed=1)
     options = {"l2": 1e-2}
     model.compile(
-        kd.DAlign("adam", "solve", explore=2, solve_options=options),
+        kd.DAlign("adam", "solve", explore=2, solve_options=options, average_weights=0),
         loss=cross_entropy(),
     )
     found = []

@@ -44,8 +44,10 @@ def brute_force_loss(model, x, y, weight=None):
     z = FeaturePass(model, keep=True).run(x, y).feature_set().z
     head = model.head
     zh = head.normalize_exactly(z)
-    logits = np.array(z, "float64") @ np.array(head.dense.kernel, "float64")
-    logits += np.array(head.dense.bias, "float64") + np.array(head.bias, "float64")
+    logits = np.tile(np.array(head.bias, "float64"), (len(z), 1))
+    if not head.replaces_dense:
+        logits += np.array(z, "float64") @ np.array(head.dense.kernel, "float64")
+        logits += np.array(head.dense.bias, "float64")
     q = np.array(head.q, "float64")
     for c in range(head.units):
         r, w = head.gates_in_use()
@@ -318,11 +320,13 @@ def test_l2_auto_on_validation_data():
         solve(model, x_train, y_train, validation_data=(x, y))
 
 
-def test_sample_weights_make_the_objective():
+@pytest.mark.parametrize("center", ["origin", "base"])
+def test_sample_weights_make_the_objective(center):
     model, x, y = trained()
     weight = np.random.default_rng(0).random(96)
     weight[::5] = 0
-    result = solve(model, x, y, sample_weight=weight, l2=1e-3, verbose=0)
+    result = solve(model, x, y, sample_weight=weight, l2=1e-3, center=center, verbose=0)
+    assert model.head.replaces_dense == (center == "origin")
     theta = np.concatenate([np.array(model.head.q).ravel(), np.array(model.head.bias)])
     expected = brute_force_loss(model, x, y, weight) + 1e-3 / 2 * theta @ theta
     assert result.value == pytest.approx(expected, rel=1e-4)

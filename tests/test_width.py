@@ -30,7 +30,7 @@ def test_twice_the_width_has_the_same_function():
     for width in (1, 4):
         narrow, wide = (of.with_gates(*gates(of, m)) for m in (width, 2 * width))
         theta = rng.standard_normal(narrow.size)
-        there = nested(theta, of.units, width)
+        there = nested(theta, of.units, narrow.gates.w, wide.gates.w)
         assert there.shape == (wide.size,)
         np.testing.assert_allclose(
             wide.logits(there), narrow.logits(theta), atol=1e-13, rtol=1e-13

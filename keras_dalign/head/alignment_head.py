@@ -18,6 +18,11 @@ from keras_dalign.numerics.rank import default_width
 EXPLORING = "exploring"
 EXPLOITING = "exploiting"
 PHASES = (EXPLORING, EXPLOITING)
+# What the saved index of the phase says beside it: that gated units take the place of
+# the output layer.
+_REPLACED = 2
+# Where the sigmoid of an always-open gate is 1 in every dtype.
+_OPEN = 40.0
 GATES = ("random", "learned")
 
 # The variables of the gated units.
@@ -50,7 +55,9 @@ class AlignmentHead(keras.layers.Layer):
       unit `t * s(slope * t)`; `q` and `b` are trained like any other weight.
     - *exploiting*. The gates `r` are frozen and only `q` and `b` are trained.
       The output is then linear in what is trained and the training problem is
-      convex.
+      convex. With `replace_dense` the units take the place of the linear layer
+      (`a = b0 = 0`), and the first gate is always open (`s = w = 1`): a linear layer
+      on `v`, which is trained, too. An L2 term then holds all of the last layer.
 
     The step from the first to the second is `start_exploiting`, which
     `AlignedModel` calls at the switch. In a model of another kind, freeze everything
@@ -193,6 +200,7 @@ class AlignmentHead(keras.layers.Layer):
         self.bias: Any = None
         # How often units were made or removed: a step compiled before is of others.
         self.generation = 0
+        self._replaced = False
         # Why the last units that were to be loaded were not.
         self._refusal: str | None = None
         self._phase = EXPLORING
@@ -301,7 +309,7 @@ class AlignmentHead(keras.layers.Layer):
         units = ops.cast(gate * t, dtype) * ops.cast(self.w, dtype)
         outputs = ops.sum(units, axis=-1) + ops.cast(self.bias, dtype)
         outputs = ops.cast(outputs, self.output_dtype)
-        if self.dense is not None:
+        if self.dense is not None and not self._replaced:
             outputs = self._linear(linear) + outputs
         return outputs
 
@@ -374,10 +382,10 @@ class AlignmentHead(keras.layers.Layer):
             z: The output layer's features, shape `(n, p)`.
 
         Returns:
-            Array `(n, units)`; 0 without a linear part.
+            Array `(n, units)`; 0 without a linear part, or where it is replaced.
         """
         outputs = np.zeros((len(z), self.units))
-        if self.dense is None:
+        if self.dense is None or self._replaced:
             return outputs
         kernel = ops.convert_to_numpy(self.dense.kernel).astype("float64")
         for start in range(0, len(z), _ROWS_AT_ONCE):
@@ -437,17 +445,29 @@ class AlignmentHead(keras.layers.Layer):
             return self.dense.trainable_variables
         return [self.bias, self.q] if self._trainable else []
 
-    def start_exploiting(self, noise: float = 1e-3, width: int | None = None) -> None:
+    @property
+    def replaces_dense(self) -> bool:
+        """Whether gated units have taken the place of the output layer."""
+        return self._replaced
+
+    def start_exploiting(
+        self,
+        noise: float = 1e-3,
+        width: int | None = None,
+        replace_dense: bool = False,
+    ) -> None:
         """Sets and freezes the gates; from here on only `q` and `b` are trained.
 
         Random gates are drawn from N(0, I / d), and `q = b = 0`: the function of the
-        head does not change. Learned gates are set to `q` after Gaussian noise is added
-        to it.
+        head does not change, unless the output layer is replaced, which makes it 0.
+        Learned gates are set to `q` after Gaussian noise is added to it.
 
         Args:
             noise: Non-negative float, standard deviation of the noise for learned
                 gates in units of `q`'s root mean square.
             width: Positive int, number of random gates, instead of the default.
+            replace_dense: Whether gated units take the place of the output layer, for
+                random gates. The first of them is always open then.
 
         Raises:
             ValueError: If the head is unbuilt or exploiting already, or if an argument
@@ -469,13 +489,23 @@ class AlignmentHead(keras.layers.Layer):
                 "`start_exploiting` in the phase 'exploiting'."
             )
         if self.gates == "random":
+            self._replaced = replace_dense
             self.set_width(self.default_width() if width is None else width)
         else:
             self.q.assign(self.gates_at_switch(noise)[0])
             # As q holds them, which may be rounded.
             self.r.assign(ops.convert_to_numpy(self.q))
+        index = _REPLACED if self._replaced else PHASES.index(EXPLOITING)
+        self._phase_index.assign(index)
+        self.sync_phase()
+
+    def keep_dense(self) -> None:
+        """Goes back to the output layer and `q = b = 0`: the function before."""
+        self.generation += 1
         self._phase_index.assign(PHASES.index(EXPLOITING))
         self.sync_phase()
+        for variable in self.exploited_variables:
+            variable.assign(ops.zeros_like(variable))
 
     def set_width(self, width: int) -> None:
         """Draws `width` random gates and sets `q = b = 0`.
@@ -495,7 +525,9 @@ class AlignmentHead(keras.layers.Layer):
                 f"width={width}"
             )
         self._make_units(_positive_int("width", width))
-        self.r.assign(self.gates_at_switch(width=width)[0])
+        r, w = self.gates_at_switch(width=width)
+        self.r.assign(r)
+        self.w.assign(w)
         self._set_trainable()
 
     def gates_in_use(self) -> tuple[np.ndarray, np.ndarray]:
@@ -504,13 +536,17 @@ class AlignmentHead(keras.layers.Layer):
         return r, w
 
     def gates_at_switch(
-        self, noise: float = 1e-3, width: int | None = None
+        self,
+        noise: float = 1e-3,
+        width: int | None = None,
+        replace_dense: bool | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The gates that `start_exploiting` would set now; changes nothing.
 
         Args:
             noise: See `start_exploiting`.
             width: Number of random gates, instead of the default.
+            replace_dense: See `start_exploiting`; by default as the head has it.
 
         Returns:
             Gates `r` and output weights `w`, float64, of shapes `(d, units, width)` and
@@ -527,9 +563,18 @@ class AlignmentHead(keras.layers.Layer):
         width = width or self.default_width()
         groups = 1 if self.share_gates else self.units
         _check_memory(self.dim, groups, width)
+        replaced = self._replaced if replace_dense is None else replace_dense
+        drawn = width - replaced
         # Unit by unit, so that the first ones are the same at every width.
-        r = rng.standard_normal((width, self.dim, groups)).transpose(1, 2, 0)
-        return r / math.sqrt(self.dim), self._signs(width) / math.sqrt(width)
+        r = rng.standard_normal((drawn, self.dim, groups)).transpose(1, 2, 0)
+        r /= math.sqrt(self.dim)
+        w = self._signs(drawn) / math.sqrt(max(drawn, 1))
+        if replaced:
+            opened = np.zeros((self.dim, groups, 1))
+            opened[-1] = _OPEN / self.slope
+            r = np.concatenate([opened, r], axis=2)
+            w = np.concatenate([np.ones((groups, 1)), w], axis=1)
+        return r, w
 
     def _signs(self, width: int) -> np.ndarray:
         """Signs of the output weights, shape `(units or 1, width)`, nested as gates."""
@@ -539,7 +584,9 @@ class AlignmentHead(keras.layers.Layer):
 
     def sync_phase(self) -> None:
         """Makes the phase that of the saved weights (after they were assigned)."""
-        self._phase = PHASES[int(ops.convert_to_numpy(self._phase_index))]
+        index = int(ops.convert_to_numpy(self._phase_index))
+        self._phase = EXPLORING if index == 0 else EXPLOITING
+        self._replaced = index == _REPLACED
         self._set_trainable()
 
     def _set_trainable(self) -> None:
@@ -562,7 +609,12 @@ class AlignmentHead(keras.layers.Layer):
         config = super().get_build_config()
         if config is None:
             return None
-        return {**config, "phase": self._phase, "width": self.width}
+        return {
+            **config,
+            "phase": self._phase,
+            "width": self.width,
+            "replace_dense": self._replaced,
+        }
 
     def build_from_config(self, config: dict[str, Any]) -> None:
         """Builds a head in the phase of the saved one.
@@ -572,6 +624,7 @@ class AlignmentHead(keras.layers.Layer):
         """
         config = dict(config)
         phase = config.pop("phase", EXPLORING)
+        replaced = config.pop("replace_dense", False)
         old = "width" not in config
         width = config.pop("width", None)
         super().build_from_config(config)
@@ -583,7 +636,7 @@ class AlignmentHead(keras.layers.Layer):
         if self.gates == "learned" and width != self.width:
             self._make_units(width)
         if phase == EXPLOITING:
-            self.start_exploiting(width=width)
+            self.start_exploiting(width=width, replace_dense=replaced)
 
     def save_own_variables(self, store: Any) -> None:
         """Saves the phase and, if there are any, the gated units."""
@@ -608,8 +661,8 @@ class AlignmentHead(keras.layers.Layer):
             raise ValueError(self._refusal or "No variables of a head were found.")
         if "phase_index" not in found:
             found = _named(found)
-        phase = PHASES[int(found["phase_index"])]
-        if phase == EXPLORING and self.gates == "random":
+        index = int(found["phase_index"])
+        if index == PHASES.index(EXPLORING) and self.gates == "random":
             if self.q is not None:
                 self._drop_units()
         else:
@@ -619,7 +672,7 @@ class AlignmentHead(keras.layers.Layer):
                 self._make_units(width)
             for name in _UNITS:
                 getattr(self, name).assign(found[name])
-        self._phase_index.assign(PHASES.index(phase))
+        self._phase_index.assign(index)
         self.sync_phase()
 
     def _check_units(self, found: dict[str, np.ndarray]) -> None:

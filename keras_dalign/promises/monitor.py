@@ -485,11 +485,12 @@ def _gates(model: AlignedModel) -> tuple[Array, Array]:
     optimizer = getattr(model, "optimizer", None)
     if not isinstance(optimizer, DAlign):
         return model.head.gates_at_switch()
-    width = None
+    width, replaced = None, False
     if optimizer.solves:
         options = SolveOptions.from_dict(optimizer.solve_options)
         width = first_width(model.head, options)
-    return model.head.gates_at_switch(optimizer.noise, width)
+        replaced = options.replaces_dense(model.head.gates)
+    return model.head.gates_at_switch(optimizer.noise, width, replaced)
 
 
 def _first(features: Any) -> Array:

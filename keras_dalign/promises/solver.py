@@ -19,7 +19,7 @@ from keras_dalign.head.objective import loss_of
 from keras_dalign.numerics.html_table import html_table
 from keras_dalign.promises.certificate import Certificate, certify_features
 from keras_dalign.solving.head_solver import HeadSolver, first_width
-from keras_dalign.solving.options import TRAINING, VALIDATION, SolveOptions
+from keras_dalign.solving.options import ORIGIN, TRAINING, VALIDATION, SolveOptions
 from keras_dalign.training.processes import check_processes
 from keras_dalign.training.switch import switch
 
@@ -123,6 +123,7 @@ def solve(
     method: str = "auto",
     l2: float | str = "auto",
     max_iterations: int = 1000,
+    center: str = ORIGIN,
     validation_data: Any = None,
     reestimate_batch_norm: bool = True,
     batch_size: int = 256,
@@ -142,12 +143,16 @@ def solve(
     gates set, the trunk frozen, the rank checked. The trunk's features are computed
     once. From there only the head's `q` and `b` change, from where they are, until the
     gap is at most `tol`. Interrupting (Ctrl-C) keeps the best weights so far; after an
-    error the model is as it was. The loss is never higher than before, by the model's
-    own outputs in its own dtype, and the result speaks of those.
+    error the model is as it was. What is minimised is never higher than at the switch,
+    by the model's own outputs in its own dtype, and the result speaks of those.
 
     By default an L2 term is minimised, too: the objective is
-    `loss + l2 / 2 * ||change of (q, b)||^2`, where the change counts from the model at
-    the switch. Its optimum is unique, and certified by strong convexity; the
+    `loss + l2 / 2 * ||(q, b)||^2`. At the switch the units then replace the output
+    layer, with one whose gate is always open among them, so that the term holds all of
+    the last layer and the optimum does not depend on how the output layer was trained.
+    With `center="base"` it stays as it is, and the term holds what is added to it: the
+    plain loss is then never above that before. (For learned gates the term counts from
+    the gates.) The optimum is unique, and certified by strong convexity; the
     certificate says as well how far the plain loss is from its own infimum. With little
     or noisy data the minimum of the plain loss, `l2=0`, costs test error that this one
     does not. `l2="auto"` follows a path of weights from strong to weak, takes
@@ -185,6 +190,8 @@ def solve(
         l2: Non-negative weight of the L2 term, or `"auto"`. 0 minimises the plain
             loss.
         max_iterations: Most iterations.
+        center: Where the L2 term is zero for random gates, if the model explores:
+            `"origin"` or `"base"`, see above.
         validation_data: `(x, y)`, `(x, y, sample_weight)` or a stream, for the choice
             of L2 weight and width.
         reestimate_batch_norm: Whether the switch re-estimates batch-norm statistics
@@ -209,6 +216,7 @@ def solve(
         l2=l2,
         max_iterations=max_iterations,
         judge=TRAINING if validation_data is None else VALIDATION,
+        center=center,
     )
     _check(model, x)
     convex = loss_of(model, loss)
@@ -234,6 +242,7 @@ def solve(
                 "fresh_statistics": reestimate_batch_norm,
                 "width": free,
                 "rank_matters": options.l2 == 0,
+                "replace_dense": options.replaces_dense(model.head.gates),
             },
             passes,
             say,

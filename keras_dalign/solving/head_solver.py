@@ -163,7 +163,8 @@ class HeadSolver:
         """Takes the head to the minimum.
 
         The head ends at the best point found, by its own outputs; never above where it
-        was. Interrupting (Ctrl-C) leaves it at the last iterate, or where it was.
+        was. Interrupting (Ctrl-C) leaves it at the last iterate, or where it was; units
+        that were to replace the output layer, and are not trained yet, do not.
 
         Args:
             on_iterate: Called with each iterate of the last minimisation, to which the
@@ -177,12 +178,9 @@ class HeadSolver:
             KeyboardInterrupt: If it was interrupted.
         """
         start = self.problem.theta_of(self.head)
+        # Units that have just taken the place of the output layer are not trained yet.
+        untrained = self.head.replaces_dense and not start.any()
         plain_start = self.own_loss.measure(self.problem).loss
-        path, widths, warm = self._choose(start)
-        if self.problem.size != start.size:
-            # Units of another width, which start at 0.
-            start = np.zeros(self.problem.size)
-        own_start = plain_start + self._l2_term(start)
         current: Iterate | None = None
 
         def watch(iterate: Iterate) -> Any:
@@ -191,6 +189,11 @@ class HeadSolver:
             return on_iterate(iterate) if on_iterate is not None else None
 
         try:
+            path, widths, warm = self._choose(start)
+            if self.problem.size != start.size:
+                # Units of another width, which start at 0.
+                start = np.zeros(self.problem.size)
+            own_start = plain_start + self._l2_term(start)
             last = minimize(
                 self.problem,
                 warm,
@@ -201,8 +204,11 @@ class HeadSolver:
                 max_iterations=self.options.max_iterations,
                 on_iterate=watch,
             )
-        except KeyboardInterrupt:
-            if current is not None:
+        except BaseException as error:
+            if current is None:
+                if untrained:
+                    self.head.keep_dense()
+            elif isinstance(error, KeyboardInterrupt):
                 self._assign(current.theta)
                 if self._measure(current.theta)[0] > own_start:
                     self._assign(start)

@@ -13,6 +13,8 @@ from keras_dalign.numerics.rounding import EPS
 METHODS = ("auto", "lbfgs", "direct")
 TRAINING, VALIDATION = "training", "validation"
 JUDGES = (TRAINING, VALIDATION)
+ORIGIN, BASE = "origin", "base"
+CENTERS = (ORIGIN, BASE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,10 @@ class SolveOptions:
         max_iterations: Positive int.
         judge: The samples that choose the L2 weight and the width: `"training"`, a
             fifth of the training samples, or `"validation"`, those of the validation.
+        center: Where the L2 term of random gates is zero. At the `"origin"`, the units
+            replace the output layer, so that the term holds all of the last layer. At
+            the function of the `"base"`, the output layer stays as it was trained,
+            and the term holds what is added to it.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -36,6 +42,7 @@ class SolveOptions:
     l2: float | str = "auto"
     max_iterations: int = 1000
     judge: str = TRAINING
+    center: str = ORIGIN
 
     def __post_init__(self) -> None:
         if not (_is_number(self.tol) and EPS <= self.tol < math.inf):
@@ -63,11 +70,19 @@ class SolveOptions:
             raise ValueError(
                 f"`judge` must be one of {JUDGES}. Received: judge={self.judge!r}"
             )
+        if self.center not in CENTERS:
+            raise ValueError(
+                f"`center` must be one of {CENTERS}. Received: center={self.center!r}"
+            )
         if self.judge == VALIDATION and self.l2 == 0:
             raise ValueError(
                 "Validation samples serve to choose the L2 weight and the width. "
                 f"Received: judge='{VALIDATION}' with l2={self.l2}. Pass l2='auto'."
             )
+
+    def replaces_dense(self, gates: str) -> bool:
+        """Whether units are to replace the output layer of a head with such gates."""
+        return bool(self.l2 != 0 and self.center == ORIGIN and gates == "random")
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> SolveOptions:

@@ -94,9 +94,12 @@ def choose_width(
     """
     trials: list[WidthTrial] = []
     width, theta = first, start
-    before: tuple[int, Array, Array] | None = None
+    before: tuple[int, Array, Array, Array] | None = None
     while True:
         samples = samples_at(width)
+        if before is not None:
+            units = samples.trained.units
+            theta = nested(before[1], units, before[3], samples.trained.gates.w)
         last: Iterate = minimize(
             samples.trained,
             theta,
@@ -122,23 +125,25 @@ def choose_width(
             return WidthChoice(before[0], before[1], tuple(trials))
         if 2 * width > largest:
             return WidthChoice(width, last.theta, tuple(trials))
-        before = width, last.theta, losses
-        theta = nested(last.theta, samples.trained.units, width)
+        before = width, last.theta, losses, samples.trained.gates.w
         width *= 2
 
 
-def nested(theta: Array, units: int, width: int) -> Array:
-    """Parameters of a head of twice the width whose function is the same.
+def nested(theta: Array, units: int, narrow: Array, wide: Array) -> Array:
+    """Parameters of a wider head whose function is the same.
 
     Args:
-        theta: Shape `(d * units * width + units,)`.
+        theta: Those of the narrower one, shape `(d * units * m + units,)`.
         units: Number of outputs.
-        width: The width before.
+        narrow: Its output weights, shape `(units, m)` or `(1, m)`.
+        wide: Those of the wider one, whose first gates are the same.
 
     Returns:
-        Shape `(2 * d * units * width + units,)`: output weights are `1 / sqrt(width)`,
-        so `q` grows by `sqrt(2)`, and the new units start at 0.
+        Shape `(d * units * M + units,)`: output weights are smaller, so `q` is larger,
+        and the new units start at 0.
     """
-    q = theta[:-units].reshape(-1, units, width)
-    wide = np.concatenate([np.sqrt(2.0) * q, np.zeros_like(q)], axis=2)
-    return np.concatenate([wide.ravel(), theta[-units:]])
+    m = narrow.shape[1]
+    q = theta[:-units].reshape(-1, units, m)
+    grown = np.zeros((len(q), units, wide.shape[1]))
+    grown[..., :m] = q * (narrow / wide[:, :m])
+    return np.concatenate([grown.ravel(), theta[-units:]])

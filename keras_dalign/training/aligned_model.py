@@ -77,14 +77,19 @@ class AlignedModel(keras.Model):
         """`"exploring"` or `"exploiting"`."""
         return self.head.phase
 
-    def start_exploiting(self, noise: float = 1e-3, width: int | None = None) -> None:
+    def start_exploiting(
+        self,
+        noise: float = 1e-3,
+        width: int | None = None,
+        replace_dense: bool = False,
+    ) -> None:
         """Sets the head's gates and freezes the trunk, without looking at data.
 
         `fit` does this, after re-estimating batch-norm statistics and the head's
         standardisation. Arguments as `AlignmentHead.start_exploiting`.
         """
         with self.variable_scope():
-            self.head.start_exploiting(noise, width)
+            self.head.start_exploiting(noise, width, replace_dense)
         self._follow_phase()
 
     def set_width(self, width: int) -> None:

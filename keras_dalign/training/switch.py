@@ -66,6 +66,7 @@ def switch(
     noise: float = 1e-3,
     average: WeightAverage | None = None,
     width: int | None = None,
+    replace_dense: bool = False,
     rank_matters: bool = True,
     keep_features: bool | str = False,
     digest: bool = False,
@@ -89,6 +90,7 @@ def switch(
         noise: Float, see `AlignmentHead.start_exploiting`.
         average: The average of the weights to go on from; None for the last weights.
         width: Number of random gates; None for the default.
+        replace_dense: Whether gated units take the place of the output layer.
         rank_matters: Whether to check the rank. An L2 term makes the optimum unique at
             any rank.
         keep_features: Whether to return the features: False, True or `"disk"`, see
@@ -119,7 +121,7 @@ def switch(
         mean, variance = features.moments()
         head.standardize.moving_mean.assign(mean)
         head.standardize.moving_variance.assign(variance)
-        model.start_exploiting(noise, width)
+        model.start_exploiting(noise, width, replace_dense)
         rank = _rank(head, features) if rank_matters else None
     except BaseException:
         restore()

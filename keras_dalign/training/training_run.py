@@ -162,6 +162,7 @@ class TrainingRun:
         digest: bool,
         width: int | None = None,
         rank_matters: bool = True,
+        replace_dense: bool = False,
     ) -> FeatureSet | None:
         """The features, if they are to be kept; switches first if that is to come."""
         model = self.model
@@ -183,6 +184,7 @@ class TrainingRun:
                 average=model.optimizer.weight_average,
                 width=width,
                 rank_matters=rank_matters,
+                replace_dense=replace_dense,
                 keep_features=plan.keep,
                 digest=digest,
                 **passes,
@@ -258,6 +260,7 @@ class TrainingRun:
                 digest=True,
                 width=free,
                 rank_matters=options.l2 == 0,
+                replace_dense=options.replaces_dense(model.head.gates),
             )
         except OSError as error:
             if not model.optimizer.may_fall_back:
