@@ -140,7 +140,9 @@ def two_phase(
         trunk = job.base()
     begin = time.perf_counter()
     model = kd.align(trunk, n_samples=len(job.data.x_train), **head)
-    model.compile(optimizer=kd.DAlign(first, rest, explore=tau), **objective())
+    model.compile(
+        optimizer=kd.DAlign(first, rest, explore=tau, average_weights=0), **objective()
+    )
     if gates != "random":
         entries = fit(job, model, tau, backup=backup).epochs
         seconds = sum(entry["seconds"] for entry in entries)
