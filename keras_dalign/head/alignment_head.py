@@ -505,7 +505,7 @@ class AlignmentHead(keras.layers.Layer):
         self._phase_index.assign(PHASES.index(EXPLOITING))
         self.sync_phase()
         for variable in self.exploited_variables:
-            variable.assign(ops.zeros_like(variable))
+            variable.assign(np.zeros(variable.shape))
 
     def set_width(self, width: int) -> None:
         """Draws `width` random gates and sets `q = b = 0`.

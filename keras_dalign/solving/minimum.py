@@ -1,8 +1,8 @@
 """Full-batch minimisation of a head's convex problem, until the gap is small.
 
-Two methods: L-BFGS, SciPy's L-BFGS-B, preconditioned where that pays, and for squared
-error on few samples a closed form. Large problems are evaluated in float32 as long as
-that gets anywhere; the last iterate is measured in float64.
+Two methods: L-BFGS, SciPy's L-BFGS-B, and for squared error on few samples a closed
+form. Large problems are evaluated in float32 as long as that gets anywhere; the last
+iterate is measured in float64.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from keras_dalign.numerics.losses import SquaredError
 from keras_dalign.numerics.rounding import EPS
 from keras_dalign.numerics.threads import one_blas_thread
 from keras_dalign.solving.closed_form import ClosedForm
-from keras_dalign.solving.preconditioner import Preconditioner
 
 if TYPE_CHECKING:
     from keras_dalign.numerics.gram import Array
@@ -205,10 +204,6 @@ class _Minimisation:
         # The least gap so far: with an L2 term it need not fall at every step.
         self.gaps: deque[float] = deque(maxlen=_STALL_ITERATIONS + 1)
         self.stalled = self.stopped = False
-        self.plain_iterations = Preconditioner.pays_after(problem, l2)
-        self.preconditioner: Preconditioner | None = None
-        # Whether the next point to start at was reported already.
-        self._goes_on = False
 
     def iterate(
         self, at: Evaluation, products: Products, reason: str | None = None
@@ -243,12 +238,7 @@ class _Minimisation:
         products = self.problem.fast
         at = best = begin
         while True:
-            at = self._lbfgs(at, products)
-            if self._preconditioner_is_due(at, products):
-                self.preconditioner = Preconditioner(self.problem, self.l2)
-                self._goes_on = True
-                continue
-            at = self.measured(at, products)
+            at = self.measured(self._lbfgs(at, products), products)
             if at.value > best.value and best is begin:
                 # Not by the rounding of float32?
                 best = self.measured(begin, products)
@@ -270,27 +260,23 @@ class _Minimisation:
         """Where L-BFGS ends with some products."""
         # What float32 makes of a small gradient is not quite the gap.
         tol = self.tol if products is self.problem.exact else 0.9 * self.tol
-        if not self._goes_on and self._report(self.iterate(begin, products)):
+        if self._report(self.iterate(begin, products)):
             return begin
-        self._goes_on = False
-        to = self.preconditioner
         fast = products is not self.problem.exact
         limit = _LINE_SEARCH_STEPS_FLOAT32 if fast else math.inf
         at = accepted = begin
         searched = 0
-        start = begin.theta if to is None else to.coordinates(begin.theta)
-        asked = start
+        asked = begin.theta
 
-        def value_and_gradient(x: Array) -> tuple[float, Array]:
+        def value_and_gradient(theta: Array) -> tuple[float, Array]:
             nonlocal at, asked, searched
             searched += 1
             if searched > limit:
                 raise _LineSearchError
-            asked = x.copy()
-            theta = asked if to is None else to.parameters(asked)
-            at = self.problem.evaluate(theta, self.l2, products)
+            asked = theta.copy()
+            at = self.problem.evaluate(asked, self.l2, products)
             self.evaluations += 1
-            return at.value, at.gradient if to is None else to.gradient(at.gradient)
+            return at.value, at.gradient
 
         def callback(intermediate_result: Any) -> None:
             nonlocal accepted, searched
@@ -302,13 +288,13 @@ class _Minimisation:
             iterate = self.iterate(at, products)
             if iterate.gap <= tol or self.iterations >= self.max_iterations:
                 raise StopIteration
-            if self._report(iterate) or self._preconditioner_is_due(at, products):
+            if self._report(iterate):
                 raise StopIteration
 
         with one_blas_thread(), contextlib.suppress(_LineSearchError):
             scipy.optimize.minimize(
                 value_and_gradient,
-                start,
+                begin.theta,
                 jac=True,
                 method="L-BFGS-B",
                 callback=callback,
@@ -322,15 +308,6 @@ class _Minimisation:
                 },
             )
         return accepted
-
-    def _preconditioner_is_due(self, at: Evaluation, products: Products) -> bool:
-        """Whether the iterations that are still to come are worth a preconditioner."""
-        return (
-            self.preconditioner is None
-            and self.plain_iterations <= self.iterations < self.max_iterations
-            and not (self.stalled or self.stopped)
-            and self.iterate(at, products).gap > self.tol
-        )
 
     def by_closed_form(self, begin: Evaluation) -> Iterate:
         """The closed form of the squared error, and steps that refine it."""

@@ -47,7 +47,7 @@ _LARGE = 2e7
 
 
 # Properties that are computed once.
-_CACHED = ("exact", "fast", "samples", "second_moment", "_gradient_rounding")
+_CACHED = ("exact", "fast", "samples", "_gradient_rounding")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -228,26 +228,6 @@ class ConvexProblem:
         if self.replicas.count == 1 and not has_accelerator():
             return NumpyProducts(self.rows, self.gates, self.units, np.float32)
         return DeviceProducts(self.rows, self.gates, self.units, self.replicas)
-
-    @functools.cached_property
-    def second_moment(self) -> Array:
-        """`Phi^T S Phi` of outputs that share their gates, `(d m, d m)`.
-
-        `S` are the samples' shares. Without the bias, and summed in float32.
-        """
-        columns = self.d * self.width
-        total = np.zeros((columns, columns), np.float32)
-        roots = np.sqrt(self.samples.shares).astype(np.float32)
-        for part in self.rows.blocks(4 * columns, 2**24):
-            v = self.rows.block(part, np.float32)
-            if self.gates.kept is None:
-                gates = self.gates.values(v)[:, 0]
-            else:
-                gates = self.gates.kept[part, 0].astype(np.float32)
-            phi = v[:, :, None] * (roots[part, None] * gates)[:, None, :]
-            phi = phi.reshape(len(v), columns)
-            total += phi.T @ phi
-        return total.astype(np.float64)
 
     def product(self, theta: Array) -> Array:
         """`Phi theta` in float64, shape `(n, C)`."""
