@@ -552,7 +552,7 @@ def dense_problem(model, z):
         phi = explicit_features(zh, r[:, group], w[group], head.slope)
         features.append(np.concatenate([phi, np.ones((len(z), 1))], axis=1))
     offset = np.zeros((len(z), head.units))
-    if head.dense is not None:
+    if head.dense is not None and not head.replaces_dense:
         kernel, bias = (
             np.asarray(keras.ops.convert_to_numpy(v), "float64")
             for v in head.dense.weights
