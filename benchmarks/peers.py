@@ -279,11 +279,12 @@ def best_peer(measured: Measured) -> Measured:
 
 
 def ratio(measured: Measured) -> float:
-    """Our time over the best peer's."""
+    """Our time over the best peer's; NaN, which meets no target, if none ended."""
     ours_run = measured["solvers"][OURS]
     if ours_run["note"]:
         return math.inf
-    return ours_run["seconds"] / best_peer(measured)["seconds"]
+    theirs = best_peer(measured)["seconds"]
+    return math.nan if math.isinf(theirs) else ours_run["seconds"] / theirs
 
 
 def _title(measured: Measured) -> str:
