@@ -3,15 +3,17 @@
 `align` swaps a model's output layer for an `AlignmentHead`. Compiled with
 `DAlign`, the resulting `AlignedModel` trains in two phases within one `fit`:
 
-1. *explore*: the user's optimizer trains the whole model, as Keras would;
-2. *switch*: batch-norm statistics are re-estimated over the training data, the
-   head's gates are set, the trunk is frozen, the rank is checked;
+1. *explore*: the user's optimizer trains the whole model, as Keras would, and a running
+   average of the weights is kept beside it;
+2. *switch*: the weights are set to their average, batch-norm statistics are
+   re-estimated over the training data, the head's gates are set, the trunk is frozen;
 3. *exploit*: only the head's `q` and `b` are trained. The logits are linear in
-   them, so the problem is convex, and its minimum is the global minimum over all
-   parameters of the network.
+   them, so the problem is convex. By default a full-batch solver minimises the loss
+   with an L2 term that held-out samples choose, until the gap is certified. Without
+   that term the minimum is the global minimum over all parameters of the network.
 
-`solve` does the third step by a full-batch solver, for a model that is trained already,
-too. `certify` says how far from that minimum a model is, at most.
+`solve` does the last two steps for a model that is trained already. `certify` says how
+far from the global minimum a model is, at most.
 
 Data flow one way: the subpackages are layers, and import only those above them in this
 list.
@@ -22,12 +24,14 @@ list.
   model;
 - `head`: the `alignment_head` (and `pointwise_dense`, its linear part where that is a
   convolution), `batch_norm`, `features` and the `objective`;
-- `solving`: `problem` is the convex problem of a head on kept features; `descent`
-  minimises it by the steps of `lbfgs`, `newton` or `direct`, which move a `walk`;
-  `l2_path` chooses its L2 weight, `head_solver` says how it went;
+- `solving`: `problem` is the convex problem of a head on kept features, and `products`
+  multiply by them (in NumPy, or as `device_products`); `minimum` minimises it, by
+  L-BFGS or in `closed_form`; `held_out` samples choose the L2 weight (`l2_path`) and
+  the `width`; `head_solver` does it in order and says how it went;
 - `training`: `surgery` builds an `aligned_model`, and `feature_map` chooses what its
   gated units see; `training_run` drives its phases with
-  `dalign` as optimizer; `switch` stands between the phases;
+  `dalign` as optimizer and `weight_average` beside it; `switch` stands between the
+  phases;
 - `conditions`: `precision` makes float64 copies of models, `engines` differentiate them
   on each backend, `jacobian` multiplies by the result (`jacobian_builder` chooses the
   kind); on it stand `structure`, `alignment` and `gradient_bound`;
