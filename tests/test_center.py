@@ -65,7 +65,7 @@ def test_the_optimum_is_that_of_an_independent_minimiser(center):
         objective,
         np.zeros(phi.shape[1] * 10),
         jac=True,
-        method="BFGS" if phi.shape[1] < 8 else "L-BFGS-B",
+        method="L-BFGS-B",
         options={"maxiter": 5000, "gtol": 1e-10, "ftol": 0, "maxfun": 10**6},
     )
     # The model's outputs are those of float32.
@@ -218,6 +218,17 @@ def test_fit_takes_the_center():
         history = model.fit(x, y, epochs=2, verbose=0).history
         assert history["gap"][-1] <= 1e-6
         assert model.head.replaces_dense == (center == "origin")
+
+
+def test_a_phase_that_there_is_not():
+    _, model, x, y = trained()
+    kd.solve(model, x, y, l2=L2, verbose=0)
+    store = {}
+    model.head.save_own_variables(store)
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"from 0 to 2\. Received: 7"):
+        model.head.load_own_variables({**store, "phase_index": np.array(7)})
+    assert_equal(before, weights(model))
 
 
 def test_bad_centers():

@@ -11,6 +11,7 @@ from small import (
     cross_entropy,
     digit_images,
     digits,
+    fit_with_backup,
     mlp,
     weights,
 )
@@ -170,6 +171,26 @@ def test_features_that_fit_nowhere_are_trained_on(monkeypatch, tmp_path):
     assert strict.phase == "exploring"
 
 
+def test_data_that_cannot_be_read_are_no_reason_to_fall_back():
+    x, y = digits(96)
+
+    class Lost(Batches):
+        """Reads two epochs of three batches, and then no more."""
+
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            if self.reads > 6 + 3:
+                raise FileNotFoundError("the images are gone")
+            return super().__getitem__(index)
+
+    model = compiled()
+    with pytest.raises(FileNotFoundError, match="images are gone"):
+        model.fit(Lost(x, y), epochs=3, shuffle=False, verbose=0)
+    assert model.optimizer.solves
+
+
 def test_judged_by_validation_is_the_choice_made_by_hand():
     x, y = digits(160)
     judges = (x[96:], y[96:])
@@ -267,16 +288,7 @@ def test_a_killed_run_of_the_default_goes_on(tmp_path):
 
     def run(folder, *callbacks):
         model = compiled()
-        backup = keras.callbacks.BackupAndRestore(folder, delete_checkpoint=False)
-        model.fit(
-            x,
-            y,
-            batch_size=96,
-            shuffle=False,
-            epochs=4,
-            callbacks=[backup, *callbacks],
-            verbose=0,
-        )
+        fit_with_backup(model, x, y, folder, *callbacks)
         return model
 
     whole = run(tmp_path / "whole")

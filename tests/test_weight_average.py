@@ -7,6 +7,7 @@ from small import (
     cross_entropy,
     digit_images,
     digits,
+    fit_with_backup,
     mlp,
     weights,
 )
@@ -136,16 +137,7 @@ def test_a_resumed_run_has_the_same_average(tmp_path):
 
     def run(folder, *callbacks):
         model = compiled(exploit_optimizer=None, explore=4)
-        backup = keras.callbacks.BackupAndRestore(folder, delete_checkpoint=False)
-        model.fit(
-            x,
-            y,
-            batch_size=96,
-            shuffle=False,
-            epochs=4,
-            callbacks=[backup, *callbacks],
-            verbose=0,
-        )
+        fit_with_backup(model, x, y, folder, *callbacks)
         return model
 
     whole = run(tmp_path / "whole")

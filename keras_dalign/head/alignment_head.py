@@ -510,7 +510,8 @@ class AlignmentHead(keras.layers.Layer):
     def set_width(self, width: int) -> None:
         """Draws `width` random gates and sets `q = b = 0`.
 
-        Gates are nested: the first of them are the same at every width.
+        Gates are nested: the first of them are the same at every width. Where units
+        replace the output layer, the first one is always open.
 
         Args:
             width: Positive int.
@@ -662,6 +663,12 @@ class AlignmentHead(keras.layers.Layer):
         if "phase_index" not in found:
             found = _named(found)
         index = int(found["phase_index"])
+        if index not in {*range(len(PHASES)), _REPLACED}:
+            self._refusal = (
+                f"The saved phase of a head must be from 0 to {_REPLACED}. Received: "
+                f"{index}. The file is damaged, or of a later version."
+            )
+            raise ValueError(self._refusal)
         if index == PHASES.index(EXPLORING) and self.gates == "random":
             if self.q is not None:
                 self._drop_units()

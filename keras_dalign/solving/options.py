@@ -45,7 +45,7 @@ class SolveOptions:
     center: str = ORIGIN
 
     def __post_init__(self) -> None:
-        if not (_is_number(self.tol) and EPS <= self.tol < math.inf):
+        if not (is_number(self.tol) and EPS <= self.tol < math.inf):
             raise ValueError(
                 "`tol` must be a positive number, not below the machine precision of "
                 f"float64, {EPS:.2g}. Received: tol={self.tol!r}"
@@ -55,7 +55,7 @@ class SolveOptions:
                 f"`method` must be one of {METHODS}. Received: method={self.method!r}"
             )
         auto = isinstance(self.l2, str) and self.l2 == "auto"
-        if not (auto or (_is_number(self.l2) and 0 <= self.l2 < math.inf)):  # type: ignore[operator]
+        if not (auto or (is_number(self.l2) and 0 <= self.l2 < math.inf)):  # type: ignore[operator]
             raise ValueError(
                 "`l2` must be a non-negative number or 'auto'. Received: "
                 f"l2={self.l2!r}"
@@ -104,6 +104,7 @@ class SolveOptions:
         return cls(**options)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is a number of Python or NumPy, and no bool."""
     is_number = isinstance(value, (int, float, np.integer, np.floating))
     return is_number and not isinstance(value, (bool, np.bool_))

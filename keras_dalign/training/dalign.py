@@ -12,7 +12,7 @@ from keras import ops
 
 from keras_dalign.head.alignment_head import EXPLOITING, EXPLORING
 from keras_dalign.head.features import DISK
-from keras_dalign.solving.options import SolveOptions
+from keras_dalign.solving.options import SolveOptions, is_number
 from keras_dalign.training.weight_average import WeightAverage
 
 # What `exploit_optimizer` is called when it is the solver, and when it is the solver
@@ -127,7 +127,7 @@ class DAlign(keras.optimizers.Optimizer):
         # A callable, as a number would become one more variable to carry around.
         super().__init__(learning_rate=_no_rate_of_its_own, name=name)
         self.explore = _checked_explore(explore)
-        if not _is_number(noise) or not 0 <= noise < math.inf:
+        if not is_number(noise) or not 0 <= noise < math.inf:
             raise ValueError(
                 f"`noise` must be a non-negative number. Received: noise={noise}"
             )
@@ -158,7 +158,7 @@ class DAlign(keras.optimizers.Optimizer):
                 "variables. Received: exploit_optimizer is inner_optimizer. Pass a "
                 "second optimizer, or None for a fresh copy."
             )
-        if not _is_number(average_weights) or not 0 <= average_weights < 1:
+        if not is_number(average_weights) or not 0 <= average_weights < 1:
             raise ValueError(
                 "`average_weights` must be a number from 0 (no average) to below 1. "
                 f"Received: average_weights={average_weights}"
@@ -564,11 +564,6 @@ def _checked_explore(explore: Any) -> float:
         "`explore` must be a fraction of the epochs (a float above 0, at most 1.0) or "
         f"a number of epochs (a non-negative int). Received: explore={explore}"
     )
-
-
-def _is_number(value: Any) -> bool:
-    is_number = isinstance(value, (int, float, np.integer, np.floating))
-    return is_number and not isinstance(value, (bool, np.bool_))
 
 
 def _checked_optimizer(name: str, optimizer: Any) -> keras.optimizers.Optimizer:

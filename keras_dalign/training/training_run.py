@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import math
 import sys
@@ -263,7 +264,8 @@ class TrainingRun:
                 replace_dense=options.replaces_dense(model.head.gates),
             )
         except OSError as error:
-            if not model.optimizer.may_fall_back:
+            # The data may fail to be read, too.
+            if error.errno != errno.ENOSPC or not model.optimizer.may_fall_back:
                 raise
             self._fall_back(error)
             return epoch
