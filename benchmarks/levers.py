@@ -44,11 +44,11 @@ from pipelines import datasets, files, prepare
 from pipelines.calibration import brier, ece, nll
 from pipelines.evaluate import error_rate
 from pipelines.exploration import Job
+from pipelines.held_out import held_out
 from pipelines.layout import Layout
 from pipelines.optimizers import optimizer
 from pipelines.params import Params, Recipe, Run, load
 from pipelines.stream import FollowEpoch, augmented
-from pipelines.tune import held_out
 
 if TYPE_CHECKING:
     from keras_dalign.head.features import FeatureSet
@@ -527,8 +527,8 @@ def measure(
             job = Job.of(Run(name, augmentation, "levers", seed), params, data)
             if not found:
                 warm_up(job)
-            trained_on = dataclasses.asdict(job.recipe), dataclasses.asdict(job.train)
-            key = _digest(*trained_on, sha256)
+            how = (job.train.model, job.train.epochs, job.train.batch_size, job.augment)
+            key = _digest(dataclasses.asdict(job.recipe), how, sha256)
             begin = time.perf_counter()
             rows = _rows(job, options.cache / f"{job.run.name}-{key}")
             found.append(
