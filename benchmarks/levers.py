@@ -493,7 +493,8 @@ def read(
     folder: Path, name: str, params: Params, cache: Path
 ) -> tuple[datasets.Dataset, str]:
     """A data set of the profile, as `prepare` draws it, and its hash."""
-    root = cache / f"{name}-{_digest(dataclasses.asdict(params.prepare[name]))}"
+    size = params.prepare[name]
+    root = cache / f"{name}-{size.n_train}-{size.n_test}-{size.split_seed}"
     layout = Layout(root)
     if not layout.description(name).exists():
         prepare.main(name, params=params, root=root, import_from=folder)
