@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.reporting import comparison
-from pipelines.reporting.comparison import Estimate, points
 from pipelines.reporting.results import (
-    AUGMENTATIONS,
+    BASES,
+    NOT_RECORDED,
+    NOT_RUN,
     PHASES,
     RUNS,
     TIME_REFERENCE,
@@ -16,19 +17,12 @@ from pipelines.reporting.results import (
     Results,
 )
 from pipelines.reporting.table import Table
-from pipelines.reporting.verdict import NOT_RUN, TARGETS, Overall, judged, verdict
 
-NOT_RECORDED = "not recorded"
-REFERENCES = ("base", "base_bn", "base_short")
+if TYPE_CHECKING:
+    from pipelines.reporting.comparison import Estimate
 
 # A cell from the results of all seeds of a method, and all results.
 _Cell = Callable[[list[Result], Results], str]
-
-
-def heading(results: Results, dataset: str, augmentation: str) -> str:
-    """The title of what belongs to a data set and an augmentation."""
-    words = AUGMENTATIONS.get(augmentation, augmentation)
-    return f"{results.title(dataset)}, {words}"
 
 
 def methods(
@@ -57,7 +51,7 @@ def methods(
             cells = [NOT_RUN + part, *[NOT_RUN] * (len(columns) - 1)]
         rows.append((results.params.label(method), *cells))
     return Table(
-        heading(results, dataset, augmentation),
+        results.heading(dataset, augmentation),
         ("method", *columns),
         tuple(rows),
         _caption(results, dataset, augmentation, columns),
@@ -67,7 +61,7 @@ def methods(
 def differences(results: Results, dataset: str, augmentation: str) -> Table:
     """Test error of every method less that of the base in each of its forms."""
     grid, params = results.params.grid, results.params
-    references = [each for each in REFERENCES if each in grid.methods]
+    references = [each for each in BASES if each in grid.methods]
     rows = []
     for method in grid.methods:
         cells = [
@@ -78,80 +72,13 @@ def differences(results: Results, dataset: str, augmentation: str) -> Table:
         ]
         rows.append((params.label(method), *cells))
     return Table(
-        f"{heading(results, dataset, augmentation)}: paired differences",
+        f"{results.heading(dataset, augmentation)}: paired differences",
         ("method", *(f"less {params.label(each)}" for each in references)),
         tuple(rows),
         "Difference in test error, in points, paired by seed, with its 95 % confidence "
         "interval (Student's t) and its standard error. Below zero, the method is the "
         "better one.",
     )
-
-
-def targets(results: Results, augmentation: str) -> Table:
-    """Every method held against every target, data set by data set."""
-    found = [each for each in verdict(results) if each.augmentation == augmentation]
-    params = results.params
-    titles = [results.title(each) for each in params.grid.datasets]
-    # With one data set, a column for all of them would say it again.
-    total = len(titles) > 1
-    rows = [
-        (
-            params.label(each.method),
-            each.target,
-            *(finding.text for finding in each.findings),
-            *([each.text] if total else []),
-        )
-        for each in found
-    ]
-    words = AUGMENTATIONS.get(augmentation, augmentation)
-    return Table(
-        f"Targets, {words}",
-        ("method", "target", *titles, *(["all data sets"] if total else [])),
-        tuple(rows),
-    )
-
-
-def glance(results: Results) -> Table:
-    """The verdict on one row a method and augmentation, one column a target."""
-    found = {
-        (each.augmentation, each.method, each.target): each for each in verdict(results)
-    }
-    rows = []
-    for augmentation in results.params.grid.augmentations:
-        for method in judged(results):
-            cells = [
-                _glance(found.get((augmentation, method, target.name)))
-                for target in TARGETS
-            ]
-            words = AUGMENTATIONS.get(augmentation, augmentation)
-            rows.append((results.params.label(method), words, *cells))
-    return Table(
-        "The verdict at a glance",
-        ("method", "augmentation", *(target.name for target in TARGETS)),
-        tuple(rows),
-        yardstick(results),
-    )
-
-
-def yardstick(results: Results) -> str:
-    """What the targets are, and what the methods are compared with."""
-    label = results.params.label
-    asked = "; ".join(target.asks for target in TARGETS)
-    text = (
-        f"The targets: {asked}. Test error and training loss are compared with "
-        f'"{label(results.reference)}", wall time with "{label(TIME_REFERENCE)}".'
-    )
-    missing = [
-        f'"{label(name)}"'
-        for name in dict.fromkeys((results.reference, TIME_REFERENCE))
-        if name not in results.params.grid.methods
-    ]
-    if missing:
-        text += (
-            f" {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not in "
-            f"this grid, so what needs it was {NOT_RUN}."
-        )
-    return text
 
 
 def tuning(results: Results, dataset: str, augmentation: str) -> Table | None:
@@ -175,7 +102,7 @@ def tuning(results: Results, dataset: str, augmentation: str) -> Table | None:
         ]
         rows.append((recipe.replace("_", " "), *cells, ", ".join(notes)))
     return Table(
-        f"{heading(results, dataset, augmentation)}: recipes",
+        f"{results.heading(dataset, augmentation)}: recipes",
         ("recipe", *map(params.label, names), "choice"),
         tuple(rows),
         f"Error in % on a held-out share of {found.get('validation', 0):g} of the "
@@ -251,27 +178,10 @@ def _machine(made: Mapping[str, Any]) -> str:
     return f"{', '.join(names)}, on {made.get('device')}, {made.get('threads')} threads"
 
 
-def _glance(found: Overall | None) -> str:
-    return "not asked" if found is None else found.text
-
-
 def _points(found: Estimate | None) -> str:
     if found is None:
         return NOT_RUN
-    return f"{_interval(found)}{_error(found)}"
-
-
-def _interval(found: Estimate) -> str:
-    text = points(found.value)
-    if found.low is not None and found.high is not None:
-        text += f" [{points(found.low)}, {points(found.high)}]"
-    return text
-
-
-def _error(found: Estimate) -> str:
-    if found.standard_error is None:
-        return " (one seed)"
-    return f", s.e. {100 * found.standard_error:.2f}"
+    return f"{comparison.interval(found)}, {comparison.error(found)}"
 
 
 def _mean(finished: Iterable[Result], name: str) -> float:
@@ -288,8 +198,21 @@ def _difference(finished: list[Result], results: Results) -> str:
     run = finished[0].run
     if run.method == results.reference:
         return "itself"
-    found = results.difference(run.dataset, run.augmentation, run.method)
-    return NOT_RUN if found is None else _interval(found)
+    found = results.difference(
+        run.dataset, run.augmentation, run.method, results.reference
+    )
+    return NOT_RUN if found is None else comparison.interval(found)
+
+
+def _calibration(name: str, form: str, scale: float = 1.0) -> _Cell:
+    def cell(finished: list[Result], results: Results) -> str:
+        run = finished[0].run
+        values = results.numbers(run.dataset, run.augmentation, run.method, name)
+        if not values:
+            return NOT_RECORDED
+        return form.format(scale * comparison.spread(values).mean)
+
+    return cell
 
 
 def _loss(finished: list[Result], _: Results) -> str:
@@ -361,6 +284,9 @@ def _parameters(finished: list[Result], _: Results) -> str:
 
 COLUMNS: dict[str, _Cell] = {
     "test error, %": _test_error,
+    "NLL": _calibration("nll", "{:#.3g}"),
+    "ECE, %": _calibration("ece", "{:.1f}", 100),
+    "Brier": _calibration("brier", "{:#.3g}"),
     "difference [95 % CI]": _difference,
     "training loss": _loss,
     "largest certified gap": _gap,
@@ -370,9 +296,12 @@ COLUMNS: dict[str, _Cell] = {
     "time / base": _time,
     "parameters (exploited)": _parameters,
 }
-# The table of results/table.md, that of the page, and that of the README.
+# The table of results/table.md and that of the page.
 FULL = (
     "test error, %",
+    "NLL",
+    "ECE, %",
+    "Brier",
     "difference [95 % CI]",
     "training loss",
     "largest certified gap",
@@ -381,17 +310,10 @@ FULL = (
     "time / base",
 )
 DETAILED = (
-    *FULL[:6],
+    *FULL[:-1],
     *(f"{name}, s" for name in PHASES),
     "time / base",
     "parameters (exploited)",
-)
-NARROW = (
-    "test error, %",
-    "difference [95 % CI]",
-    "training loss",
-    "largest certified gap",
-    "time / base",
 )
 
 
@@ -405,6 +327,9 @@ def _caption(
     seeds = len(params.grid.seeds)
     texts = {
         "test error, %": "Test error: mean ± standard deviation over the seeds.",
+        "NLL": "NLL: negative log-likelihood of the test labels.",
+        "ECE, %": "ECE: expected calibration error on test data, 15 bins.",
+        "Brier": "Brier: squared error of the probabilities, summed over the classes.",
         "difference [95 % CI]": (
             "Difference: test error less that of "
             f'"{params.label(results.reference)}", in points, paired by seed, '

@@ -1,0 +1,186 @@
+"""The answer as a figure: test error, NLL and time against the best base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter
+
+from pipelines import figure
+from pipelines.reporting import answer
+from pipelines.reporting.results import DEFAULT, Results
+from pipelines.reporting.verdict import TIME
+
+if TYPE_CHECKING:
+    from pipelines.reporting.answer import Answer
+    from pipelines.reporting.comparison import Estimate
+
+_BASE, _MARGIN = "#555555", "#e4e4e4"
+_NAMES = {mode: name.replace("*", "") for mode, (name, _) in answer.MODES.items()}
+# The value, the lower and the upper limit of its interval, on the scale of a panel.
+_Point = tuple[float, float, float]
+
+
+def draw(path: Path, results: Results) -> None:
+    """Draws, in every cell, the modes against the best base of equal time.
+
+    Args:
+        path: Where to write the PNG.
+        results: The results, with an answer in one cell at least.
+    """
+    modes = answer.modes(results)
+    found = {mode: answer.known(results, mode) for mode in modes}
+    cells = [
+        cell
+        for cell in results.groups()
+        if any(cell == _cell(each) for mode in modes for each in found[mode])
+    ]
+    panels: tuple[tuple[str, float, Callable[[Answer], _Point | None]], ...] = (
+        ("Test error, points", 0.0, lambda each: _scaled(each.error, 100)),
+        ("NLL, %", 0.0, lambda each: _relative_nll(results, each)),
+        ("Wall time / base's", 1.0, lambda each: _scaled(each.time, 1)),
+    )
+    with figure.drawing(path, figsize=(11, 2 + 0.72 * len(cells))) as drawing:
+        drawing.suptitle(
+            "Against the best base of equal time: left of the line is better",
+            x=0.01,
+            ha="left",
+            weight="bold",
+        )
+        columns = drawing.subplots(1, len(panels), width_ratios=(5, 3.4, 3))
+        for axes, (title, base, point) in zip(columns, panels, strict=True):
+            axes.set_title(title)
+            axes.axvline(base, color=_BASE, linewidth=1.4, zorder=1)
+            for k, mode in enumerate(modes):
+                shift = 0.34 * (k - (len(modes) - 1) / 2)
+                at = {cells.index(_cell(each)) + shift: each for each in found[mode]}
+                points = {y: point(each) for y, each in at.items()}
+                _points(axes, points, figure.color(mode, modes))
+            _rows(axes, len(cells))
+        errors, nll, times = columns
+        errors.set_yticks(
+            range(len(cells)),
+            [results.heading(*cell).replace(", ", "\n", 1) for cell in cells],
+        )
+        for axes in (errors, nll):
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+g}"))
+        _margins(errors, cells)
+        _limits(times, cells)
+        _numbers(errors, results, found, cells)
+        drawing.legend(
+            handles=_legend(modes),
+            loc="outside lower center",
+            ncols=len(modes) + 3,
+            frameon=False,
+        )
+
+
+def _cell(each: Answer) -> tuple[str, str]:
+    return each.dataset, each.augmentation
+
+
+def _scaled(found: Estimate | None, scale: float) -> _Point | None:
+    """An estimate on the scale of a panel; without an interval it is a point."""
+    if found is None:
+        return None
+    low = found.value if found.low is None else found.low
+    high = found.value if found.high is None else found.high
+    return scale * found.value, scale * low, scale * high
+
+
+def _relative_nll(results: Results, each: Answer) -> _Point | None:
+    """The difference in NLL in % of the base's."""
+    if each.nll_base is None:
+        return None
+    base = fmean(results.numbers(*_cell(each), each.nll_base, "nll"))
+    return _scaled(each.nll, 100 / base)
+
+
+def _points(axes: Axes, points: Mapping[float, _Point | None], color: str) -> None:
+    for y, point in points.items():
+        if point is not None:
+            value, low, high = point
+            axes.plot([low, high], [y, y], color=color, linewidth=1.6, alpha=0.55)
+            axes.plot(
+                value,
+                y,
+                marker="o",
+                markersize=8.5,
+                color=color,
+                markeredgecolor="white",
+                zorder=3,
+            )
+
+
+def _rows(axes: Axes, n: int) -> None:
+    """One row a cell, the first uppermost; wide intervals leave the panel."""
+    # Drawn so far: the base's line, and an interval and a dot for each answer.
+    dots = [line for line in axes.lines if line.get_marker() == "o"]
+    values = [float(line.get_xdata()[0]) for line in dots]
+    values.append(float(axes.lines[0].get_xdata()[0]))
+    low, high = min(values), max(values)
+    air = 0.3 * (high - low) or 0.5
+    axes.set_xlim(low - air, high + air)
+    axes.set_ylim(n - 0.5, -0.5)
+    axes.set_yticks(range(n), [""] * n)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+
+
+def _margins(axes: Axes, cells: Sequence[tuple[str, str]]) -> None:
+    for y, (dataset, _) in enumerate(cells):
+        margin = 100 * answer.MARGINS.get(dataset, answer.MARGIN)
+        axes.fill_betweenx([y - 0.5, y + 0.5], -margin, margin, color=_MARGIN, zorder=0)
+
+
+def _limits(axes: Axes, cells: Sequence[tuple[str, str]]) -> None:
+    """A tick where the default's time should end."""
+    for y, (_, augmentation) in enumerate(cells):
+        limit = TIME.get(augmentation, max(TIME.values()))
+        axes.plot([limit] * 2, [y - 0.45, y + 0.45], color=_BASE, ls=":", lw=1.4)
+
+
+def _numbers(
+    axes: Axes,
+    results: Results,
+    found: Mapping[str, Sequence[Answer]],
+    cells: Sequence[tuple[str, str]],
+) -> None:
+    """The test errors themselves, beside each row."""
+    modes = list(found)
+    for k, mode in enumerate(modes):
+        for each in found[mode]:
+            axes.annotate(
+                answer.errors(results, each) + " %",
+                (1.01, cells.index(_cell(each)) + 0.34 * (k - (len(modes) - 1) / 2)),
+                xycoords=("axes fraction", "data"),
+                va="center",
+                fontsize=9,
+                color=figure.color(mode, modes),
+            )
+
+
+def _legend(modes: Sequence[str]) -> list[Line2D | Patch]:
+    handles: list[Line2D | Patch] = [
+        Line2D(
+            [],
+            [],
+            marker="o",
+            markersize=8,
+            color=figure.color(mode, modes),
+            label=f"{_NAMES[mode]}, with 95 % interval",
+        )
+        for mode in modes
+    ]
+    handles.append(Line2D([], [], color=_BASE, lw=1.4, label="best base"))
+    handles.append(Patch(color=_MARGIN, label="no worse: the margin"))
+    if DEFAULT in modes:
+        label = "the default's time, at most"
+        handles.append(Line2D([], [], color=_BASE, ls=":", lw=1.4, label=label))
+    return handles
