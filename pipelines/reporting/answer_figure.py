@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from pipelines.reporting.comparison import Estimate
 
 _BASE, _MARGIN = "#555555", "#e4e4e4"
-_NAMES = {mode: name.replace("*", "") for mode, (name, _) in answer.MODES.items()}
 # The value, the lower and the upper limit of its interval, on the scale of a panel.
 _Point = tuple[float, float, float]
 
@@ -42,13 +41,13 @@ def draw(path: Path, results: Results) -> None:
         if any(cell == _cell(each) for mode in modes for each in found[mode])
     ]
     panels: tuple[tuple[str, float, Callable[[Answer], _Point | None]], ...] = (
-        ("Test error, points", 0.0, lambda each: _scaled(each.error, 100)),
-        ("NLL, %", 0.0, lambda each: _relative_nll(results, each)),
-        ("Wall time / base's", 1.0, lambda each: _scaled(each.time, 1)),
+        ("Test error: difference, points", 0.0, lambda each: _scaled(each.error, 100)),
+        ("NLL: difference, %", 0.0, lambda each: _relative_nll(results, each)),
+        ("Wall time / base", 1.0, lambda each: _scaled(each.time, 1)),
     )
-    with figure.drawing(path, figsize=(11, 2 + 0.72 * len(cells))) as drawing:
+    with figure.drawing(path, figsize=(11, 1.7 + 0.75 * len(cells))) as drawing:
         drawing.suptitle(
-            "Against the best base of equal time: left of the line is better",
+            "Ours against the best base of equal time: left of the line is better",
             x=0.01,
             ha="left",
             weight="bold",
@@ -56,27 +55,33 @@ def draw(path: Path, results: Results) -> None:
         columns = drawing.subplots(1, len(panels), width_ratios=(5, 3.4, 3))
         for axes, (title, base, point) in zip(columns, panels, strict=True):
             axes.set_title(title)
+            values = [base]
             axes.axvline(base, color=_BASE, linewidth=1.4, zorder=1)
             for k, mode in enumerate(modes):
                 shift = 0.34 * (k - (len(modes) - 1) / 2)
                 at = {cells.index(_cell(each)) + shift: each for each in found[mode]}
                 points = {y: point(each) for y, each in at.items()}
                 _points(axes, points, figure.color(mode, modes))
+                values += [each[0] for each in points.values() if each]
+            # Wide intervals leave the panel, or their ends would hide the rest.
+            air = 0.3 * (max(values) - min(values)) or 0.5
+            axes.set_xlim(min(values) - air, max(values) + air)
             _rows(axes, len(cells))
         errors, nll, times = columns
         errors.set_yticks(
             range(len(cells)),
-            [results.heading(*cell).replace(", ", "\n", 1) for cell in cells],
+            ["\n".join(results.heading(*cell).rsplit(", ", 1)) for cell in cells],
         )
         for axes in (errors, nll):
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+g}"))
+            form = FuncFormatter(lambda x, _: f"{x:+g}" if x else "0")
+            axes.xaxis.set_major_formatter(form)
         _margins(errors, cells)
         _limits(times, cells)
         _numbers(errors, results, found, cells)
         drawing.legend(
             handles=_legend(modes),
             loc="outside lower center",
-            ncols=len(modes) + 3,
+            ncols=3,
             frameon=False,
         )
 
@@ -119,24 +124,22 @@ def _points(axes: Axes, points: Mapping[float, _Point | None], color: str) -> No
 
 
 def _rows(axes: Axes, n: int) -> None:
-    """One row a cell, the first uppermost; wide intervals leave the panel."""
-    # Drawn so far: the base's line, and an interval and a dot for each answer.
-    dots = [line for line in axes.lines if line.get_marker() == "o"]
-    values = [float(line.get_xdata()[0]) for line in dots]
-    values.append(float(axes.lines[0].get_xdata()[0]))
-    low, high = min(values), max(values)
-    air = 0.3 * (high - low) or 0.5
-    axes.set_xlim(low - air, high + air)
+    """One row a cell, the first uppermost."""
     axes.set_ylim(n - 0.5, -0.5)
     axes.set_yticks(range(n), [""] * n)
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
+    for y in range(1, n):
+        axes.axhline(y - 0.5, color="#cccccc", linewidth=0.8, zorder=0.5)
 
 
 def _margins(axes: Axes, cells: Sequence[tuple[str, str]]) -> None:
+    low, high = axes.get_xlim()
     for y, (dataset, _) in enumerate(cells):
         margin = 100 * answer.MARGINS.get(dataset, answer.MARGIN)
         axes.fill_betweenx([y - 0.5, y + 0.5], -margin, margin, color=_MARGIN, zorder=0)
+        low, high = min(low, -1.15 * margin), max(high, 1.15 * margin)
+    axes.set_xlim(low, high)
 
 
 def _limits(axes: Axes, cells: Sequence[tuple[str, str]]) -> None:
@@ -174,13 +177,13 @@ def _legend(modes: Sequence[str]) -> list[Line2D | Patch]:
             marker="o",
             markersize=8,
             color=figure.color(mode, modes),
-            label=f"{_NAMES[mode]}, with 95 % interval",
+            label=f"{answer.MODES[mode][1].strip('`')}, with its 95 % interval",
         )
         for mode in modes
     ]
-    handles.append(Line2D([], [], color=_BASE, lw=1.4, label="best base"))
-    handles.append(Patch(color=_MARGIN, label="no worse: the margin"))
+    handles.append(Line2D([], [], color=_BASE, lw=1.4, label="the base"))
+    handles.append(Patch(color=_MARGIN, label="within the margin: no worse"))
     if DEFAULT in modes:
-        label = "the default's time, at most"
+        label = "most time allowed to the default"
         handles.append(Line2D([], [], color=_BASE, ls=":", lw=1.4, label=label))
     return handles

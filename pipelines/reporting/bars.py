@@ -107,8 +107,8 @@ def _panels(
             axes.tick_params(axis="y", length=0)
             axes.grid(visible=False, axis="y")
             draw(axes, results, *groups[index])
-            heading = results.heading(*groups[index]).replace(", ", "\n", 1)
-            axes.set_title(heading, fontsize=9.5)
+            heading = results.heading(*groups[index]).rsplit(", ", 1)
+            axes.set_title("\n".join(heading), fontsize=9.5)
             if not results.finished(*groups[index]):
                 axes.set_xticks([])
             for place, method in enumerate(methods):

@@ -97,12 +97,12 @@ def seconds(run: Result, epochs: np.ndarray) -> np.ndarray:
         Seconds since the start, shape `(epochs,)`.
     """
     phases = np.asarray(run.metrics["curves"]["phase"])
-    total = run.known("seconds") or 0.0
     explored, exploited = int((phases == 0).sum()), int((phases > 0).sum())
+    # A run without recorded phases is one.
+    explore = run.phase("explore") or run.seconds or 0.0
     switch, exploit = run.phase("switch") or 0.0, run.phase("exploit") or 0.0
-    explore = total - switch - exploit
     if not exploited:
-        return np.interp(epochs, [0, explored], [0.0, explore])
+        return explore / explored * epochs
     # The switch takes no epoch: it lies between two of them.
     begin = np.where(epochs > explored, explore + switch, 0.0)
     length = np.where(epochs > explored, exploit / exploited, explore / explored)

@@ -165,8 +165,8 @@ def _sections(
             "times",
             "Wall time",
             (
-                "Wall time of explore, switch and exploit; at the end of each bar stands "
-                "the ratio to the base."
+                "Wall time of explore, switch and exploit; beside each bar stands the "
+                "ratio to the base."
             ),
         ),
     ):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pipelines.reporting import answer, tables, verdict
 from pipelines.reporting.results import NOT_RUN, Results
 
@@ -15,7 +17,10 @@ def full(results: Results) -> str:
     Returns:
         Markdown.
     """
-    parts = [f"# Results of the profile {results.params.profile}", *answered(results)]
+    parts = [
+        f"# Results of the profile {results.params.profile}",
+        *answered(results, answer.modes(results)),
+    ]
     if answer.modes(results):
         parts += ["## Targets", verdict.table(results).markdown()]
     for dataset, augmentation in results.groups():
@@ -40,19 +45,21 @@ def overview(results: Results) -> str:
     Returns:
         Markdown without headings, to be put into a page.
     """
-    return "\n\n".join([*answered(results), *_made(results)]) + "\n"
+    return (
+        "\n\n".join([*answered(results, answer.modes(results)), *_made(results)]) + "\n"
+    )
 
 
-def answered(results: Results) -> list[str]:
+def answered(results: Results, modes: Sequence[str]) -> list[str]:
     """The answer: for each mode a sentence and a table, and what the columns are.
 
     Args:
         results: The results.
+        modes: Names of the modes to speak of.
 
     Returns:
         Paragraphs in Markdown.
     """
-    modes = answer.modes(results)
     if not modes:
         return [answer.missing()]
     parts = []
