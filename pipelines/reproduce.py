@@ -14,6 +14,7 @@ import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pipelines import quickstart, report
 from pipelines.layout import ROOT, Layout
@@ -81,7 +82,7 @@ def main(
 
 def _part(params: Params, only: Mapping[str, Sequence[str | int]]) -> Params:
     """The parameters with the chosen part of the grid."""
-    chosen = {}
+    chosen: dict[str, Any] = {}
     for part, values in only.items():
         there = getattr(params.grid, f"{part}s")
         if unknown := [value for value in values if value not in there]:
@@ -116,9 +117,9 @@ def _compared(committed: Results, fresh: Results) -> Table:
         f"Does the profile {committed.params.profile} reproduce?",
         ("data", "method", "committed test error, %", "fresh", "expected", "finding"),
         tuple(rows),
-        f"Committed: made with {old_made}. Fresh: made with {new_made}. Expected: where "
-        "95 % of such means lie, by the committed seeds. The finding looks at the NLL, "
-        "too, where both have it.",
+        f"Committed: made with {old_made}. Fresh: made with {new_made}. Expected: "
+        "where 95 % of such means lie, by the committed seeds. The finding looks at "
+        "the NLL, too, where both have it.",
     )
 
 

@@ -50,8 +50,7 @@ class Answer:
     """A mode against the best base of equal time in a cell.
 
     Attributes:
-        dataset: Name of the data set.
-        augmentation: Name of the augmentation.
+        cell: Names of the data set and the augmentation.
         mode: Name of the method.
         base: The base with the lowest test error; None if none can be compared.
         nll_base: The base with the lowest NLL; None if none can be compared.
@@ -62,8 +61,7 @@ class Answer:
             the regularised one if there is an L2 term. None if not run.
     """
 
-    dataset: str
-    augmentation: str
+    cell: tuple[str, str]
     mode: str
     base: str | None
     nll_base: str | None
@@ -75,7 +73,7 @@ class Answer:
     @property
     def margin(self) -> float:
         """More test error, as a share, that still counts as no worse."""
-        return MARGINS.get(self.dataset, MARGIN)
+        return margin(self.cell[0])
 
     @property
     def word(self) -> str:
@@ -97,6 +95,11 @@ class Answer:
         return self.nll is not None and self.nll.value < 0
 
 
+def margin(dataset: str) -> float:
+    """More test error, as a share, that still counts as no worse on a data set."""
+    return MARGINS.get(dataset, MARGIN)
+
+
 def modes(results: Results) -> list[str]:
     """The modes that are in the grid."""
     return [mode for mode in MODES if mode in results.params.grid.methods]
@@ -112,7 +115,7 @@ def answers(results: Results, mode: str) -> list[Answer]:
     Returns:
         One answer a cell, in the grid's order.
     """
-    return [_answer(results, *cell, mode) for cell in results.groups()]
+    return [_answer(results, cell, mode) for cell in results.groups()]
 
 
 def missing() -> str:
@@ -126,9 +129,8 @@ def known(results: Results, mode: str) -> list[Answer]:
     return [each for each in answers(results, mode) if each.error is not None]
 
 
-def _answer(results: Results, dataset: str, augmentation: str, mode: str) -> Answer:
-    cell = (dataset, augmentation)
-    rivals = _in_time(results, dataset, augmentation, mode)
+def _answer(results: Results, cell: tuple[str, str], mode: str) -> Answer:
+    rivals = _in_time(results, cell, mode)
     base = min(
         rivals,
         key=lambda each: (
@@ -145,8 +147,7 @@ def _answer(results: Results, dataset: str, augmentation: str, mode: str) -> Ans
     nll_base = min(nlls, key=lambda each: nlls[each], default=None)
     gaps = results.numbers(*cell, mode, "l2_gap") or results.numbers(*cell, mode, "gap")
     return Answer(
-        dataset,
-        augmentation,
+        cell,
         mode,
         base,
         nll_base,
@@ -157,15 +158,15 @@ def _answer(results: Results, dataset: str, augmentation: str, mode: str) -> Ans
     )
 
 
-def _in_time(results: Results, dataset: str, augmentation: str, mode: str) -> list[str]:
+def _in_time(results: Results, cell: tuple[str, str], mode: str) -> list[str]:
     """The bases that took no more time; `base_short` is made to take the same."""
-    ours = results.numbers(dataset, augmentation, mode, "seconds")
+    ours = results.numbers(*cell, mode, "seconds")
     found = []
     for base in BASES:
-        theirs = results.numbers(dataset, augmentation, base, "seconds")
+        theirs = results.numbers(*cell, base, "seconds")
         in_time = bool(ours and theirs) and fmean(theirs) <= fmean(ours)
         counts = base == _SHORT or (base != _LONG and in_time)
-        if counts and results.of(dataset, augmentation, base):
+        if counts and results.of(*cell, base):
             found.append(base)
     return found
 
@@ -183,14 +184,15 @@ def table(results: Results, mode: str) -> Table:
     name, written = MODES[mode]
     rows = []
     for each in answers(results, mode):
-        cell = (each.dataset, each.augmentation)
+        heading = results.heading(*each.cell)
         if each.error is None:
-            lacking = NOT_RUN if not results.of(*cell, mode) else "no base to compare"
-            rows.append((results.heading(*cell), lacking, *[NOT_RUN] * 7))
+            ran = results.of(*each.cell, mode)
+            lacking = "no base of equal time" if ran else NOT_RUN
+            rows.append((heading, lacking, *[NOT_RUN] * 7))
             continue
         rows.append(
             (
-                results.heading(*cell),
+                heading,
                 f"{each.word} ({error(each.error)})",
                 errors(results, each),
                 interval(each.error),
@@ -252,8 +254,14 @@ def sentence(results: Results, mode: str) -> str:
     n = len(found)
     if not found:
         return f"{_capital(name)}, {written}: {NOT_RUN} beside a base of equal time."
+    where = f"Over {_count(n, 'cell')} of {_cells(results, found)}"
+    first = modes(results)[0]
+    if mode != first and [each.cell for each in known(results, first)] == [
+        each.cell for each in found
+    ]:
+        where = "Over the same cells"
     text = (
-        f"Over {_count(n, 'cell')} of {_cells(results, found)}, {name}, {written}, has "
+        f"{where}, {name}, {written}, has "
         "a lower test error than the best base of equal time in "
         f"{_some(sum(each.lower for each in found), n)}, and at most "
         f"{_margins(results)} more in {_some(sum(e.word != WORSE for e in found), n)}."
@@ -281,7 +289,9 @@ def against_long(results: Results) -> str:
     Returns:
         A sentence; empty if the two were not run in one cell.
     """
-    won, lost, times = [], [], []
+    won: list[str] = []
+    lost: list[str] = []
+    times = []
     for cell in results.groups():
         found = results.difference(*cell, DEFAULT, _LONG)
         if found is None:
@@ -326,7 +336,7 @@ def gains(results: Results, mode: str = DEFAULT) -> str:
         gained = [text for change, text in changes if change < 0]
         paid = [text for change, text in changes if change > 0]
         texts.append(
-            f"{results.heading(each.dataset, each.augmentation)}: gained "
+            f"{results.heading(*each.cell)}: gained "
             f"{_list(gained) or 'nothing'}, paid {_list(paid) or 'nothing'}."
         )
     return " ".join(texts)
@@ -346,19 +356,17 @@ def _pair(
     scale: float = 1.0,
 ) -> str:
     """The means of a number, from the base's to ours."""
-    cell = (answer.dataset, answer.augmentation)
-    numbers = [
-        results.numbers(*cell, each, name) for each in (base, answer.mode) if each
-    ]
-    if not all(numbers) or base is None:
+    both = (str(base), answer.mode)
+    numbers = [results.numbers(*answer.cell, each, name) for each in both]
+    if not all(numbers):
         return NOT_RECORDED
     return " → ".join(form.format(scale * fmean(each)) for each in numbers)
 
 
 def _cells(results: Results, found: Sequence[Answer]) -> str:
     """The data sets and augmentations of some answers."""
-    titles = dict.fromkeys(results.title(each.dataset) for each in found)
-    kinds = {each.augmentation for each in found}
+    titles = dict.fromkeys(results.title(each.cell[0]) for each in found)
+    kinds = {each.cell[1] for each in found}
     if kinds == {"none"}:
         return f"{_list(titles)} without augmentation"
     both = "without and with" if "none" in kinds else "with"

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter
 from pipelines import figure
 from pipelines.reporting import answer
 from pipelines.reporting.results import DEFAULT, Results
-from pipelines.reporting.verdict import TIME
+from pipelines.reporting.verdict import limit_of_time
 
 if TYPE_CHECKING:
     from pipelines.reporting.answer import Answer
@@ -38,7 +38,7 @@ def draw(path: Path, results: Results) -> None:
     cells = [
         cell
         for cell in results.groups()
-        if any(cell == _cell(each) for mode in modes for each in found[mode])
+        if any(cell == each.cell for mode in modes for each in found[mode])
     ]
     panels: tuple[tuple[str, float, Callable[[Answer], _Point | None]], ...] = (
         ("Test error: difference, points", 0.0, lambda each: _scaled(each.error, 100)),
@@ -59,7 +59,7 @@ def draw(path: Path, results: Results) -> None:
             axes.axvline(base, color=_BASE, linewidth=1.4, zorder=1)
             for k, mode in enumerate(modes):
                 shift = 0.34 * (k - (len(modes) - 1) / 2)
-                at = {cells.index(_cell(each)) + shift: each for each in found[mode]}
+                at = {cells.index(each.cell) + shift: each for each in found[mode]}
                 points = {y: point(each) for y, each in at.items()}
                 _points(axes, points, figure.color(mode, modes))
                 values += [each[0] for each in points.values() if each]
@@ -86,10 +86,6 @@ def draw(path: Path, results: Results) -> None:
         )
 
 
-def _cell(each: Answer) -> tuple[str, str]:
-    return each.dataset, each.augmentation
-
-
 def _scaled(found: Estimate | None, scale: float) -> _Point | None:
     """An estimate on the scale of a panel; without an interval it is a point."""
     if found is None:
@@ -103,7 +99,7 @@ def _relative_nll(results: Results, each: Answer) -> _Point | None:
     """The difference in NLL in % of the base's."""
     if each.nll_base is None:
         return None
-    base = fmean(results.numbers(*_cell(each), each.nll_base, "nll"))
+    base = fmean(results.numbers(*each.cell, each.nll_base, "nll"))
     return _scaled(each.nll, 100 / base)
 
 
@@ -136,7 +132,7 @@ def _rows(axes: Axes, n: int) -> None:
 def _margins(axes: Axes, cells: Sequence[tuple[str, str]]) -> None:
     low, high = axes.get_xlim()
     for y, (dataset, _) in enumerate(cells):
-        margin = 100 * answer.MARGINS.get(dataset, answer.MARGIN)
+        margin = 100 * answer.margin(dataset)
         axes.fill_betweenx([y - 0.5, y + 0.5], -margin, margin, color=_MARGIN, zorder=0)
         low, high = min(low, -1.15 * margin), max(high, 1.15 * margin)
     axes.set_xlim(low, high)
@@ -145,7 +141,7 @@ def _margins(axes: Axes, cells: Sequence[tuple[str, str]]) -> None:
 def _limits(axes: Axes, cells: Sequence[tuple[str, str]]) -> None:
     """A tick where the default's time should end."""
     for y, (_, augmentation) in enumerate(cells):
-        limit = TIME.get(augmentation, max(TIME.values()))
+        limit = limit_of_time(augmentation)
         axes.plot([limit] * 2, [y - 0.45, y + 0.45], color=_BASE, ls=":", lw=1.4)
 
 
@@ -161,7 +157,7 @@ def _numbers(
         for each in found[mode]:
             axes.annotate(
                 answer.errors(results, each) + " %",
-                (1.01, cells.index(_cell(each)) + 0.34 * (k - (len(modes) - 1) / 2)),
+                (1.01, cells.index(each.cell) + 0.34 * (k - (len(modes) - 1) / 2)),
                 xycoords=("axes fraction", "data"),
                 va="center",
                 fontsize=9,

@@ -26,58 +26,19 @@ _CHIPS = {
     answer.WORSE: (answer.WORSE, "missed"),
 }
 
-_READING = (
-    (
-        "method",
-        (
-            "What a row names. All methods share base model, recipe, batch size "
-            "and, for a seed, the initial weights and shuffles."
-        ),
-    ),
-    (
-        "difference",
-        (
-            "Test error less that of the comparison, seed by seed, so that what "
-            "the seeds have in common drops out. An interval that contains zero "
-            "means that the seeds do not tell the two apart."
-        ),
-    ),
-    (
-        "NLL, ECE, Brier",
-        (
-            "How good the probabilities are on test data: the negative "
-            "log-likelihood of the labels; the calibration error, over 15 bins of "
-            "the largest probability; and the squared error. Lower is better."
-        ),
-    ),
-    (
-        "certified gap",
-        (
-            "How far the final training loss is above its global minimum, at "
-            "most: taken over the whole training set, in inference mode, in "
-            "float64."
-        ),
-    ),
-    (
-        "rank at the switch",
-        (
-            "The rank of the features that exploitation fits with. Where it is "
-            "full, any labels can be fitted, so the minimum is the global one."
-        ),
-    ),
-    (
-        "partial data",
-        (
-            "A title with numbers in brackets says that fewer samples were used "
-            "than the data set has. Such results cannot be compared with "
-            "published ones."
-        ),
-    ),
-    (
-        NOT_RUN,
-        ("There is no number, because nobody made the run. Nothing is filled in."),
-    ),
-)
+_READING = {
+    "method": "What a row names. All methods share base model, recipe, batch size and, "
+    "for a seed, the initial weights and shuffles.",
+    "difference": "Seed by seed, so that what the seeds have in common drops out. An "
+    "interval that contains zero means that the seeds do not tell the two apart.",
+    "certified gap": "How far the final training loss is above its global minimum, at "
+    "most: taken over the whole training set, in inference mode, in float64.",
+    "rank at the switch": "The rank of the features that exploitation fits with. Where "
+    "it is full, any labels can be fitted, so the minimum is the global one.",
+    "partial data": "Numbers in brackets say that fewer samples were used than the data "
+    "set has. Such results cannot be compared with published ones.",
+    NOT_RUN: "There is no number, because nobody made the run. Nothing is filled in.",
+}
 
 
 def html(results: Results, figures: Mapping[str, Path]) -> str:
@@ -180,7 +141,8 @@ def _sections(
         yield "targets", "Targets", body
     yield "provenance", "Provenance", _provenance(results)
     reading = "".join(
-        f"<dt>{escape(key)}</dt><dd>{escape(text)}</dd>" for key, text in _READING
+        f"<dt>{escape(key)}</dt><dd>{escape(text)}</dd>"
+        for key, text in _READING.items()
     )
     yield "reading", "How to read it", f"<dl>{reading}</dl>"
 
@@ -223,7 +185,7 @@ def _dirty(results: Results) -> str:
 def _dataset(results: Results, figures: Mapping[str, Path], dataset: str) -> str:
     parts = []
     for augmentation in results.params.grid.augmentations:
-        table = tables.methods(results, dataset, augmentation, tables.DETAILED)
+        table = tables.methods(results, dataset, augmentation)
         title = results.heading(dataset, augmentation)
         parts += [f"<h3>{escape(title)}</h3>", _table(table, results)]
         if curves := figures.get(f"curves-{dataset}-{augmentation}"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipelines.reporting import comparison
@@ -10,7 +10,6 @@ from pipelines.reporting.results import (
     BASES,
     NOT_RECORDED,
     NOT_RUN,
-    PHASES,
     RUNS,
     TIME_REFERENCE,
     Result,
@@ -25,16 +24,13 @@ if TYPE_CHECKING:
 _Cell = Callable[[list[Result], Results], str]
 
 
-def methods(
-    results: Results, dataset: str, augmentation: str, columns: Sequence[str]
-) -> Table:
+def methods(results: Results, dataset: str, augmentation: str) -> Table:
     """One row for every method of the grid.
 
     Args:
         results: The results.
         dataset: Name of the data set.
         augmentation: Name of the augmentation.
-        columns: Names in `COLUMNS`.
 
     Returns:
         The table. Where a seed is missing, the row says that it was not run.
@@ -43,18 +39,18 @@ def methods(
     for method in results.params.grid.methods:
         finished = results.of(dataset, augmentation, method)
         if finished:
-            cells = [COLUMNS[name](finished, results) for name in columns]
+            cells = [cell(finished, results) for cell in COLUMNS.values()]
         else:
             done = results.done(dataset, augmentation, method)
             seeds = len(results.params.grid.seeds)
             part = f" ({done} of {seeds} seeds)" if done else ""
-            cells = [NOT_RUN + part, *[NOT_RUN] * (len(columns) - 1)]
+            cells = [NOT_RUN + part, *[NOT_RUN] * (len(COLUMNS) - 1)]
         rows.append((results.params.label(method), *cells))
     return Table(
         results.heading(dataset, augmentation),
-        ("method", *columns),
+        ("method", *COLUMNS),
         tuple(rows),
-        _caption(results, dataset, augmentation, columns),
+        _caption(results, dataset, augmentation),
     )
 
 
@@ -184,10 +180,6 @@ def _points(found: Estimate | None) -> str:
     return f"{comparison.interval(found)}, {comparison.error(found)}"
 
 
-def _mean(finished: Iterable[Result], name: str) -> float:
-    return comparison.spread([each.number(name) for each in finished]).mean
-
-
 def _test_error(finished: list[Result], _: Results) -> str:
     found = comparison.spread([100 * each.number("error_rate") for each in finished])
     deviation = "" if found.std is None else f" ± {found.std:.2f}"
@@ -204,7 +196,7 @@ def _difference(finished: list[Result], results: Results) -> str:
     return NOT_RUN if found is None else comparison.interval(found)
 
 
-def _calibration(name: str, form: str, scale: float = 1.0) -> _Cell:
+def _mean(name: str, form: str, scale: float = 1.0) -> _Cell:
     def cell(finished: list[Result], results: Results) -> str:
         run = finished[0].run
         values = results.numbers(run.dataset, run.augmentation, run.method, name)
@@ -213,10 +205,6 @@ def _calibration(name: str, form: str, scale: float = 1.0) -> _Cell:
         return form.format(scale * comparison.spread(values).mean)
 
     return cell
-
-
-def _loss(finished: list[Result], _: Results) -> str:
-    return f"{_mean(finished, 'train_loss'):.1e}"
 
 
 def _gap(finished: list[Result], _: Results) -> str:
@@ -243,24 +231,6 @@ def _rank(finished: list[Result], _: Results) -> str:
     return f"full ({worst['n']}{sampled})"
 
 
-def _seconds(finished: list[Result], _: Results) -> str:
-    return _mean_seconds([each.seconds for each in finished])
-
-
-def _phase(name: str) -> _Cell:
-    def cell(finished: list[Result], _: Results) -> str:
-        return _mean_seconds([each.phase(name) for each in finished])
-
-    return cell
-
-
-def _mean_seconds(seconds: Sequence[float | None]) -> str:
-    known = [each for each in seconds if each is not None]
-    if len(known) < len(seconds):
-        return NOT_RECORDED
-    return f"{comparison.spread(known).mean:.1f}"
-
-
 def _time(finished: list[Result], results: Results) -> str:
     run = finished[0].run
     if run.method == TIME_REFERENCE:
@@ -275,93 +245,36 @@ def _time(finished: list[Result], results: Results) -> str:
     return text
 
 
-def _parameters(finished: list[Result], _: Results) -> str:
-    found = finished[0].metrics.get("parameters")
-    if not found:
-        return NOT_RECORDED
-    return f"{found['total']:,} ({found['exploited']:,})"
-
-
 COLUMNS: dict[str, _Cell] = {
     "test error, %": _test_error,
-    "NLL": _calibration("nll", "{:#.3g}"),
-    "ECE, %": _calibration("ece", "{:.1f}", 100),
-    "Brier": _calibration("brier", "{:#.3g}"),
+    "NLL": _mean("nll", "{:#.3g}"),
+    "ECE, %": _mean("ece", "{:.1f}", 100),
+    "Brier": _mean("brier", "{:#.3g}"),
     "difference [95 % CI]": _difference,
-    "training loss": _loss,
+    "training loss": _mean("train_loss", "{:.1e}"),
     "largest certified gap": _gap,
     "rank at the switch": _rank,
-    "seconds": _seconds,
-    **{f"{name}, s": _phase(name) for name in PHASES},
+    "seconds": _mean("seconds", "{:.1f}"),
     "time / base": _time,
-    "parameters (exploited)": _parameters,
 }
-# The table of results/table.md and that of the page.
-FULL = (
-    "test error, %",
-    "NLL",
-    "ECE, %",
-    "Brier",
-    "difference [95 % CI]",
-    "training loss",
-    "largest certified gap",
-    "rank at the switch",
-    "seconds",
-    "time / base",
-)
-DETAILED = (
-    *FULL[:-1],
-    *(f"{name}, s" for name in PHASES),
-    "time / base",
-    "parameters (exploited)",
-)
 
 
-def _caption(
-    results: Results, dataset: str, augmentation: str, columns: Sequence[str]
-) -> str:
+def _caption(results: Results, dataset: str, augmentation: str) -> str:
     """How the runs were made, and what the numbers are."""
     params = results.params
     n, train = params.prepare[dataset], params.train[dataset]
     recipe = params.recipe(dataset, augmentation)
     seeds = len(params.grid.seeds)
-    texts = {
-        "test error, %": "Test error: mean ± standard deviation over the seeds.",
-        "NLL": "NLL: negative log-likelihood of the test labels.",
-        "ECE, %": "ECE: expected calibration error on test data, 15 bins.",
-        "Brier": "Brier: squared error of the probabilities, summed over the classes.",
-        "difference [95 % CI]": (
-            "Difference: test error less that of "
-            f'"{params.label(results.reference)}", in points, paired by seed, '
-            "with its 95 % confidence interval."
-        ),
-        "training loss": "Training loss: of the final model, mean.",
-        "largest certified gap": (
-            "Certified gap: to the global minimum of the training loss, the largest "
-            "over the seeds."
-        ),
-        "rank at the switch": (
-            "Rank at the switch: of the head's features, against the samples they have "
-            "to fit; the worst seed."
-        ),
-        "seconds": "Seconds: wall time, mean.",
-        "time / base": (
-            f'Time / base: wall time over that of "{params.label(TIME_REFERENCE)}", '
-            "paired by seed, geometric mean"
-            + (" with its 95 % confidence interval." if seeds > 1 else ".")
-        ),
-        "parameters (exploited)": (
-            "Parameters: all, and those that exploitation trains."
-        ),
-    }
-    return " ".join(
-        [
-            (
-                f"{n.n_train:,} training and {n.n_test:,} test samples, {train.epochs} "
-                f"epochs, {recipe.schedule} learning rate from "
-                f"{recipe.learning_rate:g}, "
-                f"{seeds} seed{'s' * (seeds > 1)}."
-            ),
-            *(texts[name] for name in columns if name in texts),
-        ]
+    return (
+        f"{n.n_train:,} training and {n.n_test:,} test samples, {train.epochs} epochs, "
+        f"{recipe.schedule} learning rate from {recipe.learning_rate:g}, {seeds} "
+        f"seed{'s' * (seeds > 1)}. Means over the seeds, ± standard deviation. NLL, "
+        "ECE and Brier: negative log-likelihood, calibration error over 15 bins, and "
+        "squared error of the probabilities, summed over the classes, on test data. "
+        f'Difference: test error less that of "{params.label(results.reference)}", in '
+        "points, paired by seed. Training loss: of the final model. Certified gap: to "
+        "the global minimum of the training loss, the largest over the seeds. Rank at "
+        "the switch: of the head's features, against the samples they have to fit; the "
+        "worst seed. Seconds: wall time. Time / base: wall time over that of "
+        f'"{params.label(TIME_REFERENCE)}", paired by seed, geometric mean.'
     )

@@ -24,7 +24,7 @@ def full(results: Results) -> str:
     if answer.modes(results):
         parts += ["## Targets", verdict.table(results).markdown()]
     for dataset, augmentation in results.groups():
-        table = tables.methods(results, dataset, augmentation, tables.FULL)
+        table = tables.methods(results, dataset, augmentation)
         parts += [f"## {table.title}", table.markdown(), table.caption]
         if recipes := tables.tuning(results, dataset, augmentation):
             parts += [
