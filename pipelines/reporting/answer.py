@@ -188,7 +188,7 @@ def table(results: Results, mode: str) -> Table:
         if each.error is None:
             ran = results.of(*each.cell, mode)
             lacking = "no base of equal time" if ran else NOT_RUN
-            rows.append((heading, lacking, *[NOT_RUN] * 7))
+            rows.append((heading, lacking, *["" if ran else NOT_RUN] * 7))
             continue
         rows.append(
             (
@@ -224,6 +224,9 @@ def caption(results: Results) -> str:
     """What the columns of the table are."""
     seeds = len(results.params.grid.seeds)
     label = results.params.label
+    scaled = ""
+    if _TEMPERATURE in results.params.grid.methods:
+        scaled = f' and "{label(_TEMPERATURE)}", whatever its time'
     return (
         "Arrows go from the best base to ours. Best base: the one with the lowest mean "
         "test error among those that took no more time than ours. Difference: in "
@@ -231,7 +234,7 @@ def caption(results: Results) -> str:
         f"by the margin of {_margins(results)}, which was fixed beforehand, or no "
         "worse; in brackets the standard error of the difference, in points. NLL and "
         "ECE (15 bins), on test data: of the base with the lowest NLL among the same "
-        f'and "{label(_TEMPERATURE)}", whatever its time. Time / base: wall time over '
+        f"bases{scaled}. Time / base: wall time over "
         f'that of "{label(TIME_REFERENCE)}", paired by seed, geometric mean. Certified '
         "gap: to the minimum of the training loss with its L2 term, at most; the "
         "largest over the seeds."

@@ -35,8 +35,8 @@ _READING = {
     "most: taken over the whole training set, in inference mode, in float64.",
     "rank at the switch": "The rank of the features that exploitation fits with. Where "
     "it is full, any labels can be fitted, so the minimum is the global one.",
-    "partial data": "Numbers in brackets say that fewer samples were used than the data "
-    "set has. Such results cannot be compared with published ones.",
+    "partial data": "Numbers in brackets say that fewer samples were used than there "
+    "are. Such results cannot be compared with published ones.",
     NOT_RUN: "There is no number, because nobody made the run. Nothing is filled in.",
 }
 
