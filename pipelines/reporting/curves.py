@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from pipelines import figure
-from pipelines.reporting.results import BASES, DEFAULT, Result, Results
+from pipelines.reporting.results import BASES, DEFAULT, TIME_REFERENCE, Result, Results
 
 
 def draw(path: Path, results: Results, dataset: str, augmentation: str) -> None:
@@ -43,8 +43,10 @@ def draw(path: Path, results: Results, dataset: str, augmentation: str) -> None:
         )
         for method, runs in timed.items():
             style = _style(results, method)
+            # What is made of the base's own training has no curve of its own.
+            own = method == TIME_REFERENCE or not _shared(timed, method)
             for axes, name in ((left, "train_loss"), (right, "error_rate")):
-                _draw(axes, runs, name, style)
+                _draw(axes, runs, name, style, own=own)
         _limit(right, list(timed.values()))
         for axes in (left, right):
             axes.set_xlabel("wall time, seconds")
@@ -55,7 +57,8 @@ def draw(path: Path, results: Results, dataset: str, augmentation: str) -> None:
             title=f"median and range over {seeds} seed{'s' * (seeds > 1)}; "
             "thick: the solver; dots: the final models, in inference mode",
             loc="outside lower center",
-            ncols=min(4, len(timed)),
+            ncols=min(3, len(timed)),
+            fontsize=9,
             frameon=False,
         )
 
@@ -121,30 +124,40 @@ def _style(results: Results, method: str) -> dict[str, Any]:
     return style
 
 
+def _shared(timed: Mapping[str, Sequence[Result]], method: str) -> bool:
+    """Whether a base was made from the training that another base is."""
+    curves = [
+        [each.metrics["curves"] for each in timed.get(name, [])]
+        for name in (TIME_REFERENCE, method)
+    ]
+    return method in BASES and curves[0] == curves[1]
+
+
 def _draw(
-    axes: Axes, runs: Sequence[Result], name: str, style: Mapping[str, Any]
+    axes: Axes,
+    runs: Sequence[Result],
+    name: str,
+    style: Mapping[str, Any],
+    *,
+    own: bool,
 ) -> None:
     """The curve with its band, and the final models as a dot that it leads to."""
     scale = 1 if axes.get_yscale() == "log" else 100
     epochs, values = series(runs, name)
     times = np.mean([seconds(each, epochs) for each in runs], axis=0)
     median = np.median(values, axis=0)
-    axes.plot(times, scale * median, **style)
-    axes.fill_between(
-        times,
-        scale * values.min(axis=0),
-        scale * values.max(axis=0),
-        color=style["color"],
-        alpha=0.12,
-        linewidth=0,
-    )
     end = float(np.mean([each.seconds for each in runs]))
     final = float(np.median([each.number(name) for each in runs]))
+    color = style["color"]
+    if own:
+        axes.plot(times, scale * median, **style)
+        low, high = scale * values.min(axis=0), scale * values.max(axis=0)
+        axes.fill_between(times, low, high, color=color, alpha=0.12, linewidth=0)
     if _solved(runs):
         axes.plot(
             [times[-1], end],
             [scale * median[-1], scale * final],
-            color=style["color"],
+            color=color,
             linewidth=3,
             alpha=0.8,
             solid_capstyle="round",
@@ -155,11 +168,13 @@ def _draw(
         scale * final,
         marker="o",
         markersize=6.5,
-        color=style["color"],
+        color=color,
         markeredgecolor="white",
         markeredgewidth=0.8,
         zorder=4,
         clip_on=False,
+        linestyle="none",
+        label=None if own else style["label"],
     )
 
 
