@@ -103,7 +103,7 @@ TARGETS = (
         f"{TIME['standard']:g} with it, in every cell",
         lambda each: _value(each.time),
         lambda each: limit_of_time(each.cell[1]),
-        "{:.2f}".format,
+        "{:.3f}".format,
         modes=(DEFAULT,),
     ),
 )
