@@ -18,6 +18,7 @@ STAGES = (
     "readme",
     "gate",
     "quickstart",
+    "reproduce",
     "study",
     "study_report",
 )
