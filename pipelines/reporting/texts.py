@@ -45,17 +45,19 @@ def overview(results: Results) -> str:
     Returns:
         Markdown without headings, to be put into a page.
     """
-    return (
-        "\n\n".join([*answered(results, answer.modes(results)), *_made(results)]) + "\n"
-    )
+    told = answered(results, answer.modes(results), folded=True)
+    return "\n\n".join([*told, *_made(results)]) + "\n"
 
 
-def answered(results: Results, modes: Sequence[str]) -> list[str]:
+def answered(
+    results: Results, modes: Sequence[str], *, folded: bool = False
+) -> list[str]:
     """The answer: for each mode a sentence and a table, and what the columns are.
 
     Args:
         results: The results.
         modes: Names of the modes to speak of.
+        folded: Whether the tables behind the first one are folded away, as HTML.
 
     Returns:
         Paragraphs in Markdown.
@@ -64,12 +66,20 @@ def answered(results: Results, modes: Sequence[str]) -> list[str]:
         return [answer.missing()]
     parts = []
     for mode in modes:
-        parts += [
-            answer.sentence(results, mode),
-            answer.table(results, mode).markdown(),
-        ]
+        parts.append(answer.sentence(results, mode))
+        table = answer.table(results, mode)
+        if folded and mode != modes[0]:
+            parts += [f"<details>\n<summary>{_plain(table.title)}</summary>"]
+            parts += [table.markdown(), "</details>"]
+        else:
+            parts.append(table.markdown())
     more = [answer.gains(results), answer.against_long(results)]
     return [*parts, *filter(None, more), answer.caption(results)]
+
+
+def _plain(title: str) -> str:
+    """A title for HTML, which does not know Markdown's ticks."""
+    return title.replace("`", "")
 
 
 def _made(results: Results) -> list[str]:
