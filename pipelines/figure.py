@@ -20,13 +20,16 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _METHODS = {
     "base": "#8c8c8c",
     "base_bn": "#222222",
+    "base_swa": "#555555",
+    "base_temperature": "#6f6f6f",
     "base_short": "#b8b8b8",
+    "base_long": "#a3a3a3",
+    "dalign": COLORS[3],
+    "dalign_better": COLORS[5],
+    "letter": COLORS[1],
     "two_phase_random": COLORS[0],
-    "two_phase_learned": COLORS[1],
     "solve": COLORS[2],
-    "solve_l2": COLORS[3],
     "last_layer": COLORS[4],
-    "posthoc_solve": COLORS[5],
 }
 # For methods that are not named above.
 _OTHERS = ("#7a5c00", "#6a3d9a", "#8b1a1a", "#00686b")
