@@ -59,7 +59,8 @@ def convnet(
             layers.Conv2D(
                 count, 3, strides=2 if i else 1, padding="same", use_bias=False
             ),
-            layers.BatchNormalization(),
+            # Keras's 0.99 is for runs of thousands of steps.
+            layers.BatchNormalization(momentum=0.9),
             layers.ReLU(),
         )
         for i, count in enumerate(filters)
@@ -68,7 +69,7 @@ def convnet(
         [
             keras.Input(input_shape),
             *(layer for block in blocks for layer in block),
-            layers.GlobalAveragePooling2D(),
+            layers.Flatten(),
             layers.Dense(n_classes),
         ],
         name="convnet",

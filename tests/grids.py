@@ -42,7 +42,8 @@ methods:
   base_short: {kind: base, epochs: short, reestimate: true}
   base_long: {kind: base, epochs: 2.0, reestimate: true}
   dalign: {kind: two_phase, explore: 0.5, exploit: solve, l2: auto, average: true}
-  dalign_better: {kind: two_phase, explore: 1.0, exploit: solve, l2: auto, average: true}
+  dalign_better:
+    {kind: two_phase, explore: 1.0, exploit: solve, l2: auto, average: true}
   letter: {kind: two_phase, gates: learned, explore: 0.5, exploit: copy}
   two_phase_random: {kind: two_phase, explore: 0.5}
   solve: {kind: two_phase, explore: 0.5, exploit: solve}

@@ -16,9 +16,7 @@ def problem(n=400, classes=7, scale=2.0, seed=0):
 
 def test_nll_is_exact_where_it_is_tiny_and_where_it_is_huge():
     logits = np.array([[30.0, 0.0, 0.0], [0.0, 2000.0, 0.0], [1.0, 1.0, 1.0]])
-    assert nll(logits[:1], np.array([0])) == pytest.approx(
-        2 * np.exp(-30.0), rel=1e-12
-    )
+    assert nll(logits[:1], np.array([0])) == pytest.approx(2 * np.exp(-30.0), rel=1e-12)
     assert nll(logits[1:2], np.array([0])) == 2000.0
     assert nll(logits[2:], np.array([2])) == pytest.approx(np.log(3), rel=1e-15)
     assert evaluate.error_rate(logits, np.array([0, 0, 1])) == pytest.approx(2 / 3)

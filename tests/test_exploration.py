@@ -26,7 +26,7 @@ from pipelines.locks import locked
 from pipelines.optimizers import optimizer
 from pipelines.params import EXPLORATION, Recipe, Run
 from pipelines.recording import Recorder
-from pipelines.stream import FollowEpoch
+from pipelines.stream import FollowEpoch, Stream
 
 
 @pytest.fixture
@@ -289,3 +289,39 @@ def test_a_killed_run_with_learned_gates_goes_on(params, layout, tmp_path, monke
     assert [entry["train_loss"] for entry in epochs] == [
         entry["train_loss"] for entry in whole
     ]
+
+
+@pytest.mark.parametrize("explore", [0.5, 1.0])
+def test_the_default_is_that_of_fit(params, layout, tmp_path, monkeypatch, explore):
+    # `fit` on arrays shuffles by itself; without shuffles both see the same batches.
+    def in_order(stream, index):
+        these = slice(index * stream.batch_size, (index + 1) * stream.batch_size)
+        return stream.x[these], stream.y[these]
+
+    monkeypatch.setattr(Stream, "__getitem__", in_order)
+    job = job_of(params, layout, method="dalign")
+    shared = exploration.explore(job, tmp_path / "w", shares=(0.5, 1.0), average=True)
+    settings = {**params.methods["dalign"], "explore": explore}
+    trained = methods.finish(job, settings, lambda: shared, tmp_path / "b.npz")
+
+    model = kd.align(job.base(), n_samples=150, seed=0)
+    adam = optimizer(job.recipe, job.steps, job.train.epochs)
+    model.compile(kd.DAlign(adam, explore=explore), **objective())
+    model.fit(
+        job.data.x_train,
+        job.data.y_train,
+        batch_size=job.train.batch_size,
+        epochs=job.train.epochs,
+        shuffle=False,
+        verbose=0,
+    )
+    assert trained.l2 > 0
+    assert model.switch_report.averaged
+    found = {variable.path: variable for variable in trained.model.weights}
+    for variable in model.weights:
+        np.testing.assert_array_equal(
+            keras.ops.convert_to_numpy(variable),
+            keras.ops.convert_to_numpy(found.pop(variable.path)),
+            err_msg=variable.path,
+        )
+    assert not found
