@@ -5,7 +5,8 @@ Stages, each a module with a `main` to import, and a command `python pipelines S
 1. `prepare`: loads, verifies and splits a data set and writes `data/NAME.npz`;
 2. `explore`: trains the base model of a seed, whose weights methods go on from;
 3. `train`: finishes a run of a data set, an augmentation, a method and a seed;
-4. `evaluate`: test error, training loss and gap of a run, into `results/metrics/`;
+4. `evaluate`: test error, calibration, training loss and gap of a run, into
+   `results/metrics/`;
 5. `report`: tables, figures, verdict and page of all runs, into `results/`.
 
 Beside them, `tune` looks for the base model's best recipe on held-out training samples,
@@ -17,12 +18,13 @@ code, and `reproduce` compares fresh results with the committed ones.
 `dvc repro` runs them as dvc.yaml says, `python -m pipelines.quickstart` in one
 process. Both run the grid of a params.yaml: the root's is the profile `quick`, and
 `profiles/` has larger ones; `profiles/README.md` says how to run them. Pipelines use
-the public names of `keras_dalign` only.
+the public names of `keras_dalign` only, but for its average of the weights.
 
 How to extend the grid:
 
 - a **data set** is an entry of `datasets.KNOWN`, a section under `prepare` and one
-  under `train` in params.yaml, and its name in `grid.datasets`;
+  under `train` in params.yaml, and its name in `grid.datasets`; another name for one
+  that is there (`source`) trains another model on it;
 - a **model** is a function in `base_models.BUILDERS`, and named under `train`;
 - a **method** is a section under `methods`, and its name in `grid.methods`; one of a
   new kind is a function in `methods.KINDS`, too.

@@ -38,6 +38,44 @@ def mlp(
     )
 
 
+def convnet(
+    input_shape: tuple[int, ...], n_classes: int, *, filters: Sequence[int]
+) -> keras.Model:
+    """A small convolutional network with batch normalisation.
+
+    Each convolution but the first halves the height and width of its inputs.
+
+    Args:
+        input_shape: Shape of one image.
+        n_classes: Number of logits.
+        filters: Numbers of filters of the 3 x 3 convolutions.
+
+    Returns:
+        A model with outputs `(batch, n_classes)`.
+    """
+    layers = keras.layers
+    blocks = [
+        (
+            layers.Conv2D(
+                count, 3, strides=2 if i else 1, padding="same", use_bias=False
+            ),
+            # Keras's 0.99 is for runs of thousands of steps.
+            layers.BatchNormalization(momentum=0.9),
+            layers.ReLU(),
+        )
+        for i, count in enumerate(filters)
+    ]
+    return keras.Sequential(
+        [
+            keras.Input(input_shape),
+            *(layer for block in blocks for layer in block),
+            layers.Flatten(),
+            layers.Dense(n_classes),
+        ],
+        name="convnet",
+    )
+
+
 def resnet(
     input_shape: tuple[int, ...], n_classes: int, *, depth: int, **settings: Any
 ) -> keras.Model:
@@ -55,7 +93,11 @@ def resnet(
     return kd.models.resnet(depth, input_shape, n_classes, **settings)
 
 
-BUILDERS: dict[str, Callable[..., keras.Model]] = {"mlp": mlp, "resnet": resnet}
+BUILDERS: dict[str, Callable[..., keras.Model]] = {
+    "mlp": mlp,
+    "convnet": convnet,
+    "resnet": resnet,
+}
 
 
 def build(

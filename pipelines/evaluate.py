@@ -1,7 +1,8 @@
-"""Stage 4: test error, training loss and certified gap of a run.
+"""Stage 4: test error, calibration, training loss and certified gap of a run.
 
 Needs NumPy only, so that it takes no time, and recomputes the training loss in
-float64 from the logits, independently of the certificate.
+float64 from the logits, independently of the certificate. The probabilities on the test
+data are judged by their negative log likelihood, calibration error and Brier score.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines import datasets, files
+from pipelines.calibration import brier, ece, nll
 from pipelines.layout import Layout
 from pipelines.params import Run, parser
 
@@ -46,7 +48,7 @@ def main(
         )
     certificate = files.read_json(layout.certificate(run), "loss", "lower_bound", "gap")
     on_train, on_test = files.read_arrays(layout.logits(run), "train", "test")
-    train_loss = cross_entropy(on_train, data.y_train)
+    train_loss = nll(on_train, data.y_train)
     # Logits are float32: the loss differs in the order of their rounding.
     if not np.isclose(train_loss, certificate["loss"], rtol=1e-3, atol=1e-6):
         raise ValueError(
@@ -55,14 +57,18 @@ def main(
             f"{train_loss}"
         )
     history = files.read_json(
-        layout.history(run), "curves", "parameters", "l2", "switch"
+        layout.history(run), "curves", "parameters", "l2", "switch", "temperature"
     )
     metrics = {
         "error_rate": error_rate(on_test, data.y_test),
+        "nll": nll(on_test, data.y_test),
+        "ece": ece(on_test, data.y_test),
+        "brier": brier(on_test, data.y_test),
         "train_loss": train_loss,
         "train_error_rate": error_rate(on_train, data.y_train),
         "lower_bound": certificate["lower_bound"],
         "gap": certificate["gap"],
+        "temperature": history["temperature"],
         "l2": history["l2"],
         "l2_loss": certificate.get("l2_loss"),
         "l2_gap": certificate.get("l2_gap"),
@@ -86,27 +92,6 @@ def error_rate(logits: np.ndarray, labels: np.ndarray) -> float:
         A number in [0, 1].
     """
     return float(np.mean(logits.argmax(axis=1) != labels))
-
-
-def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Mean softmax cross-entropy in float64.
-
-    Computed from differences to the label's logit, so that a loss of 1e-12 has all
-    its digits.
-
-    Args:
-        logits: Shape `(n, classes)`.
-        labels: Int labels, shape `(n,)`.
-
-    Returns:
-        The loss.
-    """
-    logits = logits.astype("float64")
-    rows = np.arange(len(labels))
-    differences = logits - logits[rows, labels][:, None]
-    differences[rows, labels] = -np.inf
-    others = np.logaddexp.reduce(differences, axis=1)
-    return float(np.mean(np.logaddexp(0.0, others)))
 
 
 def cli(arguments: Sequence[str] | None = None) -> None:

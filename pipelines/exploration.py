@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ import keras
 import numpy as np
 
 from pipelines import base_models, files
+from pipelines.averaging import RunningAverage
 from pipelines.optimizers import optimizer
+from pipelines.params import pick
 from pipelines.recording import Recorder
 from pipelines.stream import FollowEpoch, Stream
 
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
     from pipelines.datasets import Dataset
     from pipelines.layout import Layout
     from pipelines.params import Params, Recipe, Run, TrainParams
+
+# What the names of files with averages end in.
+_AVERAGE = "-average"
 
 
 @dataclass(frozen=True)
@@ -52,11 +58,18 @@ class Job:
         recipe = params.recipe(run.dataset, run.augmentation)
         return cls(run, data, params.train[run.dataset], recipe)
 
-    def shortened(self, share: float) -> Job:
-        """The same with a share of the epochs."""
-        epochs = max(1, round(share * self.train.epochs))
+    def lasting(self, share: float) -> Job:
+        """The same with a share of the epochs, rounded up to whole ones."""
+        # Products such as 0.07 * 100 may be above what they stand for.
+        epochs = math.ceil(share * self.train.epochs - 1e-9)
         train = dataclasses.replace(self.train, epochs=epochs)
         return dataclasses.replace(self, train=train)
+
+    @property
+    def short(self) -> float:
+        """The share of the epochs that takes the base as long as our default."""
+        noun = f"augmentation (under `train.{self.run.dataset}.short`)"
+        return pick(noun, self.train.short, self.run.augmentation)
 
     @property
     def augment(self) -> dict[str, object] | None:
@@ -87,12 +100,17 @@ class Job:
         )
 
     def recorder(
-        self, epochs: int, backup: Path | None = None, *, start: int = 0
+        self,
+        epochs: int,
+        backup: Path | None = None,
+        *,
+        start: int = 0,
+        average: RunningAverage | None = None,
     ) -> Recorder:
         """What notes losses, seconds and, ten times, the test error."""
         every = max(1, epochs // 10)
         tested = {e for e in range(start + 1, epochs + 1) if e % every == 0} | {epochs}
-        return Recorder(self.data.x_test, self.data.y_test, tested, backup)
+        return Recorder(self.data.x_test, self.data.y_test, tested, backup, average)
 
 
 @dataclass(frozen=True)
@@ -114,10 +132,12 @@ class Exploration:
         """Reads what the stage `explore` wrote."""
         run = job.run.exploration
         history = files.read_json(layout.history(run), "epochs")["epochs"]
-        seconds = files.read_json(layout.timing(run), "epochs")["epochs"]
+        times = files.read_json(layout.timing(run), "epochs", "average")
         entries = [
-            {**entry, "seconds": each}
-            for entry, each in zip(history, seconds, strict=True)
+            {**entry, "seconds": seconds, "average_seconds": averaging}
+            for entry, seconds, averaging in zip(
+                history, times["epochs"], times["average"], strict=True
+            )
         ]
         return cls(job, layout.run(run), entries)
 
@@ -125,43 +145,61 @@ class Exploration:
         """The epoch at a share of all."""
         return max(1, round(share * self.job.train.epochs))
 
-    def model(self, share: float) -> keras.Model:
+    def model(self, share: float, *, average: bool = False) -> keras.Model:
         """The base model after a share of the epochs.
 
         Args:
             share: In (0, 1].
+            average: Whether its trainable weights are their running average.
 
         Returns:
             The model, not compiled.
 
         Raises:
-            ValueError: If its weights at that epoch were not kept.
+            ValueError: If its weights at that epoch, or their average, were not kept.
         """
-        path = _checkpoint(self.folder, self.epoch(share))
+        model = self.job.base()
+        weights = self._kept(share, "", len(model.weights))
+        model.set_weights(weights)
+        if average:
+            trainable = model.trainable_variables
+            averages = self._kept(share, _AVERAGE, len(trainable))
+            for variable, value in zip(trainable, averages, strict=True):
+                variable.assign(value)
+        return model
+
+    def _kept(self, share: float, kind: str, count: int) -> list[np.ndarray]:
+        """The arrays that were kept after a share of the epochs."""
+        path = _checkpoint(self.folder, self.epoch(share), kind)
         if not path.exists():
-            kept = sorted(int(each.stem[-3:]) for each in self.folder.glob("epoch-*"))
+            found = self.folder.glob(f"epoch-???{kind}.npz")
+            kept = sorted(int(each.name[6:9]) for each in found)
+            noun = "averaged weights" if kind else "weights"
             raise ValueError(
-                f"The weights after epoch {self.epoch(share)} were not kept. Received: "
+                f"Of epoch {self.epoch(share)} no {noun} were kept. Received: "
                 f"a share of {share} of {self.job.train.epochs} epochs; kept are those "
                 f"after {kept}. Add the share to `train.{self.job.run.dataset}."
-                "checkpoints`."
+                "checkpoints`, and run `explore` again."
             )
-        model = self.job.base()
-        names = [f"{index:04d}" for index in range(len(model.weights))]
-        model.set_weights(list(files.read_arrays(path, *names)))
-        return model
+        return list(files.read_arrays(path, *map(_name, range(count))))
 
     def until(self, share: float) -> list[dict[str, float]]:
         """What was noted in a share of the epochs."""
         return list(self.epochs[: self.epoch(share)])
 
-    def seconds(self, share: float) -> float:
-        """Wall time of a share of the epochs."""
-        return float(sum(entry["seconds"] for entry in self.until(share)))
+    def seconds(self, share: float, *, average: bool = False) -> float:
+        """Wall time of a share of the epochs, with or without that of the average."""
+        names = ("seconds", "average_seconds") if average else ("seconds",)
+        return float(sum(entry[name] for entry in self.until(share) for name in names))
 
 
 def explore(
-    job: Job, folder: Path, backup: Path | None = None, shares: Sequence[float] = (1.0,)
+    job: Job,
+    folder: Path,
+    backup: Path | None = None,
+    shares: Sequence[float] = (1.0,),
+    *,
+    average: bool = False,
 ) -> Exploration:
     """Trains the base model.
 
@@ -171,6 +209,7 @@ def explore(
         backup: A path beside which the run is backed up after every epoch; a run that
             was killed goes on from there, and gives what it would have given.
         shares: The shares of the epochs after which the weights are kept.
+        average: Whether their running average is kept, too.
 
     Returns:
         The exploration.
@@ -184,12 +223,14 @@ def explore(
     kept = backup.with_suffix(".weights") if backup else folder
     kept.mkdir(parents=True, exist_ok=True)
     epochs = {max(1, round(share * train.epochs)) for share in shares}
+    running = RunningAverage(model) if average else None
     recorder = fit(
         job,
         model,
         train.epochs,
-        [_Checkpoints(kept, epochs)],
+        [_Checkpoints(kept, epochs, running)],
         backup=backup,
+        average=running,
     )
     if kept != folder:
         for path in kept.iterdir():
@@ -205,6 +246,7 @@ def fit(
     callbacks: Sequence[keras.callbacks.Callback] = (),
     *,
     backup: Path | None = None,
+    average: RunningAverage | None = None,
 ) -> Recorder:
     """Fits a compiled model on the stream of a job, from the first epoch.
 
@@ -215,13 +257,14 @@ def fit(
         callbacks: More callbacks.
         backup: A path beside which the run is backed up after every epoch; one that
             was killed goes on from there. `discard` removes what is there.
+        average: What averages the model's weights beside the training.
 
     Returns:
         What was noted, before a kill as well.
     """
     stream = job.stream()
     records = backup.with_suffix(".json") if backup else None
-    recorder = job.recorder(epochs, records)
+    recorder = job.recorder(epochs, records, average=average)
     resuming: list[keras.callbacks.Callback] = []
     if backup is not None:
         # What is not built is not restored either.
@@ -235,7 +278,13 @@ def fit(
         # The stream shuffles; Keras would draw the order of batches from elsewhere.
         shuffle=False,
         verbose=0,
-        callbacks=[FollowEpoch(stream), recorder, *callbacks, *resuming],
+        callbacks=[
+            FollowEpoch(stream),
+            *([average] if average else []),
+            recorder,
+            *callbacks,
+            *resuming,
+        ],
     )
     if records is not None and not recorder.epochs:
         # All epochs had been trained before the kill.
@@ -265,20 +314,31 @@ def warm_up() -> None:
     model.predict(x, verbose=0)
 
 
-def _checkpoint(folder: Path, epoch: int) -> Path:
-    return folder / f"epoch-{epoch:03d}.npz"
+def _checkpoint(folder: Path, epoch: int, kind: str = "") -> Path:
+    return folder / f"epoch-{epoch:03d}{kind}.npz"
+
+
+def _name(index: int) -> str:
+    """The name of an array in a checkpoint."""
+    return f"{index:04d}"
 
 
 class _Checkpoints(keras.callbacks.Callback):
-    """Keeps the weights after some of the epochs."""
+    """Keeps the weights, and their average, after some of the epochs."""
 
-    def __init__(self, folder: Path, epochs: set[int]) -> None:
+    def __init__(
+        self, folder: Path, epochs: set[int], average: RunningAverage | None
+    ) -> None:
         super().__init__()
-        self._folder, self._epochs = folder, epochs
+        self._folder, self._epochs, self._average = folder, epochs, average
 
     def on_epoch_end(self, epoch: int, logs: object = None) -> None:  # noqa: ARG002
         """Keras's hook."""
         if epoch + 1 in self._epochs:
-            weights: list[np.ndarray] = self.model.get_weights()
-            arrays = {f"{index:04d}": array for index, array in enumerate(weights)}
-            files.write_arrays(_checkpoint(self._folder, epoch + 1), arrays)
+            self._write(epoch + 1, "", self.model.get_weights())
+            if self._average is not None:
+                self._write(epoch + 1, _AVERAGE, self._average.weights())
+
+    def _write(self, epoch: int, kind: str, weights: Sequence[np.ndarray]) -> None:
+        arrays = {_name(index): array for index, array in enumerate(weights)}
+        files.write_arrays(_checkpoint(self._folder, epoch, kind), arrays)

@@ -1,7 +1,8 @@
 """Stage 2: train the base model, for all methods that start from it.
 
-Writes its weights at the epochs that `checkpoints` in the parameters names, and what
-was noted by epoch. A run that was killed goes on where it was.
+Writes its weights and their running average at the epochs that `checkpoints` in the
+parameters names, and what was noted by epoch. A run that was killed goes on where it
+was.
 """
 
 from __future__ import annotations
@@ -43,13 +44,19 @@ def main(
     warm_up()
     backup = layout.backup(run)
     with locked(backup), files.replacing(layout.run(run)) as folder:
-        explored = exploration.explore(job, folder, backup, job.train.checkpoints)
+        explored = exploration.explore(
+            job, folder, backup, job.train.checkpoints, average=True
+        )
         # Wall times differ in every run, and the rest does not.
-        entries = [{**entry, "seconds": 0.0} for entry in explored.epochs]
+        none = {"seconds": 0.0, "average_seconds": 0.0}
+        entries = [{**entry, **none} for entry in explored.epochs]
         files.write_json(folder / layout.history(run).name, {"epochs": entries})
     exploration.discard(backup)
-    seconds = [entry["seconds"] for entry in explored.epochs]
-    files.write_json(layout.timing(run), {"epochs": seconds, **repository.code()})
+    times = {
+        "epochs": [entry["seconds"] for entry in explored.epochs],
+        "average": [entry["average_seconds"] for entry in explored.epochs],
+    }
+    files.write_json(layout.timing(run), {**times, **repository.code()})
     return layout.run(run)
 
 

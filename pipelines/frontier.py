@@ -14,7 +14,8 @@ import keras
 
 import keras_dalign as kd
 from pipelines import datasets, files, methods, provenance
-from pipelines.evaluate import cross_entropy, error_rate
+from pipelines.calibration import nll
+from pipelines.evaluate import error_rate
 from pipelines.exploration import Exploration, Job, objective, warm_up
 from pipelines.layout import Layout
 from pipelines.params import Params, Run, load, parser
@@ -83,7 +84,8 @@ def _point(
     return {
         "seconds": round(sum(trained.phases.values()), 2),
         "error_rate": error_rate(logits, data.y_test),
-        "train_loss": cross_entropy(train, data.y_train),
+        "nll": nll(logits, data.y_test),
+        "train_loss": nll(train, data.y_train),
         "gap": certificate.gap,
     }
 

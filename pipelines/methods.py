@@ -6,6 +6,7 @@ kind and its settings.
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -17,15 +18,15 @@ import keras
 import numpy as np
 
 import keras_dalign as kd
+from pipelines import temperature as temperatures
 from pipelines.exploration import Exploration, Job, discard, explore, fit, objective
+from pipelines.held_out import held_out
 from pipelines.optimizers import optimizer
-from pipelines.params import pick
+from pipelines.params import SHORT, SOLVE, pick
 from pipelines.stream import FollowEpoch
 
 if TYPE_CHECKING:
     from pipelines.recording import Recorder
-
-SOLVE = "solve"
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Trained:
             `exploited`.
         l2: The weight of the L2 term that was minimised with the loss.
         switch: The rank check at the switch, where there was one.
+        temperature: What logits are divided by, where it was fitted.
     """
 
     model: keras.Model
@@ -49,6 +51,7 @@ class Trained:
     parameters: dict[str, int]
     l2: float = 0.0
     switch: dict[str, Any] | None = field(default=None)
+    temperature: float | None = None
 
 
 def base(
@@ -56,42 +59,78 @@ def base(
     shared: Callable[[], Exploration],
     backup: Path,
     *,
-    epochs: float = 1.0,
+    epochs: float | str = 1.0,
     reestimate: bool = False,
+    average: bool = False,
+    temperature: float | None = None,
 ) -> Trained:
-    """The base model.
+    """The base model, with the favours that are asked for.
 
     Args:
         job: What to train on, and how.
         shared: Reads the base training of the seed.
         backup: A path beside which a run of its own is backed up.
-        epochs: The share of the epochs that it is trained for. A share below 1 is a
+        epochs: The share of the epochs that it is trained for, rounded up to whole
+            ones, or `"short"`, the share that the parameters call so. Any but 1 is a
             run of its own, whose schedule ends with it.
         reestimate: Whether its batch-norm statistics are re-estimated at the end.
+        average: Whether its weights are set to their running average before.
+        temperature: The share of the training samples on which a temperature is fitted,
+            which the logits are divided by. A second model, trained in the same way on
+            the other samples, gives the logits to fit it on.
 
     Returns:
-        The model as Keras trains it, or with re-estimated statistics.
+        The model.
     """
-    if epochs == 1.0:
-        exploration = shared()
-        model = exploration.model(1.0)
-    else:
+    share = job.short if epochs == SHORT else float(epochs)
+    job = job.lasting(share)
+    keeping = {"reestimate": reestimate, "average": average}
+    explored = shared() if share == 1.0 else None
+    model, entries, phases = _base(job, explored, backup, **keeping)
+    found = None
+    if temperature is not None:
+        part = held_out(job.data, temperature, job.run.seed)
+        second, _, times = _base(
+            dataclasses.replace(job, data=part), None, backup, **keeping
+        )
+        begin = time.perf_counter()
+        logits = second.predict(part.x_test, batch_size=256, verbose=0)
+        found = temperatures.fit(logits, part.y_test)
+        model = temperatures.scaled(model, found)
+        times["switch"] += time.perf_counter() - begin
+        phases = {name: phases[name] + times[name] for name in phases}
+    count = model.count_params()
+    return Trained(
+        model,
+        entries,
+        {name: seconds for name, seconds in phases.items() if seconds},
+        {"base": count, "total": count, "exploited": 0},
+        temperature=found,
+    )
+
+
+def _base(
+    job: Job,
+    exploration: Exploration | None,
+    backup: Path,
+    *,
+    reestimate: bool,
+    average: bool,
+) -> tuple[keras.Model, list[dict[str, float]], dict[str, float]]:
+    """A base model, what was noted, and its phases; without exploration, trains it."""
+    if exploration is None:
         with tempfile.TemporaryDirectory() as folder:
-            exploration = explore(job.shortened(epochs), Path(folder), backup)
-            model = exploration.model(1.0)
+            exploration = explore(job, Path(folder), backup, average=average)
+            model = exploration.model(1.0, average=average)
         discard(backup)
-    phases = {"explore": exploration.seconds(1.0)}
+    else:
+        model = exploration.model(1.0, average=average)
+    phases = {"explore": exploration.seconds(1.0, average=average), "switch": 0.0}
     if reestimate:
         begin = time.perf_counter()
         kd.reestimate_batch_norm(model, job.data.x_train)
         phases["switch"] = time.perf_counter() - begin
-    count = model.count_params()
-    return Trained(
-        model,
-        exploration.until(1.0),
-        phases,
-        {"base": count, "total": count, "exploited": 0},
-    )
+    return model, exploration.until(1.0), phases
 
 
 def two_phase(
@@ -103,6 +142,7 @@ def two_phase(
     explore: float = 0.6,
     exploit: str = "copy",
     l2: float | str = 0.0,
+    average: bool = False,
     **head: Any,
 ) -> Trained:
     """The base model with an alignment head: explore, switch, exploit.
@@ -119,6 +159,9 @@ def two_phase(
         exploit: `"copy"`, a fresh copy of the optimizer, for the other epochs; or
             `"solve"`, full batch to a certified gap, on the images as they are.
         l2: Weight of the L2 term of `"solve"`, or `"auto"`.
+        average: Whether the switch sets the weights to their running average, which the
+            shared exploration keeps. With `"solve"` and `"auto"` it makes a run of
+            `DAlign` with its defaults.
         **head: What else `keras_dalign.align` takes.
 
     Returns:
@@ -134,8 +177,9 @@ def two_phase(
     head = {"gates": gates, "seed": job.run.seed, **head}
     if gates == "random":
         exploration = shared()
-        entries, seconds = exploration.until(explore), exploration.seconds(explore)
-        trunk = exploration.model(explore)
+        entries = exploration.until(explore)
+        seconds = exploration.seconds(explore, average=average)
+        trunk = exploration.model(explore, average=average)
     else:
         trunk = job.base()
     begin = time.perf_counter()
@@ -150,7 +194,16 @@ def two_phase(
     keras.utils.set_random_seed(job.run.seed)
     noting = 0.0
     if exploit == SOLVE:
-        l2 = kd.solve(model, job.data.x_train, job.data.y_train, l2=l2, verbose=0).l2
+        # In batches as large as those of `fit`, so that all is rounded alike.
+        solved = kd.solve(
+            model,
+            job.data.x_train,
+            job.data.y_train,
+            l2=l2,
+            batch_size=4 * job.train.batch_size,
+            verbose=0,
+        )
+        l2 = solved.l2
     else:
         recorder = _exploit(job, model, tau)
         entries, noting = [*entries, *recorder.epochs], recorder.own_seconds

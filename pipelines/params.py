@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +13,10 @@ import yaml
 
 # The base training that methods share, where the name of a method stands otherwise.
 EXPLORATION = "exploration"
+# The epochs of a base that takes as long as our default; see `TrainParams.short`.
+SHORT = "short"
+# How the solver is called among the ways to exploit.
+SOLVE = "solve"
 
 HERE = Path("params.yaml")
 FILE = Path(__file__).resolve().parent.parent / "params.yaml"
@@ -83,11 +87,16 @@ class DataParams:
             class, and the data are then called partial.
         n_test: Number of test samples, likewise.
         split_seed: Seed of the draw, and of the split of data that come without one.
+        source: The data set that it is, where its name is another: several can share
+            one source, with a base model each.
+        note: What tables add to the title, such as the base model's kind.
     """
 
     n_train: int
     n_test: int
     split_seed: int = 0
+    source: str | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,8 @@ class TrainParams:
             kept, for methods to go on from.
         augment: The standard augmentation: `crop`, the pixels of padding before a
             random crop, and `flip`, whether images are mirrored at random.
+        short: By augmentation, the share of the epochs that takes the base model as
+            long as our default takes.
     """
 
     model: Mapping[str, Any]
@@ -112,6 +123,17 @@ class TrainParams:
     recipes: Mapping[str, str]
     checkpoints: tuple[float, ...] = (1.0,)
     augment: Mapping[str, Any] = field(default_factory=dict)
+    short: Mapping[str, float] = field(
+        default_factory=lambda: {"none": 0.75, "standard": 0.75}
+    )
+
+    def __post_init__(self) -> None:
+        for augmentation, share in self.short.items():
+            if not _is_share(share):
+                raise ValueError(
+                    "`short` must be a share of the epochs, above 0 and at most 1, by "
+                    f"augmentation. Received: {share!r} for {augmentation!r}"
+                )
 
 
 @dataclass(frozen=True)
@@ -140,12 +162,28 @@ class Tuning:
         recipes: The recipes to try.
         validation: Share of the training samples that the recipes are judged on.
         seed: Seed of that split and of the runs.
+        samples: The most training samples to search on; None for all.
     """
 
     datasets: tuple[str, ...] = ()
     recipes: tuple[str, ...] = ()
     validation: float = 0.2
     seed: int = 0
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        if not _is_share(self.validation) or self.validation == 1:
+            raise ValueError(
+                "`tune.validation` must be a share of the training samples, above 0 "
+                f"and below 1. Received: {self.validation!r}"
+            )
+        if self.samples is not None and not (
+            _is_number(self.samples) and self.samples == int(self.samples) > 0
+        ):
+            raise ValueError(
+                "`tune.samples` must be a positive number of samples, or null for all. "
+                f"Received: {self.samples!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -168,7 +206,7 @@ class Params:
     """All parameters.
 
     Attributes:
-        profile: Name of the profile: `quick`, `cpu` or `letter`.
+        profile: Name of the profile, such as `quick` or `cpu`.
         code: From the folder of the parameters to that of the code.
         grid: What is run.
         prepare: Data sets by name.
@@ -207,6 +245,8 @@ class Params:
                 )
         for method in self.grid.methods:
             pick("method", self.methods, method)
+        for method, settings in self.methods.items():
+            _check_method(method, settings)
         for recipe in self.tune.recipes:
             pick("recipe", self.recipes, recipe)
 
@@ -300,6 +340,47 @@ def parser(description: str | None, *names: str) -> argparse.ArgumentParser:
         "--params", type=Path, help="params.yaml to use; by default the folder's"
     )
     return line
+
+
+def _check_method(name: str, settings: Mapping[str, Any]) -> None:
+    """Refuses settings out of their ranges, before anything is trained.
+
+    Raises:
+        ValueError: If there are some.
+    """
+    ranges: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "average": ("true or false", lambda value: isinstance(value, bool)),
+        "reestimate": ("true or false", lambda value: isinstance(value, bool)),
+        "temperature": (
+            "the share of the training samples to fit it on, above 0 and below 1",
+            lambda value: _is_share(value) and value < 1,
+        ),
+        "epochs": (
+            f"a positive multiple of the epochs, or {SHORT!r}",
+            lambda value: value == SHORT or (_is_number(value) and value > 0),
+        ),
+        "explore": ("a share of the epochs, above 0 and at most 1", _is_share),
+        "exploit": (f"'copy' or {SOLVE!r}", lambda value: value in ("copy", SOLVE)),
+    }
+    for key, (wanted, fits) in ranges.items():
+        if key in settings and not fits(settings[key]):
+            raise ValueError(
+                f"`methods.{name}.{key}` must be {wanted}. Received: {settings[key]!r}"
+            )
+    if settings.get("average") and settings.get("gates") == "learned":
+        raise ValueError(
+            "The shared exploration keeps an average of the weights, and learned gates "
+            f"explore by themselves. Received: `average` in `methods.{name}`. Leave it "
+            "out, or take random gates."
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 < value <= 1
 
 
 def _tuples(values: Any) -> Any:

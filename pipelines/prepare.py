@@ -28,7 +28,8 @@ def main(
     """Prepares a data set.
 
     Args:
-        dataset: Its name, in `datasets.KNOWN` and under `prepare` in the parameters.
+        dataset: Its name under `prepare` in the parameters. It is that of a data set in
+            `datasets.KNOWN`, unless `source` names this.
         params: The parameters; those of params.yaml by default.
         root: The folder of all files.
         import_from: A folder of files to take instead of a download; by default the
@@ -40,14 +41,15 @@ def main(
         The path of the arrays.
     """
     params, layout = params or load(), Layout(root)
-    pick("data set", datasets.KNOWN, dataset)
     wanted = pick("data set (under `prepare`)", params.prepare, dataset)
+    source = wanted.source or dataset
+    pick("data set", datasets.KNOWN, source)
     named = os.environ.get(imported.VARIABLE)
     if import_from is None and named:
         import_from = Path(named)
     path = layout.arrays(dataset)
     data, description = datasets.load(
-        dataset,
+        source,
         wanted,
         path.parent / "tfds",
         import_from=import_from,

@@ -5,28 +5,34 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 
 from pipelines import files
 
+if TYPE_CHECKING:
+    from pipelines.averaging import RunningAverage
+
 
 class Recorder(keras.callbacks.Callback):
     """Keeps curves and seconds by epoch, and goes on with those of a backup.
 
-    What it takes to measure the test error is in none of the seconds.
+    What it takes to measure the test error is in none of the seconds, and what it takes
+    to keep an average of the weights stands apart.
 
     Args:
         x_test: Test images.
         y_test: Their labels.
         test_epochs: After how many epochs the test error is measured.
         backup: Where to keep a copy after every epoch; none by default.
+        average: The average that is kept beside the training; none by default.
 
     Attributes:
         epochs: One entry an epoch: `epoch` (from 1), `train_loss` (the mean over its
-            steps), `phase`, `seconds`, and `test_error_rate` where it was measured.
+            steps), `phase`, `seconds`, `average_seconds` (those of the average, which
+            are not among them), and `test_error_rate` where it was measured.
         own_seconds: What measuring took.
     """
 
@@ -36,11 +42,13 @@ class Recorder(keras.callbacks.Callback):
         y_test: np.ndarray,
         test_epochs: Collection[int],
         backup: Path | None = None,
+        average: RunningAverage | None = None,
     ) -> None:
         super().__init__()
         self._x_test, self._y_test = x_test, y_test
         self._test_epochs = set(test_epochs)
         self._backup = backup
+        self._average = average
         self.epochs: list[dict[str, float]] = []
         self.own_seconds = 0.0
         self._begin = 0.0
@@ -61,11 +69,13 @@ class Recorder(keras.callbacks.Callback):
         """Keras's hook."""
         end = time.perf_counter()
         logs = logs or {}
+        averaging = 0.0 if self._average is None else self._average.take_seconds()
         entry = {
             "epoch": epoch + 1,
             "train_loss": float(logs["loss"]),
             "phase": int(logs.get("phase", 0)),
-            "seconds": end - self._begin,
+            "seconds": end - self._begin - averaging,
+            "average_seconds": averaging,
         }
         if epoch + 1 in self._test_epochs:
             logits = self.model.predict(self._x_test, batch_size=256, verbose=0)

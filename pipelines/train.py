@@ -91,6 +91,7 @@ def _write(
         "curves": curves(trained.epochs),
         "parameters": trained.parameters,
         "l2": trained.l2,
+        "temperature": trained.temperature,
         "switch": trained.switch,
     }
     with files.replacing(layout.run(run)) as folder:

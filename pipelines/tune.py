@@ -2,8 +2,9 @@
 
 A recipe trains the base model, and is judged by the error on a share of the training
 samples that it did not see, with re-estimated batch-norm statistics. Test data take no
-part. `train.DATASET.recipes` in the parameters has to name the best of those that
-`tune.recipes` lists, and all methods use it.
+part. Of large data sets, `tune.samples` are enough. `train.DATASET.recipes` in the
+parameters has to name the best of those that `tune.recipes` lists, and all methods use
+it.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from pipelines import datasets, exploration, files, methods, provenance
+from pipelines.datasets import Samples, sampling
 from pipelines.evaluate import error_rate
 from pipelines.exploration import Job, warm_up
+from pipelines.held_out import held_out
 from pipelines.layout import Layout
 from pipelines.params import Params, Run, load, parser, pick
 
 if TYPE_CHECKING:
     from pipelines.datasets import Dataset
+    from pipelines.params import Tuning
 
 # What is measured for each recipe; the best one is the best for the first of them.
-_JUDGES = ("base_bn", "base", "two_phase_random")
+_JUDGES = ("base_bn", "base")
 
 
 def main(
@@ -53,17 +55,17 @@ def main(
     tuning, settings = params.tune, pick("recipe", params.recipes, recipe)
     whole, description = datasets.read(layout, dataset)
     train = dataclasses.replace(
-        pick("data set (under `train`)", params.train, dataset),
-        checkpoints=(0.6, 1.0),
+        pick("data set (under `train`)", params.train, dataset), checkpoints=(1.0,)
     )
     run = Run(dataset, augmentation, f"tune-{recipe}", tuning.seed)
-    data = held_out(whole, tuning.validation, tuning.seed)
+    data = held_out(_part(whole, tuning), tuning.validation, tuning.seed)
     warm_up()
     path = layout.tuning(dataset, augmentation, recipe)
     files.write_json(
         path,
         {
             "validation": tuning.validation,
+            "samples": len(data.y_train) + len(data.y_test),
             "seed": tuning.seed,
             "errors": _errors(Job(run, data, train, settings), params),
             "provenance": {
@@ -75,29 +77,18 @@ def main(
     return path
 
 
-def held_out(data: Dataset, share: float, seed: int) -> Dataset:
-    """The training samples alone, split by class into training and held-out ones.
-
-    Args:
-        data: The data; their test samples are left out.
-        share: The share to hold out.
-        seed: Seed of the split.
-
-    Returns:
-        Data whose test samples are the held-out ones.
-    """
-    rng = np.random.default_rng(seed)
-    held = np.zeros(len(data.y_train), bool)
-    for label in range(data.n_classes):
-        members = rng.permutation(np.flatnonzero(data.y_train == label))
-        held[members[: round(share * len(members))]] = True
-    return dataclasses.replace(
-        data,
-        x_train=data.x_train[~held],
-        y_train=data.y_train[~held],
-        x_test=data.x_train[held],
-        y_test=data.y_train[held],
-    )
+def _part(data: Dataset, tuning: Tuning) -> Dataset:
+    """The training samples to tune on, drawn by class."""
+    wanted = tuning.samples
+    if wanted is None or wanted >= len(data.y_train):
+        return data
+    if wanted < data.n_classes:
+        raise ValueError(
+            "`tune.samples` must be one for each class at least, or null for all "
+            f"samples. Received: {wanted} for {data.n_classes} classes"
+        )
+    drawn = sampling.draw(Samples(data.x_train, data.y_train), wanted, tuning.seed)
+    return dataclasses.replace(data, x_train=drawn.x, y_train=drawn.y)
 
 
 def _errors(job: Job, params: Params) -> dict[str, float]:

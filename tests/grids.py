@@ -10,7 +10,15 @@ code: .
 grid:
   datasets: [digits]
   augmentations: [none, standard]
-  methods: [base, base_bn, two_phase_random, two_phase_learned, solve, last_layer]
+  methods:
+    - base
+    - base_bn
+    - base_swa
+    - dalign
+    - letter
+    - two_phase_random
+    - solve
+    - last_layer
   seeds: [0]
 prepare:
   digits: {n_train: 150, n_test: 60, split_seed: 0}
@@ -22,15 +30,22 @@ train:
     recipes: {none: cosine, standard: constant}
     checkpoints: [0.5, 1.0]
     augment: {crop: 1, flip: false}
+    short: {none: 0.3, standard: 0.75}
 recipes:
   constant: {learning_rate: 0.003}
   cosine: {learning_rate: 0.003, schedule: cosine}
 methods:
   base: {kind: base}
   base_bn: {kind: base, reestimate: true}
-  base_short: {kind: base, epochs: 0.5, reestimate: true}
+  base_swa: {kind: base, average: true, reestimate: true}
+  base_temperature: {kind: base, reestimate: true, temperature: 0.1}
+  base_short: {kind: base, epochs: short, reestimate: true}
+  base_long: {kind: base, epochs: 2.0, reestimate: true}
+  dalign: {kind: two_phase, explore: 0.5, exploit: solve, l2: auto, average: true}
+  dalign_better:
+    {kind: two_phase, explore: 1.0, exploit: solve, l2: auto, average: true}
+  letter: {kind: two_phase, gates: learned, explore: 0.5, exploit: copy}
   two_phase_random: {kind: two_phase, explore: 0.5}
-  two_phase_learned: {kind: two_phase, gates: learned, explore: 0.5}
   solve: {kind: two_phase, explore: 0.5, exploit: solve}
   solve_l2: {kind: two_phase, explore: 0.5, exploit: solve, l2: 0.001}
   last_layer: {kind: last_layer, explore: 0.5}

@@ -13,7 +13,8 @@ from pipelines import closure  # noqa: E402
 from pipelines.layout import ROOT  # noqa: E402
 
 CODE = "${code}/"
-PROFILES = [".", "profiles/cpu", "profiles/letter", "profiles/studies"]
+# The other profiles have the pipeline of the root.
+PROFILES = [".", "profiles/studies"]
 
 
 @pytest.fixture(scope="module")

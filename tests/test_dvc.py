@@ -143,7 +143,7 @@ def test_gate_needs_a_pipeline_that_dvc_can_read(vouched):
 
 
 def test_a_clone_that_pulls_has_nothing_to_do(checkout, tmp_path):
-    assert "Running stage 'train@digits-none-solve-0'" in dvc(checkout, "repro")
+    assert "Running stage 'train@digits-none-0-solve'" in dvc(checkout, "repro")
     assert "Running stage" not in dvc(checkout, "repro")
     git(checkout, "add", "-A")
     git(checkout, "commit", "-q", "-m", "results")
@@ -166,7 +166,7 @@ def test_a_clone_that_pulls_has_nothing_to_do(checkout, tmp_path):
     (clone / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     output = dvc(clone, "repro", "--dry")
     assert output.count("Running stage") == 1
-    assert "Running stage 'train@digits-none-solve-0'" in output
+    assert "Running stage 'train@digits-none-0-solve'" in output
 
 
 def test_two_workers_share_a_cache(checkout, tmp_path):
@@ -175,12 +175,12 @@ def test_two_workers_share_a_cache(checkout, tmp_path):
     worker = tmp_path / "worker"
     git(tmp_path, "clone", "-q", str(checkout), str(worker))
     dvc(worker, "cache", "dir", "--local", str(checkout / ".dvc" / "cache"))
-    dvc(worker, "repro", "-q", "train@digits-none-solve-0")
+    dvc(worker, "repro", "-q", "train@digits-none-0-solve")
     timings = Path("results", "timings")
     shutil.copytree(worker / timings, checkout / timings)
     output = dvc(checkout, "repro")
-    assert "Stage 'train@digits-none-solve-0' is cached" in output
-    assert "Running stage 'train@digits-none-base-0'" in output
+    assert "Stage 'train@digits-none-0-solve' is cached" in output
+    assert "Running stage 'train@digits-none-0-base'" in output
     said = (checkout / "results" / "overview.md").read_text(encoding="utf-8")
     assert "The code that made these results has not changed since." in said
     assert (checkout / "results" / "report.html").exists()

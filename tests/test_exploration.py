@@ -26,7 +26,7 @@ from pipelines.locks import locked
 from pipelines.optimizers import optimizer
 from pipelines.params import EXPLORATION, Recipe, Run
 from pipelines.recording import Recorder
-from pipelines.stream import FollowEpoch
+from pipelines.stream import FollowEpoch, Stream
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_a_killed_exploration_goes_on_and_gives_the_same(
 ):
     job = job_of(params, layout, augmentation)
     shares = (0.25, 0.5, 1.0)
-    whole = exploration.explore(job, tmp_path / "whole", shares=shares)
+    whole = exploration.explore(job, tmp_path / "whole", shares=shares, average=True)
 
     backup = tmp_path / "backup.npz"
     noted = Recorder.on_epoch_end
@@ -71,7 +71,7 @@ def test_a_killed_exploration_goes_on_and_gives_the_same(
     with monkeypatch.context() as patch:
         patch.setattr(Recorder, "on_epoch_end", killed)
         with pytest.raises(KeyboardInterrupt):
-            exploration.explore(job, tmp_path / "first", backup, shares)
+            exploration.explore(job, tmp_path / "first", backup, shares, average=True)
     epochs = []
     with monkeypatch.context() as patch:
         begin = FollowEpoch.on_epoch_begin
@@ -81,18 +81,22 @@ def test_a_killed_exploration_goes_on_and_gives_the_same(
             begin(self, epoch, logs)
 
         patch.setattr(FollowEpoch, "on_epoch_begin", watched)
-        again = exploration.explore(job, tmp_path / "again", backup, shares)
+        again = exploration.explore(
+            job, tmp_path / "again", backup, shares, average=True
+        )
 
     # It did not begin anew.
     assert epochs == [2, 3]
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "again")
-    assert list(expected) == ["epoch-001.npz", "epoch-002.npz", "epoch-004.npz"]
+    kinds = ("-average.npz", ".npz")
+    assert list(expected) == [f"epoch-00{e}{k}" for e in (1, 2, 4) for k in kinds]
     assert list(found) == list(expected)
     for name, arrays in expected.items():
         for a, b in zip(arrays, found[name], strict=True):
             np.testing.assert_array_equal(a, b)
+    none = {"seconds": 0, "average_seconds": 0}
     for one, two in zip(whole.epochs, again.epochs, strict=True):
-        assert {**one, "seconds": 0} == {**two, "seconds": 0}
+        assert {**one, **none} == {**two, **none}
     exploration.discard(backup)
     assert not list(tmp_path.glob("backup*"))
 
@@ -124,11 +128,64 @@ def test_the_shared_exploration_is_that_of_random_gates(params, layout, tmp_path
         )
 
 
+def test_averaging_changes_nothing_in_the_training(params, layout, tmp_path):
+    job = job_of(params, layout)
+    plain = exploration.explore(job, tmp_path / "plain", shares=(0.5, 1.0))
+    beside = exploration.explore(
+        job, tmp_path / "beside", shares=(0.5, 1.0), average=True
+    )
+    expected, found = weights(tmp_path / "plain"), weights(tmp_path / "beside")
+    assert set(found) - set(expected) == {f"epoch-00{e}-average.npz" for e in (2, 4)}
+    for name, arrays in expected.items():
+        for a, b in zip(arrays, found[name], strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert [e["train_loss"] for e in plain.epochs] == [
+        e["train_loss"] for e in beside.epochs
+    ]
+    # What it takes stands apart.
+    assert plain.seconds(1.0, average=True) == plain.seconds(1.0)
+    assert beside.seconds(1.0, average=True) > beside.seconds(1.0)
+
+
+def test_the_average_is_that_of_dalign(params, layout, tmp_path):
+    job = job_of(params, layout)
+    shared = exploration.explore(job, tmp_path / "w", shares=(0.5, 1.0), average=True)
+
+    model = kd.align(job.base(), n_samples=150, gates="random", seed=0)
+    adam = optimizer(job.recipe, job.steps, job.train.epochs)
+    model.compile(optimizer=kd.DAlign(adam, None, explore=2), **objective())
+    stream = job.stream()
+    model.fit(
+        stream, epochs=2, verbose=0, callbacks=[FollowEpoch(stream)], shuffle=False
+    )
+    average = model.optimizer.weight_average
+    wanted = {
+        variable.path: keras.ops.convert_to_numpy(value)
+        for variable, value in zip(average.averaged, average.averages, strict=True)
+    }
+    base = shared.model(0.5, average=True)
+    for variable in base.trainable_variables:
+        np.testing.assert_array_equal(
+            keras.ops.convert_to_numpy(variable), wanted.pop(variable.path)
+        )
+    assert not wanted
+    # Statistics are those of the last step, for whoever re-estimates them.
+    last = shared.model(0.5)
+    for one, two in zip(
+        base.non_trainable_variables, last.non_trainable_variables, strict=True
+    ):
+        np.testing.assert_array_equal(
+            keras.ops.convert_to_numpy(one), keras.ops.convert_to_numpy(two)
+        )
+
+
 def test_what_was_not_kept_is_named(params, layout, tmp_path):
     job = job_of(params, layout)
     shared = exploration.explore(job, tmp_path / "weights", shares=(0.5, 1.0))
-    with pytest.raises(ValueError, match=r"after epoch 3 .* kept are .* \[2, 4\]"):
+    with pytest.raises(ValueError, match=r"epoch 3 no weights .* kept are .* \[2, 4\]"):
         shared.model(0.75)
+    with pytest.raises(ValueError, match=r"epoch 2 no averaged weights .* after \[\]"):
+        shared.model(0.5, average=True)
     assert len(shared.until(0.5)) == 2
     assert 0 < shared.seconds(0.5) < shared.seconds(1.0)
 
@@ -139,6 +196,7 @@ def test_a_stage_writes_what_is_read(params, layout, tmp_path):
     assert shared.folder == folder
     assert [entry["epoch"] for entry in shared.epochs] == [1, 2, 3, 4]
     assert all(entry["seconds"] > 0 for entry in shared.epochs)
+    assert all(entry["average_seconds"] > 0 for entry in shared.epochs)
     before = weights(folder)
     explore.main("digits", "none", 0, params=params, root=tmp_path)
     for name, arrays in weights(folder).items():
@@ -201,8 +259,8 @@ def test_unknown_optimizers_and_schedules_are_listed():
 
 
 def test_a_killed_run_with_learned_gates_goes_on(params, layout, tmp_path, monkeypatch):
-    job = job_of(params, layout, method="two_phase_learned")
-    settings = params.methods["two_phase_learned"]
+    job = job_of(params, layout, method="letter")
+    settings = params.methods["letter"]
 
     def finished(backup):
         trained = methods.finish(job, settings, lambda: None, backup)
@@ -231,3 +289,39 @@ def test_a_killed_run_with_learned_gates_goes_on(params, layout, tmp_path, monke
     assert [entry["train_loss"] for entry in epochs] == [
         entry["train_loss"] for entry in whole
     ]
+
+
+@pytest.mark.parametrize("explore", [0.5, 1.0])
+def test_the_default_is_that_of_fit(params, layout, tmp_path, monkeypatch, explore):
+    # `fit` on arrays shuffles by itself; without shuffles both see the same batches.
+    def in_order(stream, index):
+        these = slice(index * stream.batch_size, (index + 1) * stream.batch_size)
+        return stream.x[these], stream.y[these]
+
+    monkeypatch.setattr(Stream, "__getitem__", in_order)
+    job = job_of(params, layout, method="dalign")
+    shared = exploration.explore(job, tmp_path / "w", shares=(0.5, 1.0), average=True)
+    settings = {**params.methods["dalign"], "explore": explore}
+    trained = methods.finish(job, settings, lambda: shared, tmp_path / "b.npz")
+
+    model = kd.align(job.base(), n_samples=150, seed=0)
+    adam = optimizer(job.recipe, job.steps, job.train.epochs)
+    model.compile(kd.DAlign(adam, explore=explore), **objective())
+    model.fit(
+        job.data.x_train,
+        job.data.y_train,
+        batch_size=job.train.batch_size,
+        epochs=job.train.epochs,
+        shuffle=False,
+        verbose=0,
+    )
+    assert trained.l2 > 0
+    assert model.switch_report.averaged
+    found = {variable.path: variable for variable in trained.model.weights}
+    for variable in model.weights:
+        np.testing.assert_array_equal(
+            keras.ops.convert_to_numpy(variable),
+            keras.ops.convert_to_numpy(found.pop(variable.path)),
+            err_msg=variable.path,
+        )
+    assert not found

@@ -12,6 +12,7 @@ yaml = pytest.importorskip("yaml")
 
 import grids  # noqa: E402
 
+import keras_dalign as kd  # noqa: E402
 from pipelines import (  # noqa: E402
     __main__,
     datasets,
@@ -20,15 +21,23 @@ from pipelines import (  # noqa: E402
     files,
     frontier,
     prepare,
+    temperature,
     train,
     tune,
 )
+from pipelines.exploration import Job  # noqa: E402
+from pipelines.exploration import explore as explore_job  # noqa: E402
+from pipelines.held_out import held_out  # noqa: E402
 from pipelines.layout import Layout  # noqa: E402
 from pipelines.params import FILE, Params, Run, load  # noqa: E402
 from pipelines.reporting import results  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-PROFILES = [".", "profiles/cpu", "profiles/letter"]
+PROFILES = [
+    ".",
+    *(f"profiles/{name}" for name in ("cpu", "letter", "semeion", "whole")),
+]
+MLP = {"model": {"name": "mlp"}, "epochs": 1, "batch_size": 1, "recipes": {}}
 
 
 @pytest.fixture
@@ -42,6 +51,11 @@ def prepared(params, tmp_path, *augmentations):
     for augmentation in augmentations:
         explore.main("digits", augmentation, 0, params=params, root=tmp_path)
     return Layout(tmp_path)
+
+
+def read(layout):
+    data, _ = datasets.read(layout, "digits")
+    return data
 
 
 def finished(params, tmp_path, method, augmentation="none"):
@@ -62,18 +76,24 @@ def test_stages_from_raw_data_to_report(params, tmp_path):
         assert metrics["train_loss"] == pytest.approx(certificate["loss"], rel=1e-4)
         assert metrics["gap"] == certificate["gap"] >= 0
         assert 0 < metrics["error_rate"] < 1
+        assert metrics["nll"] > 0
+        assert 0 < metrics["ece"] < 1
+        assert 0 < metrics["brier"] < 2
+        assert metrics["temperature"] is None
         assert metrics["provenance"]["augmentation"] == run.augmentation
         assert metrics["provenance"]["partial"] is True
         phases = {
             "base": [0, 0, 0, 0],
             "base_bn": [0, 0, 0, 0],
+            "base_swa": [0, 0, 0, 0],
+            "dalign": [0, 0],
             "solve": [0, 0],
         }.get(run.method, [0, 0, 1, 1])
         assert metrics["curves"]["phase"] == phases
         timing = files.read_json(layout.timing(run))
         assert timing["seconds"] == pytest.approx(sum(timing["phases"].values()))
         assert all(seconds > 0 for seconds in timing["phases"].values())
-        two_phase = run.method in {"two_phase_random", "two_phase_learned", "solve"}
+        two_phase = params.methods[run.method]["kind"] == "two_phase"
         assert (metrics["switch"] is not None) == two_phase
         if two_phase:
             assert metrics["switch"]["epoch"] == 2
@@ -110,12 +130,49 @@ def test_solving_reaches_the_minimum_and_the_last_layer_does_not(params, tmp_pat
 def test_a_short_base_run_has_epochs_of_its_own(params, tmp_path):
     layout = prepared(params, tmp_path, "none")
     short = finished(params, tmp_path, "base_short")
+    # 0.3 of 4 epochs, rounded up.
     assert short["curves"]["epoch"] == [1, 2]
+    long = finished(params, tmp_path, "base_long")
+    assert long["curves"]["epoch"] == list(range(1, 9))
     whole = finished(params, tmp_path, "base_bn")
     assert whole["curves"]["epoch"] == [1, 2, 3, 4]
     # Its cosine ends with it.
     assert short["curves"]["train_loss"][1] != whole["curves"]["train_loss"][1]
     assert not list(layout.backup(Run("digits", "none", "x", 0)).parent.glob("*.json"))
+
+
+def test_a_temperature_is_fitted_on_what_another_run_has_not_seen(params, tmp_path):
+    layout = prepared(params, tmp_path, "none")
+    plain = finished(params, tmp_path, "base_bn")
+    scaled = finished(params, tmp_path, "base_temperature")
+    key = ("digits", "none")
+    files_of = {
+        method: [
+            np.load(layout.logits(Run(*key, method, 0)))[part]
+            for part in ("train", "test")
+        ]
+        for method in ("base_bn", "base_temperature")
+    }
+    found = scaled["temperature"]
+    assert found != 1
+    for one, two in zip(*files_of.values(), strict=True):
+        np.testing.assert_allclose(two * found, one, rtol=1e-5, atol=1e-5)
+    assert scaled["error_rate"] == plain["error_rate"]
+    assert scaled["nll"] != plain["nll"]
+    # The other run takes nearly as long.
+    base, both = (
+        files.read_json(layout.timing(Run(*key, method, 0)))["seconds"]
+        for method in ("base_bn", "base_temperature")
+    )
+    assert both > 1.2 * base
+
+    job = Job.of(Run(*key, "base_temperature", 0), params, read(layout))
+    part = held_out(job.data, 0.1, 0)
+    other = explore_job(replace(job, data=part), tmp_path / "other")
+    second = other.model(1.0)
+    kd.reestimate_batch_norm(second, part.x_train)
+    logits = second.predict(part.x_test, batch_size=256, verbose=0)
+    assert temperature.fit(logits, part.y_test) == found
 
 
 @pytest.mark.parametrize("augmentation", ["none", "standard"])
@@ -132,8 +189,8 @@ def test_a_run_repeats_bit_for_bit(params, tmp_path, augmentation):
 
 def test_tuning_holds_out_training_samples(params, tmp_path):
     prepared(params, tmp_path)
-    data, _ = datasets.read(Layout(tmp_path), "digits")
-    held = tune.held_out(data, 0.2, 0)
+    data = read(Layout(tmp_path))
+    held = held_out(data, 0.2, 0)
     assert held.n_classes == data.n_classes
     assert len(held.x_train) + len(held.x_test) == 150
     assert 25 <= len(held.x_test) <= 35
@@ -145,6 +202,47 @@ def test_tuning_holds_out_training_samples(params, tmp_path):
     assert parts[0] | parts[1] == known
     assert not parts[1] & (test - known)
     assert not parts[0] & parts[1]
+
+
+def test_a_share_that_holds_out_nothing_or_all_is_refused(params, tmp_path):
+    data = read(prepared(params, tmp_path))
+    for share, wrong in ((0.01, "none"), (0.99, "all")):
+        with pytest.raises(ValueError, match=f"would be {wrong} of them.*{share} of"):
+            held_out(data, share, 0)
+
+
+def test_tuning_on_a_part_draws_it_by_class(params, tmp_path):
+    tuning = replace(params.tune, samples=60, recipes=("constant",))
+    params = replace(params, tune=tuning)
+    prepared(params, tmp_path)
+    tune.main("digits", "none", "constant", params=params, root=tmp_path)
+    path = Layout(tmp_path).tuning("digits", "none", "constant")
+    assert files.read_json(path)["samples"] == 60
+    few = replace(params, tune=replace(tuning, samples=9))
+    with pytest.raises(ValueError, match=r"one for each class.* 9 for 10 classes"):
+        tune.main("digits", "none", "constant", params=few, root=tmp_path)
+
+
+def test_two_names_share_one_source(tmp_path):
+    own = {"n_train": 150, "n_test": 60}
+    params = grids.tiny(
+        tmp_path / "params.yaml",
+        prepare={"twin": {**own, "source": "digits", "note": "another network"}},
+    )
+    layout = prepared(params, tmp_path)
+    prepare.main("twin", params=params, root=tmp_path)
+    (one, described), (two, other) = (
+        datasets.read(layout, name) for name in ("digits", "twin")
+    )
+    for name, array in one.arrays().items():
+        np.testing.assert_array_equal(array, two.arrays()[name])
+    assert other["title"] == f"{described['title']}, another network"
+    assert other["sha256"] == described["sha256"]
+    nowhere = grids.tiny(
+        tmp_path / "params.yaml", prepare={"twin": {**own, "source": "digit"}}
+    )
+    with pytest.raises(ValueError, match=r"no such data set\. Received: 'digit'"):
+        prepare.main("twin", params=nowhere, root=tmp_path)
 
 
 def test_tuning_tries_every_recipe(params, tmp_path):
@@ -161,7 +259,7 @@ def test_tuning_tries_every_recipe(params, tmp_path):
     assert set(errors) == {"constant", "cosine"}
     least = min(each["base_bn"] for each in errors.values())
     assert errors[found["best"]["none"]]["base_bn"] == least
-    assert all(0 < each["two_phase_random"] <= 1 for each in errors.values())
+    assert all(0 < each["base"] <= 1 for each in errors.values())
 
 
 def test_a_recipe_to_try_must_be_there(tmp_path):
@@ -234,18 +332,6 @@ def test_some_stages_need_little(stage, foreign):
     assert result.stdout.strip() == "set()"
 
 
-def test_cross_entropy_is_exact_where_it_is_tiny_and_where_it_is_huge():
-    logits = np.array([[30.0, 0.0, 0.0], [0.0, 2000.0, 0.0], [1.0, 1.0, 1.0]])
-    assert evaluate.cross_entropy(logits[:1], np.array([0])) == pytest.approx(
-        2 * np.exp(-30.0), rel=1e-12
-    )
-    assert evaluate.cross_entropy(logits[1:2], np.array([0])) == 2000.0
-    assert evaluate.cross_entropy(logits[2:], np.array([2])) == pytest.approx(
-        np.log(3), rel=1e-15
-    )
-    assert evaluate.error_rate(logits, np.array([0, 0, 1])) == pytest.approx(2 / 3)
-
-
 def test_unknown_names_list_what_there_is(params, tmp_path, capsys):
     prepared(params, tmp_path)
     with pytest.raises(ValueError, match="there are base, base_bn"):
@@ -261,6 +347,28 @@ def test_unknown_names_list_what_there_is(params, tmp_path, capsys):
         ("grid", {"methods": ["magic"]}, "'magic'; there are base"),
         ("grid", {"augmentations": ["much"]}, "'much'; there are none"),
         ("recipes", {"constant_1e3": {"rate": 1}}, "must have the keys learning_rate"),
+        ("train", {**MLP, "short": {"none": 1.5}}, "at most 1, .* 1.5 for 'none'"),
+        ("tune", {"samples": 0}, r"`tune.samples` must be .* Received: 0"),
+        ("tune", {"samples": 10.5}, r"`tune.samples` must be .* Received: 10.5"),
+        ("tune", {"validation": 1.0}, r"`tune.validation` must be .* Received: 1.0"),
+        (
+            "methods",
+            {"base": {"temperature": 1.0}},
+            r"base.temperature` .* 1.0",
+        ),
+        ("methods", {"base": {"epochs": 0}}, r"methods.base.epochs` .* Received: 0"),
+        ("methods", {"base": {"average": 0.1}}, r"`methods.base.average` .* 0.1"),
+        (
+            "methods",
+            {"solve": {"exploit": "sole"}},
+            r"solve.exploit` .*'sole'",
+        ),
+        ("methods", {"solve": {"explore": 0.0}}, r"`methods.solve.explore` .* 0.0"),
+        (
+            "methods",
+            {"letter": {"gates": "learned", "average": True}},
+            "learned gates explore by themselves.*methods.letter",
+        ),
     ],
 )
 def test_bad_params_are_refused(tmp_path, section, change, message):
@@ -302,7 +410,8 @@ def test_profiles_are_complete(folder):
     params = load(ROOT / folder / "params.yaml")
     assert (ROOT / folder / params.code).resolve() == ROOT
     for name in params.grid.datasets:
-        known, wanted = datasets.KNOWN[name], params.prepare[name]
+        wanted = params.prepare[name]
+        known = datasets.KNOWN[wanted.source or name]
         sizes = known.usual_split or (known.size("train"), known.size("test"))
         assert 0 < wanted.n_train <= sizes[0]
         assert 0 < wanted.n_test <= sizes[1]

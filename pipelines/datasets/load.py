@@ -62,11 +62,15 @@ def load(
         test = sampling.draw(raw["test"], params.n_test, params.split_seed)
     data = Pixels(train, test, known.pixel_scale, synthetic=origin["synthetic"])
     check(data, params)
-    return data, describe(data, known, trust, origin)
+    return data, describe(data, known, trust, origin, params.note)
 
 
 def describe(
-    data: Pixels, known: Known, trust: Trust, origin: Mapping[str, Any]
+    data: Pixels,
+    known: Known,
+    trust: Trust,
+    origin: Mapping[str, Any],
+    note: str = "",
 ) -> dict[str, Any]:
     """What is to be known of prepared data.
 
@@ -75,6 +79,7 @@ def describe(
         known: The complete data set.
         trust: Why they are taken for what they are called.
         origin: Where they are from: `source` and `versions`.
+        note: What is added to the title.
 
     Returns:
         The description, ready for JSON.
@@ -92,7 +97,7 @@ def describe(
     return {
         "source": f"{origin['source']} ({trust.value})",
         "trust": trust.name.lower(),
-        "title": _title(known, n_train, n_test, trust),
+        "title": ", ".join(filter(None, [_title(known, n_train, n_test, trust), note])),
         "n_train": n_train,
         "n_test": n_test,
         "full_train": full_train,
