@@ -17,6 +17,7 @@ STAGES = (
     "report",
     "readme",
     "gate",
+    "resume",
     "quickstart",
     "reproduce",
     "study",

@@ -54,7 +54,9 @@ def checkout(tmp_path):
     for name in ("dvc.yaml", "params.yaml", ".gitignore"):
         shutil.copy(ROOT / name, folder / name)
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    params["grid"] |= {"methods": ["base", "solve"], "seeds": [0]}
+    params["grid"] |= {"datasets": ["digits"], "seeds": [0]}
+    params["grid"]["methods"] = ["base", "solve"]
+    params["tune"] |= {"datasets": [], "recipes": []}
     params["prepare"]["digits"] = {"n_train": 150, "n_test": 60}
     params["train"]["digits"] |= {"epochs": 2, "checkpoints": [0.5, 1.0]}
     params["methods"]["solve"]["explore"] = 0.5
@@ -143,7 +145,16 @@ def test_gate_needs_a_pipeline_that_dvc_can_read(vouched):
 
 
 def test_a_clone_that_pulls_has_nothing_to_do(checkout, tmp_path):
-    assert "Running stage 'train@digits-none-0-solve'" in dvc(checkout, "repro")
+    output = dvc(checkout, "repro")
+    # All of a seed in one go: its times are compared.
+    ran = re.findall(r"Running stage '(.*)'", output)
+    assert ran == [
+        "prepare@digits",
+        "explore@digits-none-0",
+        *(f"{stage}@digits-none-0-base" for stage in ("train", "evaluate")),
+        *(f"{stage}@digits-none-0-solve" for stage in ("train", "evaluate")),
+        "report",
+    ]
     assert "Running stage" not in dvc(checkout, "repro")
     git(checkout, "add", "-A")
     git(checkout, "commit", "-q", "-m", "results")
@@ -167,6 +178,24 @@ def test_a_clone_that_pulls_has_nothing_to_do(checkout, tmp_path):
     output = dvc(clone, "repro", "--dry")
     assert output.count("Running stage") == 1
     assert "Running stage 'train@digits-none-0-solve'" in output
+
+
+def test_a_clone_without_data_and_runs_goes_on(checkout, tmp_path):
+    dvc(checkout, "repro", "-q", "evaluate@digits-none-0-base")
+    git(checkout, "add", "-A")
+    git(checkout, "commit", "-q", "-m", "results of one method")
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "-q", str(checkout), str(clone))
+    output = run(clone, sys.executable, "pipelines", "resume")
+    assert re.findall(r"Running stage '(.*)'", output) == [
+        "prepare@digits",
+        "explore@digits-none-0",
+        "train@digits-none-0-solve",
+        "evaluate@digits-none-0-solve",
+        "report",
+    ]
+    # Nothing is left to do, nor to be made for it.
+    assert "Running" not in run(clone, sys.executable, "pipelines", "resume")
 
 
 def test_two_workers_share_a_cache(checkout, tmp_path):

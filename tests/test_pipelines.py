@@ -428,7 +428,7 @@ def test_profiles_are_complete(folder):
 
 
 @pytest.mark.parametrize("folder", PROFILES)
-def test_recipes_are_the_best_for_the_base(folder):
+def test_recipes_are_the_best_for_the_base_and_not_at_the_edge(folder):
     params, layout = load(ROOT / folder / "params.yaml"), Layout(ROOT / folder)
     found = {
         name: results.read_tuning(params, layout, name) for name in params.tune.datasets
@@ -439,6 +439,14 @@ def test_recipes_are_the_best_for_the_base(folder):
         used = params.train[name].recipes
         best = tuning.get("best", {})
         assert {each: used[each] for each in best} == best
+        for recipe in map(params.recipes.get, best.values()):
+            tried = {
+                other.learning_rate
+                for other in map(params.recipes.get, params.tune.recipes)
+                if (other.schedule, other.optimizer)
+                == (recipe.schedule, recipe.optimizer)
+            }
+            assert min(tried) < recipe.learning_rate < max(tried)
 
 
 @pytest.mark.parametrize("folder", [*PROFILES, "profiles/studies"])
