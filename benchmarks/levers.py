@@ -267,7 +267,12 @@ class Averages(keras.callbacks.Callback):
         """Keras's hook."""
         variables = self.model.trainable_variables
         self._averages = [
-            WeightAverage(variables, share, _zeros, keras.Variable(0, dtype="int32"))
+            WeightAverage(
+                variables,
+                share,
+                _zeros,
+                keras.Variable(0, trainable=False, dtype="int32"),
+            )
             for share in AVERAGES
         ]
 
