@@ -110,6 +110,19 @@ def quickstart(session: nox.Session) -> None:
 
 
 @nox.session
+def reproduce(session: nox.Session) -> None:
+    """Run `quick` again and compare; `-- --profile NAME --dataset NAME` of another."""
+    session.install("-e", ".[repro]", *group("tensorflow"))
+    session.run(
+        "python",
+        "pipelines",
+        "reproduce",
+        *session.posargs,
+        env={"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "2"},
+    )
+
+
+@nox.session
 def lock(session: nox.Session) -> None:
     """Check that results belong to the code: `quick`; `-- --all` for all profiles."""
     session.install(*group("lock"))

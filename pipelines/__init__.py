@@ -12,8 +12,9 @@ Stages, each a module with a `main` to import, and a command `python pipelines S
 Beside them, `tune` looks for the base model's best recipe on held-out training samples,
 and `frontier` measures error and time against the share that is explored.
 
-`readme` writes what they found into the README, `gate` checks that it belongs to the
-code, and `resume` goes on in a clone that has neither data nor runs.
+`readme` writes what they found into the README, and `gate` checks that it belongs to
+the code. `reproduce` compares fresh results with the committed ones. `resume` goes on
+in a clone that has neither data nor runs.
 
 `dvc repro` runs them as dvc.yaml says, `python -m pipelines.quickstart` in one
 process. Both run the grid of a params.yaml: the root's is the profile `quick`, and

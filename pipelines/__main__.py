@@ -19,6 +19,7 @@ STAGES = (
     "gate",
     "resume",
     "quickstart",
+    "reproduce",
     "study",
     "study_report",
 )

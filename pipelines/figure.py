@@ -20,16 +20,16 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _METHODS = {
     "base": "#8c8c8c",
     "base_bn": "#222222",
-    "base_swa": "#555555",
-    "base_temperature": "#6f6f6f",
+    "base_swa": "#5b6b7b",
+    "base_temperature": "#8a6d5b",
     "base_short": "#b8b8b8",
-    "base_long": "#a3a3a3",
-    "dalign": COLORS[3],
-    "dalign_better": COLORS[5],
-    "letter": COLORS[1],
-    "two_phase_random": COLORS[0],
-    "solve": COLORS[2],
-    "last_layer": COLORS[4],
+    "base_long": "#4d4d4d",
+    "dalign": COLORS[0],
+    "dalign_better": COLORS[1],
+    "letter": COLORS[2],
+    "two_phase_random": COLORS[3],
+    "solve": COLORS[4],
+    "last_layer": COLORS[5],
 }
 # For methods that are not named above.
 _OTHERS = ("#7a5c00", "#6a3d9a", "#8b1a1a", "#00686b")

@@ -1,7 +1,7 @@
 """The whole grid in one process: prepare, train, evaluate, report.
 
 What `dvc repro` does, without DVC and with one import of the framework. Prints the
-table and the paths of the table and the figures.
+answer and the paths of the table and the figures.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from pathlib import Path
 from pipelines import evaluate, prepare, report
 from pipelines.layout import Layout
 from pipelines.params import Params, load, parser
+from pipelines.reporting import answer, texts
 
 OUT = Path("build", "quickstart")
 
 
 def main(*, params: Params | None = None, root: Path = OUT) -> Path:
-    """Runs the grid and prints its table.
+    """Runs the grid and prints what came out.
 
     Args:
         params: The parameters; those of params.yaml by default.
@@ -30,33 +31,43 @@ def main(*, params: Params | None = None, root: Path = OUT) -> Path:
     Returns:
         The path of the table.
     """
+    params, layout = params or load(), Layout(root)
+    begin = time.perf_counter()
+    run(params, root)
+    table = report.main(params=params, root=root)
+    _say(f"{len(params.grid.runs())} runs in {time.perf_counter() - begin:.0f} s\n")
+    results = report.read(params, layout)
+    print("\n\n".join(texts.answered(results, answer.modes(results)[:1])), end="\n\n")
+    print(f"table:  {table}")
+    for figure in report.figures(results, layout).values():
+        print(f"figure: {figure}")
+    print(f"page:   {layout.html}")
+    return table
+
+
+def run(params: Params, root: Path) -> None:
+    """Prepares, trains and evaluates all runs of a grid, without a report.
+
+    Args:
+        params: The parameters.
+        root: The folder of all files.
+    """
     with _silent_stderr():
         import keras  # noqa: PLC0415
 
         from pipelines import explore, train  # noqa: PLC0415
-    params = params or load()
-    begin = time.perf_counter()
     for dataset in params.grid.datasets:
         prepare.main(dataset, params=params, root=root)
     runs = params.grid.runs()
-    for number, run in enumerate(runs, start=1):
-        _say(f"run {number} of {len(runs)}: {run.name}")
+    for number, each in enumerate(runs, start=1):
+        _say(f"run {number} of {len(runs)}: {each.name}")
         # Else what Keras keeps of one model would stay to the end.
         keras.utils.clear_session(free_memory=False)
-        key = (run.dataset, run.augmentation, run.method, run.seed)
-        if not Layout(root).run(run.exploration).exists():
-            explore.main(*key[:2], run.seed, params=params, root=root)
+        key = (each.dataset, each.augmentation, each.method, each.seed)
+        if not Layout(root).run(each.exploration).exists():
+            explore.main(*key[:2], each.seed, params=params, root=root)
         train.main(*key, params=params, root=root)
         evaluate.main(*key, root=root)
-    table = report.main(params=params, root=root)
-    _say(f"{len(runs)} runs in {time.perf_counter() - begin:.0f} s")
-    print()
-    print(table.read_text(encoding="utf-8"))
-    print(f"table:  {table}")
-    for figure in sorted(Layout(root).figure("").parent.glob("*.png")):
-        print(f"figure: {figure}")
-    print(f"page:   {Layout(root).html}")
-    return table
 
 
 @contextmanager

@@ -20,6 +20,8 @@ from pipelines.studies import settings
 PROFILES = {
     "quick": Path(),
     "cpu": Path("profiles", "cpu"),
+    "whole": Path("profiles", "whole"),
+    "semeion": Path("profiles", "semeion"),
     "letter": Path("profiles", "letter"),
     "studies": Path("profiles", "studies"),
 }

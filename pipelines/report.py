@@ -3,13 +3,14 @@
 Goes over the runs that the parameters name, never over the files that happen to be
 there. What was not run is called so. Files in `results/`:
 
-- `table.md`: the verdict, and mean and standard deviation by data set and method;
-- `overview.md`: the same, shorter, for the README;
+- `table.md`: the answer (the default against the best base of equal time), the
+  targets, and mean and standard deviation by data set and method;
+- `overview.md`: the answer alone, for the README;
 - `report.html`: all of it, to look at, in one file;
 - `runs.csv`: the numbers of every run;
 - `code.json`: the files of the code that the results were made with, by commit;
 - `summary.json`: the means and differences, as DVC metrics, without wall times;
-- `figures/`: learning curves and test error; `time-figures/`: what shows wall times.
+- `figures/`: test error and NLL; `time-figures/`: what shows or depends on wall times.
 """
 
 from __future__ import annotations
@@ -23,8 +24,19 @@ from typing import Any
 from pipelines import files, origins, repository
 from pipelines.layout import Layout
 from pipelines.params import Params, load, parser
-from pipelines.reporting import bars, comparison, curves, frontier, page, texts
+from pipelines.reporting import (
+    answer,
+    answer_figure,
+    bars,
+    comparison,
+    curves,
+    frontier,
+    page,
+    texts,
+)
 from pipelines.reporting.results import (
+    CALIBRATION,
+    NOT_RUN,
     NUMBERS,
     PHASES,
     RUNS,
@@ -33,7 +45,6 @@ from pipelines.reporting.results import (
     read,
     stages,
 )
-from pipelines.reporting.verdict import NOT_RUN, verdict
 
 __all__ = ["NOT_RUN", "cli", "main", "read", "runs", "summary", "tell"]
 
@@ -127,10 +138,14 @@ def draw(results: Results, layout: Layout) -> dict[str, Path]:
             curves.draw(path, results, dataset, augmentation)
     for dataset in results.frontier:
         frontier.draw(found[f"frontier-{dataset}"], results, dataset)
-    if path := found.get("errors"):
-        bars.draw_errors(path, results)
-    if path := found.get("times"):
-        bars.draw_times(path, results)
+    for name, draw_one in (
+        ("answer", answer_figure.draw),
+        ("errors", bars.draw_errors),
+        ("nll", bars.draw_nll),
+        ("times", bars.draw_times),
+    ):
+        if path := found.get(name):
+            draw_one(path, results)
     return found
 
 
@@ -142,21 +157,25 @@ def figures(results: Results, layout: Layout) -> dict[str, Path]:
         layout: Where the files are.
 
     Returns:
-        The figures' paths by name: `errors`, `times`, `curves-DATASET-AUGMENTATION`
-        and `frontier-DATASET`.
+        The figures' paths by name: `answer`, `errors`, `nll`, `times`,
+        `curves-DATASET-AUGMENTATION` and `frontier-DATASET`.
     """
     # Apart from the others, which DVC hashes: wall times differ in every run.
     with_times = layout.results / "time-figures"
-    found = {
-        f"curves-{dataset}-{augmentation}": layout.figure(f"{dataset}-{augmentation}")
-        for dataset, augmentation in results.groups()
-        if results.finished(dataset, augmentation)
-    }
-    timed = any(each.seconds is not None for each in results.by_run.values())
-    if found:
+    found = {}
+    if any(results.finished(*group) for group in results.groups()):
         found["errors"] = layout.figure("errors")
-        if timed:
+    for dataset, augmentation in results.groups():
+        finished = results.finished(dataset, augmentation)
+        cell = (dataset, augmentation)
+        if any(results.numbers(*cell, method, "nll") for method in finished):
+            found["nll"] = layout.figure("nll")
+        if any(results.numbers(*cell, method, "seconds") for method in finished):
             found["times"] = with_times / "times.png"
+            name = f"{dataset}-{augmentation}"
+            found[f"curves-{name}"] = with_times / f"{name}.png"
+    if any(answer.known(results, mode) for mode in answer.modes(results)):
+        found["answer"] = with_times / "answer.png"
     for dataset in results.frontier:
         found[f"frontier-{dataset}"] = with_times / f"frontier-{dataset}.png"
     return found
@@ -175,6 +194,7 @@ def runs(results: Results) -> str:
     names = [
         *("dataset", "augmentation", "method", "seed"),
         *NUMBERS,
+        *CALIBRATION,
         *("l2", "l2_loss", "l2_gap"),
         *(f"switch_{name}" for name in _SWITCH),
         *(f"parameters_{name}" for name in _PARAMETERS),
@@ -205,6 +225,7 @@ def _numbers(result: Result) -> dict[str, Any]:
     seconds |= {f"seconds_{name}": result.phase(name) for name in PHASES}
     return {
         **{name: metrics[name] for name in NUMBERS},
+        **{name: metrics.get(name) for name in CALIBRATION},
         **{name: metrics.get(name) for name in ("l2", "l2_loss", "l2_gap")},
         **{f"switch_{name}": switch.get(name) for name in _SWITCH},
         **{f"parameters_{name}": parameters.get(name) for name in _PARAMETERS},
@@ -215,7 +236,7 @@ def _numbers(result: Result) -> dict[str, Any]:
 
 
 def summary(results: Results) -> dict[str, Any]:
-    """Means, differences and verdict, without what was not run and wall times.
+    """Means and differences, without what was not run and what wall times decide.
 
     Args:
         results: The results.
@@ -230,29 +251,28 @@ def summary(results: Results) -> dict[str, Any]:
             by_augmentation.setdefault(augmentation, {})[method] = _means(
                 results, finished
             )
-    for each in verdict(results):
-        for finding in each.findings:
-            place = found.get(finding.dataset, {}).get(finding.augmentation, {})
-            # Whether a wall time is met may change from run to run.
-            if finding.met is not None and finding.target != "wall time":
-                targets = place[finding.method].setdefault("targets", {})
-                targets[finding.target.replace(" ", "_")] = finding.met
     return found
 
 
 def _means(results: Results, finished: Sequence[Result]) -> dict[str, Any]:
     run = finished[0].run
+    cell = (run.dataset, run.augmentation, run.method)
     errors = comparison.spread([each.number("error_rate") for each in finished])
     means: dict[str, Any] = {
         "error_rate": errors.mean,
         "error_rate_std": errors.std,
+        **{
+            name: comparison.spread(values).mean
+            for name in ("nll", "ece", "brier")
+            if (values := results.numbers(*cell, name))
+        },
         "train_loss": comparison.spread(
             [each.number("train_loss") for each in finished]
         ).mean,
         "gap": max(each.number("gap") for each in finished),
         "seeds": errors.n,
     }
-    against = results.difference(run.dataset, run.augmentation, run.method)
+    against = results.difference(*cell, results.reference)
     if against is not None and run.method != results.reference:
         means |= {
             "difference": against.value,

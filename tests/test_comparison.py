@@ -26,6 +26,14 @@ def test_ratio_is_paired_and_the_geometric_mean():
     assert found.low == pytest.approx(1 / found.high)
 
 
+def test_other_seeds_are_expected_in_the_prediction_interval():
+    low, high = comparison.expected([0.02, 0.03, 0.04], 3)
+    # Wider than the mean's confidence interval by the square root of two.
+    half = 4.302653 * 0.01 * np.sqrt(2 / 3)
+    assert (low, high) == pytest.approx((0.03 - half, 0.03 + half), rel=1e-6)
+    assert comparison.expected([0.03], 3) is None
+
+
 def test_one_seed_has_no_interval():
     found = comparison.difference([0.3], [0.1])
     assert found == comparison.Estimate(1, pytest.approx(0.2))

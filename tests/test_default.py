@@ -171,6 +171,21 @@ def test_features_that_fit_nowhere_are_trained_on(monkeypatch, tmp_path):
     assert strict.phase == "exploring"
 
 
+def test_without_epochs_left_the_model_stays_as_it_explored(monkeypatch, tmp_path):
+    x, y = digits(96)
+    model = compiled(explore=1.0)
+    with monkeypatch.context() as full:
+        full.setattr(features, "free_gib", lambda: 0.0)
+        full.setattr(features, "free_disk_gib", lambda: 0.0)
+        with pytest.warns(UserWarning, match="left exploring"):
+            history = model.fit(x, y, epochs=2, verbose=0).history
+    assert history["phase"] == [0, 0]
+    assert model.phase == "exploring"
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert kd.solve(loaded, x, y, verbose=0).converged
+
+
 def test_data_that_cannot_be_read_are_no_reason_to_fall_back():
     x, y = digits(96)
 

@@ -9,8 +9,9 @@ from PIL import Image
 
 from pipelines import figure
 
-METHODS = ["base", "base_bn", "two_phase_random", "two_phase_learned", "solve"]
-METHODS += ["solve_l2", "last_layer", "posthoc_l2"]
+METHODS = ["base", "base_bn", "base_swa", "base_temperature", "base_short", "base_long"]
+METHODS += ["dalign", "dalign_better", "letter", "two_phase_random", "solve"]
+METHODS += ["last_layer", "another"]
 
 
 def draw(path):

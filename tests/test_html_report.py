@@ -20,7 +20,9 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("report")
-    params = grid(root, datasets=("mnist",), augmentations=("none", "standard"))
+    methods = ("base", "base_bn", "base_short", "dalign", "two_phase_random")
+    kinds = ("none", "standard")
+    params = grid(root, datasets=("mnist",), augmentations=kinds, methods=methods)
     layout = Layout(root)
     for run in params.grid.runs():
         if run.augmentation == "none":
@@ -57,19 +59,20 @@ def test_page_needs_nothing_else(page):
     anchors = {each[1:] for each in parsed.links if each.startswith("#")}
     assert anchors == set(parsed.ids)
     others = [each for each in parsed.links if not each.startswith("#")]
-    assert sum(each.startswith("data:image/png;base64,") for each in others) == 3
+    assert sum(each.startswith("data:image/png;base64,") for each in others) == 4
     assert all(each.startswith("data:") for each in others)
     assert not re.search(r"url\(|@import|<script", text)
     assert "MNIST &lt;5&gt; (5,000 of 60,000)" in text
     assert "<5>" not in text
-    # The verdict comes first.
-    assert parsed.ids[0] == "verdict"
+    # The answer comes first, and what was missed near the end.
+    assert parsed.ids[0] == "answer"
+    assert parsed.ids[-3:] == ["targets", "provenance", "reading"]
 
 
 def test_page_renders_in_a_browser(page, tmp_path):
     dom, said = rendered(page, tmp_path)
     assert "CONSOLE" not in said
-    for text in ("Verdict", "two-phase, random gates", "10.00 ± 0.00", "not run"):
+    for text in ("The answer", "two-phase, random gates", "10.00 ± 0.00", "not run"):
         assert text in dom
     # What the next test sees, this one would have seen.
     assert "</footer>" in dom

@@ -192,6 +192,8 @@ class AlignedModel(keras.Model):
         validation_steps: int | None = None,
         validation_batch_size: int | None = None,
         validation_freq: int = 1,
+        *,
+        exploit_data: Any = None,
     ) -> keras.callbacks.History:
         """Trains the model: explore, switch, exploit. Arguments as in Keras.
 
@@ -199,13 +201,20 @@ class AlignedModel(keras.Model):
         while exploring and 1 in exploitation. A model that exploits already goes
         on exploiting.
 
+        `exploit_data` are the samples of exploitation, where they differ from those of
+        exploration: `(x, y)` or `(x, y, sample_weight)` of arrays, or a stream. If `x`
+        is a stream that augments its samples, give them without augmentation here:
+        otherwise exploitation keeps the features of one augmented pass. The batch-norm
+        statistics are re-estimated over them, too.
+
         Returns:
             The history of the whole run.
 
         Raises:
             ValueError: If the data are empty, non-finite or more than the head's
-                `n_samples`, if labels do not fit the loss, or if the loss is not
-                convex in the logits.
+                `n_samples`, if labels do not fit the loss, if the loss is not
+                convex in the logits, or if `exploit_data` is given to a model that
+                is not compiled with `DAlign`.
             MemoryError: If the gated units do not fit into memory: the model explores
                 on, as it was.
         """
@@ -227,6 +236,7 @@ class AlignedModel(keras.Model):
                 y,
                 sample_weight,
                 validation_split=validation_split,
+                exploit_data=exploit_data,
                 validation_data=validation_data,
                 callbacks=callbacks,
                 epochs=epochs,
@@ -234,6 +244,11 @@ class AlignedModel(keras.Model):
                 **arguments,
             )
             return run.train()
+        if exploit_data is not None:
+            raise ValueError(
+                "`exploit_data` is for models that are compiled with DAlign. Received: "
+                f"optimizer={getattr(self, 'optimizer', None)!r}"
+            )
         return super().fit(
             x,
             y,

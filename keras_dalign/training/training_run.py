@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import keras
-import numpy as np
 from keras.src.trainers.data_adapters.array_slicing import train_validation_split
 from keras.src.trainers.data_adapters.data_adapter_utils import (
     class_weight_to_sample_weights,
@@ -32,9 +31,11 @@ from keras_dalign.head.features import (
 from keras_dalign.numerics.losses import convex_loss
 from keras_dalign.solving.head_solver import HeadSolver, first_width
 from keras_dalign.solving.options import VALIDATION, SolveOptions
+from keras_dalign.training import training_data
 from keras_dalign.training.file_batches import file_batches, needs_file_batches
 from keras_dalign.training.processes import check_batches, check_processes
 from keras_dalign.training.switch import switch
+from keras_dalign.training.training_data import TrainingData
 
 if TYPE_CHECKING:
     from keras_dalign.solving.minimum import Iterate
@@ -44,9 +45,6 @@ logger = logging.getLogger("keras_dalign")
 
 # Logs that only epochs of the solver have.
 _OF_THE_SOLVER = ("objective", "gap")
-
-# Labels become one row of floats per class while they are checked.
-_CHECKED_AT_ONCE = 8192
 
 
 class TrainingRun:
@@ -60,6 +58,8 @@ class TrainingRun:
         model: The `AlignedModel`, compiled with `DAlign`.
         keras_fit: `keras.Model.fit`, bound to the model.
         x, y, sample_weight: Training data, as in Keras.
+        exploit_data: The data of exploitation, if they are others; see
+            `AlignedModel.fit`.
         validation_split: Float, as in Keras.
         validation_data: As in Keras.
         callbacks: As in Keras.
@@ -76,6 +76,7 @@ class TrainingRun:
         y: Any,
         sample_weight: Any,
         *,
+        exploit_data: Any = None,
         validation_split: float,
         validation_data: Any,
         callbacks: Any,
@@ -88,16 +89,18 @@ class TrainingRun:
         self.epochs = epochs
         self.initial_epoch = initial_epoch
         self.arguments = arguments
-        self.steps = arguments["steps_per_epoch"]
         self.batch_size = arguments["batch_size"] or 32
         self.loss = convex_loss(model.loss)
         self.switch_epoch = self._switch_epoch()
-        self.is_array = data.is_arrays(x)
         if validation_split and validation_data is None:
-            x, y, sample_weight, validation_data = self._split(
-                x, y, sample_weight, validation_split
+            x, y, sample_weight, validation_data = _split(
+                x, y, sample_weight, validation_split, exploit_data
             )
-        self.x, self.y, self.sample_weight = x, y, sample_weight
+        steps = arguments["steps_per_epoch"]
+        self.explored = TrainingData(x, y, sample_weight, steps)
+        self.exploited = self.explored
+        if exploit_data is not None:
+            self.exploited = training_data.exploit_data(exploit_data)
         self.validation_data = validation_data
         self.options = SolveOptions.from_dict(model.optimizer.solve_options)
         if self.options.judge == VALIDATION and validation_data is None:
@@ -106,14 +109,15 @@ class TrainingRun:
                 "Received: neither `validation_data` nor `validation_split`. Pass one, "
                 "or leave `judge` out."
             )
-        self.n_samples = self._checked_size()
-        check_processes(
-            model,
-            self.x,
-            self.y,
-            self.sample_weight,
-            {"epochs": epochs, "batch_size": self.batch_size, "steps": self.steps},
-        )
+        for each in dict.fromkeys((self.explored, self.exploited)):
+            each.check(model.head, self.loss)
+            check_processes(
+                model,
+                each.x,
+                each.y,
+                each.sample_weight,
+                {"epochs": epochs, "batch_size": self.batch_size, "steps": steps},
+            )
         self._check_batches()
         self.callbacks = _OneRun(
             model,
@@ -146,9 +150,9 @@ class TrainingRun:
     def _explore(self, epoch: int) -> bool:
         """Trains the whole model; True if a callback stopped the training."""
         self.keras_fit(
-            self.x,
-            self.y,
-            sample_weight=self.sample_weight,
+            self.explored.x,
+            self.explored.y,
+            sample_weight=self.explored.sample_weight,
             validation_data=self.validation_data,
             callbacks=self.callbacks,
             epochs=self.switch_epoch,
@@ -166,21 +170,21 @@ class TrainingRun:
         replace_dense: bool = False,
     ) -> FeatureSet | None:
         """The features, if they are to be kept; switches first if that is to come."""
-        model = self.model
-        plan = plan_cache(model.head, self.n_samples, wanted, self.is_array)
+        model, exploited = self.model, self.exploited
+        plan = plan_cache(model.head, exploited.n, wanted, exploited.is_array)
         self._say(plan.reason)
         # Inference holds two or three activations where training holds all, so a
         # batch four times as large fits, and its statistics are more exact.
         passes: dict[str, Any] = {
             "batch_size": 4 * self.batch_size,
-            "steps": None if self.is_array else self.steps,
+            "steps": None if exploited.is_array else exploited.steps,
         }
         if model.phase != EXPLOITING:
             report, features = switch(
                 model,
-                self.x,
-                self.y,
-                self.sample_weight,
+                exploited.x,
+                exploited.y,
+                exploited.sample_weight,
                 noise=model.optimizer.noise,
                 average=model.optimizer.weight_average,
                 width=width,
@@ -197,20 +201,22 @@ class TrainingRun:
             return None
         everything = FeaturePass(model, keep=plan.keep, digest=digest)
         return everything.run(
-            self.x, self.y, self.sample_weight, **passes
+            exploited.x, exploited.y, exploited.sample_weight, **passes
         ).feature_set()
 
     def _exploit(self, epoch: int) -> None:
         features = self._features(self.model.optimizer.cache_features, digest=False)
         arguments = dict(self.arguments)
         if features is None:
-            x, y, weight = self.x, self.y, self.sample_weight
+            exploited = self.exploited
+            x, y, weight = exploited.x, exploited.y, exploited.sample_weight
+            arguments["steps_per_epoch"] = exploited.steps
             validation_data = self.validation_data
         else:
             x, y = as_inputs(features.z), features.y
             weight = features.sample_weight
             validation_data = self._validation_features()
-            if not self.is_array:
+            if not self.exploited.is_array:
                 # Steps of the size that the stream took in exploration.
                 arguments["batch_size"] = features.batch_size
         with contextlib.ExitStack() as stack:
@@ -219,7 +225,7 @@ class TrainingRun:
                     file_batches(
                         features,
                         batch_size=arguments["batch_size"],
-                        steps=self.steps,
+                        steps=arguments["steps_per_epoch"],
                         shuffle=arguments["shuffle"],
                         class_weight=arguments["class_weight"],
                     )
@@ -267,7 +273,7 @@ class TrainingRun:
             # The data may fail to be read, too.
             if error.errno != errno.ENOSPC or not model.optimizer.may_fall_back:
                 raise
-            self._fall_back(error)
+            self._fall_back(error, epoch)
             return epoch
         if features is None:
             raise RuntimeError("The switch kept no features.")
@@ -321,16 +327,27 @@ class TrainingRun:
             warnings.warn(solution.message, stacklevel=4)
         return epoch
 
-    def _fall_back(self, error: OSError) -> None:
-        """Makes training steps take the place of the solver."""
+    def _fall_back(self, error: OSError, epoch: int) -> None:
+        """Makes training steps take the place of the solver, if epochs remain."""
         model = self.model
-        with model.variable_scope():
-            model.optimizer.fall_back()
-        name = type(model.optimizer.exploit_optimizer).__name__
+        left = self.epochs - epoch
+        if left > 0:
+            with model.variable_scope():
+                model.optimizer.fall_back()
+            name = type(model.optimizer.exploit_optimizer).__name__
+            instead = (
+                f"A fresh copy of {name} trains the head for the {left} epochs that "
+                "remain, without an L2 term or a certificate."
+            )
+        else:
+            instead = (
+                "No epochs remain for training steps, so the model is left exploring, "
+                "with its last weights. Make room on the disk and call "
+                "`keras_dalign.solve`, or explore fewer epochs."
+            )
         warnings.warn(
-            "The features cannot be kept, so the solver cannot exploit. A fresh copy "
-            f"of {name} trains the head for the epochs that remain of {self.epochs}, "
-            f"without an L2 term or a certificate. Received: {error}",
+            "The features cannot be kept, so the solver cannot exploit. "
+            f"{instead} Received: {error}",
             stacklevel=5,
         )
 
@@ -396,61 +413,26 @@ class TrainingRun:
             )
         return int(epoch)
 
-    def _split(self, x: Any, y: Any, sample_weight: Any, fraction: float) -> Any:
-        if not self.is_array:
-            raise ValueError(
-                "`validation_split` needs arrays. Received: validation_split="
-                f"{fraction} with x of type {type(x).__name__}. Pass validation_data."
-            )
-        (x, y, sample_weight), validation_data = train_validation_split(
-            (x, y, sample_weight), validation_split=fraction
-        )
-        return x, y, sample_weight, validation_data
-
-    def _checked_size(self) -> int | None:
-        """Number of training samples where it is known; bad arrays are refused."""
-        if not self.is_array:
-            return None
-        n = data.n_samples(self.x)
-        head = self.model.head
-        if head.n_samples is not None and n > head.n_samples:
-            raise ValueError(
-                "The alignment head was made for fewer samples than `fit` was given. "
-                f"Received: {n} samples, n_samples={head.n_samples}. Call "
-                f"keras_dalign.align(model, n_samples={n})."
-            )
-        for leaf in keras.tree.flatten(self.x):
-            values = keras.ops.convert_to_numpy(leaf)
-            if values.dtype.kind == "f" and not np.isfinite(values).all():
-                raise ValueError(
-                    "The inputs must be finite. Received: x with NaN or infinity in "
-                    f"{int((~np.isfinite(values)).sum())} of {values.size} entries"
-                )
-        if self.y is None:
-            raise ValueError("Training needs targets. Received: y=None")
-        y = keras.ops.convert_to_numpy(self.y)
-        for start in range(0, n, _CHECKED_AT_ONCE):
-            self.loss.targets(y[start : start + _CHECKED_AT_ONCE], head.units)
-        return n
-
     def _check_batches(self) -> None:
         """Refuses batches that Keras would fail on after some epochs."""
         model = self.model
         trains = model.phase != EXPLOITING or not model.optimizer.solves
-        if trains and self.n_samples is not None:
-            check_batches(model, self.n_samples, self.batch_size)
+        for each in (self.explored, self.exploited):
+            if trains and each.n is not None:
+                check_batches(model, each.n, self.batch_size)
         validation = self.validation_data
         if isinstance(validation, (list, tuple)) and data.is_arrays(validation[0]):
             size = self.arguments["validation_batch_size"] or self.batch_size
             check_batches(model, data.n_samples(validation[0]), size)
 
     def _steps_per_epoch(self) -> int | None:
-        if self.steps is not None:
-            return self.steps
-        if self.n_samples is not None:
-            return math.ceil(self.n_samples / self.batch_size)
+        explored = self.explored
+        if explored.steps is not None:
+            return explored.steps
+        if explored.n is not None:
+            return math.ceil(explored.n / self.batch_size)
         try:
-            return len(self.x)
+            return len(explored.x)
         except TypeError:
             return None
 
@@ -493,6 +475,27 @@ class TrainingRun:
         verbose = self.arguments["verbose"]
         if verbose and keras.config.is_interactive_logging_enabled():
             sys.stdout.write(f"{text}\n")
+
+
+def _split(
+    x: Any, y: Any, sample_weight: Any, fraction: float, exploit_data: Any
+) -> Any:
+    """Splits samples for validation off, as Keras does."""
+    if not data.is_arrays(x):
+        raise ValueError(
+            "`validation_split` needs arrays. Received: validation_split="
+            f"{fraction} with x of type {type(x).__name__}. Pass validation_data."
+        )
+    if exploit_data is not None:
+        raise ValueError(
+            "`validation_split` does not split `exploit_data`, which may hold the "
+            f"samples that are split off. Received: both, validation_split={fraction}. "
+            "Pass validation_data."
+        )
+    (x, y, sample_weight), validation_data = train_validation_split(
+        (x, y, sample_weight), validation_split=fraction
+    )
+    return x, y, sample_weight, validation_data
 
 
 def _as_number(value: Any) -> Any:

@@ -1,7 +1,8 @@
-"""Test error and wall time of all methods, one panel for each data set."""
+"""Test error, NLL and wall time of all methods, one panel for each data set."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from pipelines import figure
-from pipelines.reporting import comparison, tables
-from pipelines.reporting.results import PHASES, Results
-from pipelines.reporting.verdict import NOT_RUN
+from pipelines.reporting import comparison
+from pipelines.reporting.results import NOT_RECORDED, NOT_RUN, PHASES, Results
 
 _COLUMNS = 3
 # From light to dark blue, with the switch, which is short, set off.
@@ -26,11 +26,25 @@ def draw_errors(path: Path, results: Results) -> None:
         path: Where to write the PNG.
         results: The results.
     """
+    _draw_seeds(path, results, "error_rate", "Test error, %")
+
+
+def draw_nll(path: Path, results: Results) -> None:
+    """Test NLL with its standard deviation, and every seed as a small dot.
+
+    Args:
+        path: Where to write the PNG.
+        results: The results.
+    """
+    _draw_seeds(path, results, "nll", "NLL of the test labels")
+
+
+def _draw_seeds(path: Path, results: Results, name: str, title: str) -> None:
     _panels(
         path,
         results,
-        _errors,
-        "Test error, %: mean and standard deviation; small dots are seeds.\n"
+        functools.partial(_seeds, name=name),
+        f"{title}: mean and standard deviation; small dots are seeds.\n"
         f'The band is the mean of "{results.params.label(results.reference)}" ± '
         "one standard error",
     )
@@ -93,28 +107,33 @@ def _panels(
             axes.tick_params(axis="y", length=0)
             axes.grid(visible=False, axis="y")
             draw(axes, results, *groups[index])
-            heading = tables.heading(results, *groups[index]).replace(", ", "\n", 1)
-            axes.set_title(heading, fontsize=9.5)
+            heading = results.heading(*groups[index]).rsplit(", ", 1)
+            axes.set_title("\n".join(heading), fontsize=9.5)
             if not results.finished(*groups[index]):
                 axes.set_xticks([])
             for place, method in enumerate(methods):
                 if not results.of(*groups[index], method):
-                    _say_not_run(axes, place)
+                    _say(axes, place, NOT_RUN)
         if handles:
             drawing.legend(
                 handles=handles, loc="outside lower center", ncols=3, frameon=False
             )
 
 
-def _errors(axes: Axes, results: Results, dataset: str, augmentation: str) -> None:
-    finished = results.finished(dataset, augmentation)
+def _seeds(
+    axes: Axes, results: Results, dataset: str, augmentation: str, *, name: str
+) -> None:
     methods = results.params.grid.methods
-    for method, runs in finished.items():
+    for method in results.finished(dataset, augmentation):
         place = methods.index(method)
         color = figure.color(method, methods)
-        errors = [100 * each.number("error_rate") for each in runs]
-        found = comparison.spread(errors)
-        axes.plot(errors, [place] * len(errors), ".", color=color, alpha=0.35, ms=5)
+        values = results.numbers(dataset, augmentation, method, name)
+        if not values:
+            _say(axes, place, NOT_RECORDED)
+            continue
+        scaled = [100 * each if name == "error_rate" else each for each in values]
+        found = comparison.spread(scaled)
+        axes.plot(scaled, [place] * len(scaled), ".", color=color, alpha=0.35, ms=5)
         axes.errorbar(
             found.mean,
             place,
@@ -152,7 +171,7 @@ def _times(axes: Axes, results: Results, dataset: str, augmentation: str) -> Non
             axes.barh(place, start, 0.62, color=_PHASES["explore"])
         found = results.time_ratio(dataset, augmentation, method)
         axes.annotate(
-            tables.NOT_RECORDED if not start else f"{found.value:.2f}" if found else "",
+            NOT_RECORDED if not start else f"{found.value:.2f}" if found else "",
             (start, place),
             xytext=(4, 0),
             textcoords="offset points",
@@ -164,9 +183,9 @@ def _times(axes: Axes, results: Results, dataset: str, augmentation: str) -> Non
     axes.set_xlim(left=0)
 
 
-def _say_not_run(axes: Axes, place: int) -> None:
+def _say(axes: Axes, place: int, text: str) -> None:
     axes.annotate(
-        NOT_RUN,
+        text,
         (0.02, place),
         xycoords=("axes fraction", "data"),
         va="center",

@@ -117,10 +117,46 @@ def ratio(values: Sequence[float], reference: Sequence[float]) -> Estimate:
     )
 
 
+def expected(values: Sequence[float], n: int) -> tuple[float, float] | None:
+    """Where the mean over other seeds is expected, with 95 % confidence.
+
+    It is the prediction interval by Student's t, wider than the confidence interval of
+    the mean: the other seeds have a spread as well.
+
+    Args:
+        values: One number a seed, at least one.
+        n: Number of the other seeds.
+
+    Returns:
+        The lower and the upper limit, or None for one number, which has no spread.
+    """
+    found = spread(values)
+    if found.std is None:
+        return None
+    quantile = float(t.ppf(0.5 + CONFIDENCE / 2, found.n - 1))
+    half = quantile * found.std * math.sqrt(1 / found.n + 1 / n)
+    return found.mean - half, found.mean + half
+
+
 def points(value: float) -> str:
     """A difference of shares in points, with its sign; zero has none."""
     text = f"{100 * value:+.2f}"
     return "0.00" if text in {"+0.00", "-0.00"} else text
+
+
+def interval(found: Estimate) -> str:
+    """A difference of shares in points, with its confidence interval if it has one."""
+    text = points(found.value)
+    if found.low is not None and found.high is not None:
+        text += f" [{points(found.low)}, {points(found.high)}]"
+    return text
+
+
+def error(found: Estimate) -> str:
+    """The standard error of a difference of shares in points, in words."""
+    if found.standard_error is None:
+        return "one seed"
+    return f"s.e. {100 * found.standard_error:.2f}"
 
 
 def _estimate(differences: Sequence[float]) -> Estimate:

@@ -1,4 +1,4 @@
-"""Learning curves: training loss and test error against epochs."""
+"""Learning curves: training loss and test error against wall time."""
 
 from __future__ import annotations
 
@@ -8,56 +8,57 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
 from pipelines import figure
-from pipelines.reporting import tables
-from pipelines.reporting.results import BASES, Result, Results
+from pipelines.reporting.results import BASES, DEFAULT, TIME_REFERENCE, Result, Results
 
 
 def draw(path: Path, results: Results, dataset: str, augmentation: str) -> None:
     """Draws the median over the seeds and the band from the least to the largest.
 
     The median, because some seeds' solver ends orders of magnitude below the others'.
-    Dots are the final model's numbers, which differ from the last point of a curve:
-    Keras's loss of an epoch is a mean over its steps, in training mode.
+    A run of the solver has no epochs after the switch: a straight segment leads from
+    the end of its exploration to its final model. Dots are the final models' numbers,
+    which differ from the last point of a curve: Keras's loss of an epoch is a mean over
+    its steps, in training mode.
 
     Args:
         path: Where to write the PNG.
-        results: The results.
+        results: The results; what has no wall times is left out.
         dataset: Name of the data set.
         augmentation: Name of the augmentation.
     """
-    finished = results.finished(dataset, augmentation)
-    with figure.drawing(path, figsize=(10, 4.6)) as drawing:
+    timed = {
+        method: runs
+        for method, runs in results.finished(dataset, augmentation).items()
+        if results.numbers(dataset, augmentation, method, "seconds")
+    }
+    with figure.drawing(path, figsize=(10, 5)) as drawing:
         left, right = drawing.subplots(1, 2)
         left.set_yscale("log", nonpositive="mask")
         left.set_title("Training loss")
         right.set_title("Test error, %")
         drawing.suptitle(
-            tables.heading(results, dataset, augmentation),
-            x=0.01,
-            ha="left",
-            weight="bold",
+            results.heading(dataset, augmentation), x=0.01, ha="left", weight="bold"
         )
-        for method, runs in finished.items():
+        for method, runs in timed.items():
             style = _style(results, method)
+            # What is made of the base's own training has no curve of its own.
+            own = method == TIME_REFERENCE or not _shared(timed, method)
             for axes, name in ((left, "train_loss"), (right, "error_rate")):
-                _band(axes, *series(runs, name), style)
-                _end(axes, runs, name, style["color"])
-        _limit(right, list(finished.values()))
+                _draw(axes, runs, name, style, own=own)
+        _limit(right, list(timed.values()))
         for axes in (left, right):
-            axes.set_xlabel("epoch, or iteration of the solver")
+            axes.set_xlabel("wall time, seconds")
             axes.set_xlim(left=0)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            _mark_switches(axes, finished)
         seeds = len(results.params.grid.seeds)
         drawing.legend(
             *left.get_legend_handles_labels(),
             title=f"median and range over {seeds} seed{'s' * (seeds > 1)}; "
-            "dots: the final models, in inference mode",
+            "thick: the solver; dots: the final models, in inference mode",
             loc="outside lower center",
-            ncols=min(3, len(finished)),
+            ncols=min(3, len(timed)),
+            fontsize=9,
             frameon=False,
         )
 
@@ -88,10 +89,34 @@ def series(runs: Sequence[Result], name: str) -> tuple[np.ndarray, np.ndarray]:
     return epochs, np.array(values)
 
 
+def seconds(run: Result, epochs: np.ndarray) -> np.ndarray:
+    """The wall times at which epochs ended, spread evenly over each phase.
+
+    Args:
+        run: A result with its wall time.
+        epochs: Numbers of epochs, from 1, shape `(epochs,)`.
+
+    Returns:
+        Seconds since the start, shape `(epochs,)`.
+    """
+    phases = np.asarray(run.metrics["curves"]["phase"])
+    explored, exploited = int((phases == 0).sum()), int((phases > 0).sum())
+    # A run without recorded phases is one.
+    explore = run.phase("explore") or run.seconds or 0.0
+    switch, exploit = run.phase("switch") or 0.0, run.phase("exploit") or 0.0
+    if not exploited:
+        return explore / explored * epochs
+    # The switch takes no epoch: it lies between two of them.
+    begin = np.where(epochs > explored, explore + switch, 0.0)
+    length = np.where(epochs > explored, exploit / exploited, explore / explored)
+    return begin + length * np.where(epochs > explored, epochs - explored, epochs)
+
+
 def _style(results: Results, method: str) -> dict[str, Any]:
     style: dict[str, Any] = {
         "color": figure.color(method, results.params.grid.methods),
         "label": results.params.label(method),
+        "linewidth": 2.2 if method == DEFAULT else 1.5,
     }
     if method in BASES:
         # On top: two-phase runs may lie under the base while they explore.
@@ -99,36 +124,65 @@ def _style(results: Results, method: str) -> dict[str, Any]:
     return style
 
 
-def _band(
-    axes: Axes, epochs: np.ndarray, values: np.ndarray, style: Mapping[str, Any]
+def _shared(timed: Mapping[str, Sequence[Result]], method: str) -> bool:
+    """Whether a base was made from the training that another base is."""
+    curves = [
+        [each.metrics["curves"] for each in timed.get(name, [])]
+        for name in (TIME_REFERENCE, method)
+    ]
+    return method in BASES and curves[0] == curves[1]
+
+
+def _draw(
+    axes: Axes,
+    runs: Sequence[Result],
+    name: str,
+    style: Mapping[str, Any],
+    *,
+    own: bool,
 ) -> None:
+    """The curve with its band, and the final models as a dot that it leads to."""
     scale = 1 if axes.get_yscale() == "log" else 100
-    axes.plot(epochs, scale * np.median(values, axis=0), linewidth=1.7, **style)
-    axes.fill_between(
-        epochs,
-        scale * values.min(axis=0),
-        scale * values.max(axis=0),
-        color=style["color"],
-        alpha=0.12,
-        linewidth=0,
-    )
-
-
-def _end(axes: Axes, runs: Sequence[Result], name: str, color: str) -> None:
-    """A dot for the median of the final models."""
-    epochs, _ = series(runs, name)
-    scale = 1 if axes.get_yscale() == "log" else 100
-    median = np.median([each.number(name) for each in runs])
+    epochs, values = series(runs, name)
+    times = np.mean([seconds(each, epochs) for each in runs], axis=0)
+    median = np.median(values, axis=0)
+    end = float(np.mean([each.seconds for each in runs]))
+    final = float(np.median([each.number(name) for each in runs]))
+    color = style["color"]
+    if own:
+        axes.plot(times, scale * median, **style)
+        low, high = scale * values.min(axis=0), scale * values.max(axis=0)
+        axes.fill_between(times, low, high, color=color, alpha=0.12, linewidth=0)
+    if _solved(runs):
+        axes.plot(
+            [times[-1], end],
+            [scale * median[-1], scale * final],
+            color=color,
+            linewidth=3,
+            alpha=0.8,
+            solid_capstyle="round",
+            zorder=3.5,
+        )
     axes.plot(
-        epochs[-1],
-        scale * median,
+        end,
+        scale * final,
         marker="o",
-        markersize=5.5,
+        markersize=6.5,
         color=color,
         markeredgecolor="white",
         markeredgewidth=0.8,
         zorder=4,
         clip_on=False,
+        linestyle="none",
+        label=None if own else style["label"],
+    )
+
+
+def _solved(runs: Sequence[Result]) -> bool:
+    """Whether the runs exploit without epochs, that is by the solver."""
+    return all(
+        each.phase("exploit") and not any(each.metrics["curves"]["phase"])
+        for each in runs
     )
 
 
@@ -140,37 +194,5 @@ def _limit(axes: Axes, methods: Sequence[Sequence[Result]]) -> None:
         late += values[:, epochs >= epochs[-1] / 3].ravel().tolist()
         late += [each.number("error_rate") for each in runs]
     low, high = min(late), float(np.quantile(late, 0.97))
-    # Some air above, in which the inscriptions are.
-    margin = max(0.15 * (high - low), 0.001)
-    axes.set_ylim(100 * max(low - margin, 0), 100 * (high + 2 * margin))
-
-
-def _mark_switches(axes: Axes, finished: Mapping[str, Sequence[Result]]) -> None:
-    """A dotted line wherever runs go from exploration to exploitation."""
-    switches: dict[float, int] = {}
-    for runs in finished.values():
-        for each in runs:
-            curve = each.metrics["curves"]
-            phase = np.asarray(curve["phase"])
-            if phase.max(initial=0) > 0:
-                first = int(np.argmax(phase > 0))
-                at = float(curve["epoch"][first]) - 0.5
-                switches[at] = switches.get(at, 0) + 1
-    for switch in switches:
-        axes.axvline(switch, color="#999999", linestyle=":", linewidth=1.2, zorder=1)
-    if not switches:
-        return
-    # One inscription is enough: where most runs switch.
-    switch = max(switches, key=lambda at: (switches[at], -at))
-    for text, shift, side in (("explore", -4, "right"), ("exploit", 4, "left")):
-        axes.annotate(
-            text,
-            xy=(switch, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(shift, -3),
-            textcoords="offset points",
-            horizontalalignment=side,
-            verticalalignment="top",
-            color="#666666",
-            fontsize=9,
-        )
+    margin = max(0.1 * (high - low), 0.001)
+    axes.set_ylim(100 * max(low - margin, 0), 100 * (high + margin))

@@ -5,75 +5,40 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines import figure
-from pipelines.reporting import tables
-from pipelines.reporting.results import AUGMENTATIONS, Results
-from pipelines.reporting.verdict import (
-    NOT_RUN,
-    Overall,
-    count,
-    judged,
-    misses,
-    verdict,
-)
+from pipelines.reporting import answer, tables, verdict
+from pipelines.reporting.results import AUGMENTATIONS, NOT_RUN, Results
 
 if TYPE_CHECKING:
     from pipelines.reporting.table import Table
 
 # The browser itself refuses whatever is not in the file.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-_CHIPS = {"met": "✓ met", "missed": "✗ missed", NOT_RUN: NOT_RUN}
-_CLASSES = {"met": "met", "missed": "missed", NOT_RUN: "unknown"}
+# By the word that a cell begins with, its chip and class.
+_CHIPS = {
+    "met": ("✓ met", "met"),
+    "missed": ("✗ missed", "missed"),
+    answer.BETTER_WORD: (answer.BETTER_WORD, "met"),
+    answer.NO_WORSE: (answer.NO_WORSE, "unknown"),
+    answer.WORSE: (answer.WORSE, "missed"),
+}
 
-_READING = (
-    (
-        "method",
-        (
-            "What a row names. All methods share base model, recipe, batch size "
-            "and, for a seed, the initial weights and shuffles."
-        ),
-    ),
-    (
-        "difference",
-        (
-            "Test error less that of the comparison, seed by seed, so that what "
-            "the seeds have in common drops out. An interval that contains zero "
-            "means that the seeds do not tell the two apart."
-        ),
-    ),
-    (
-        "certified gap",
-        (
-            "How far the final training loss is above its global minimum, at "
-            "most: taken over the whole training set, in inference mode, in "
-            "float64."
-        ),
-    ),
-    (
-        "rank at the switch",
-        (
-            "The rank of the features that exploitation fits with. Where it is "
-            "full, any labels can be fitted, so the minimum is the global one."
-        ),
-    ),
-    (
-        "partial data",
-        (
-            "A title with numbers in brackets says that fewer samples were used "
-            "than the data set has. Such results cannot be compared with "
-            "published ones."
-        ),
-    ),
-    (
-        NOT_RUN,
-        ("There is no number, because nobody made the run. Nothing is filled in."),
-    ),
-)
+_READING = {
+    "method": "What a row names. All methods share base model, recipe, batch size and, "
+    "for a seed, the initial weights and shuffles.",
+    "difference": "Seed by seed, so that what the seeds have in common drops out. An "
+    "interval that contains zero means that the seeds do not tell the two apart.",
+    "certified gap": "How far the final training loss is above its global minimum, at "
+    "most: taken over the whole training set, in inference mode, in float64.",
+    "rank at the switch": "The rank of the features that exploitation fits with. Where "
+    "it is full, any labels can be fitted, so the minimum is the global one.",
+    "partial data": "Numbers in brackets say that fewer samples were used than there "
+    "are. Such results cannot be compared with published ones.",
+    NOT_RUN: "There is no number, because nobody made the run. Nothing is filled in.",
+}
 
 
 def html(results: Results, figures: Mapping[str, Path]) -> str:
@@ -149,75 +114,62 @@ def _sections(
     results: Results, figures: Mapping[str, Path]
 ) -> Iterable[tuple[str, str, str]]:
     """Key, title and HTML of each section."""
-    if judged(results):
-        yield "verdict", "Verdict", _verdict(results)
-    if "errors" in figures:
-        body = _figure(
-            figures["errors"],
-            "Test error of every method on every data set, with standard deviations "
-            "over the seeds. The same numbers are in the tables below.",
-        )
-        yield "errors", "Test error", body
-    if "times" in figures:
-        body = _figure(
-            figures["times"],
-            "Wall time of every method on every data set: explore, switch and exploit. "
-            "At the end of each bar stands the ratio to the base.",
-        )
-        yield "times", "Wall time", body
+    yield "answer", "The answer", _answer(results, figures)
+    for key, title, text in (
+        (
+            "errors",
+            "Test error",
+            "Test error, with standard deviations over the seeds.",
+        ),
+        ("nll", "NLL", "Negative log-likelihood of the test labels, likewise."),
+        (
+            "times",
+            "Wall time",
+            (
+                "Wall time of explore, switch and exploit; beside each bar stands the "
+                "ratio to the base."
+            ),
+        ),
+    ):
+        if key in figures:
+            yield key, title, _figure(figures[key], text)
     for dataset in results.params.grid.datasets:
         body = _dataset(results, figures, dataset)
         yield f"data-{escape(dataset)}", results.title(dataset), body
+    if answer.modes(results):
+        body = _table(verdict.table(results), results, numbers=False)
+        yield "targets", "Targets", body
     yield "provenance", "Provenance", _provenance(results)
     reading = "".join(
-        f"<dt>{escape(key)}</dt><dd>{escape(text)}</dd>" for key, text in _READING
+        f"<dt>{escape(key)}</dt><dd>{escape(text)}</dd>"
+        for key, text in _READING.items()
     )
     yield "reading", "How to read it", f"<dl>{reading}</dl>"
 
 
-def _verdict(results: Results) -> str:
-    found = verdict(results)
-    cards = "".join(
-        _card(results, method, [each for each in found if each.method == method])
-        for method in judged(results)
-    )
-    parts = [
-        f"<p>{_code(tables.yardstick(results))}</p>",
-        _dirty(results),
-        f'<ul class="cards">{cards}</ul>',
-    ]
-    if len(results.groups()) > 1:
-        parts += [_table(replace(tables.glance(results), caption=""), results)]
-    for augmentation in results.params.grid.augmentations:
-        table = tables.targets(results, augmentation)
-        parts += [
-            (
-                f"<details><summary>{escape(table.title)}, by data set</summary>"
-                f"{_table(table, results)}</details>"
-            )
-        ]
-    return "".join(parts)
+def _answer(results: Results, figures: Mapping[str, Path]) -> str:
+    modes = answer.modes(results)
+    more = [answer.gains(results), answer.against_long(results)]
+    sentences = [answer.sentence(results, mode) for mode in modes]
+    parts = [f"<p>{_marked(text)}</p>" for text in filter(None, sentences + more)]
+    parts.append(_dirty(results))
+    if "answer" in figures:
+        text = (
+            "The default and better against the best base of equal time in every cell: "
+            "test error, NLL and wall time. The same numbers are in the tables below."
+        )
+        parts.append(_figure(figures["answer"], text))
+    for mode in modes:
+        table = answer.table(results, mode)
+        parts += [f"<h3>{_marked(table.title)}</h3>", _table(table, results)]
+    caption = answer.caption(results) if modes else answer.missing()
+    return f'{"".join(parts)}<p class="caption">{_marked(caption)}</p>'
 
 
-def _code(text: str) -> str:
-    """Text with `code` between backticks."""
-    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text, quote=False))
-
-
-def _card(results: Results, method: str, found: Sequence[Overall]) -> str:
-    # The number of targets met is what the eye looks for.
-    text = re.sub(r"^(\d+)", r"<b>\1</b>", escape(count(found)))
-    items = "".join(
-        f"<li>{escape(miss.removeprefix('Missed: '))}</li>"
-        for miss in misses(results, found)
-    )
-    color = figure.color(method, results.params.grid.methods)
-    missed = f"<details><summary>What was missed</summary><ul>{items}</ul></details>"
-    return (
-        f'<li class="card" style="--method: {color}">'
-        f"<h3>{escape(results.params.label(method))}</h3>"
-        f'<p class="count">{text}</p>{missed if items else ""}</li>'
-    )
+def _marked(text: str) -> str:
+    """Text with `code` between backticks and *emphasis* between asterisks."""
+    text = re.sub("`([^`]+)`", r"<code>\1</code>", escape(text, quote=False))
+    return re.sub(r"\*([^*]+)\*", r"<em>\1</em>", text)
 
 
 def _dirty(results: Results) -> str:
@@ -233,15 +185,15 @@ def _dirty(results: Results) -> str:
 def _dataset(results: Results, figures: Mapping[str, Path], dataset: str) -> str:
     parts = []
     for augmentation in results.params.grid.augmentations:
-        table = tables.methods(results, dataset, augmentation, tables.DETAILED)
-        title = tables.heading(results, dataset, augmentation)
+        table = tables.methods(results, dataset, augmentation)
+        title = results.heading(dataset, augmentation)
         parts += [f"<h3>{escape(title)}</h3>", _table(table, results)]
         if curves := figures.get(f"curves-{dataset}-{augmentation}"):
             parts += [
                 _figure(
                     curves,
                     f"Learning curves on {title}: training loss and test error against "
-                    "epochs, with the switch as a dotted line.",
+                    "wall time. A thick segment is the solver; dots are final models.",
                 )
             ]
         pairs = tables.differences(results, dataset, augmentation)
@@ -307,15 +259,12 @@ def _table(table: Table, results: Results, *, numbers: bool = True) -> str:
 
 
 def _cell(text: str) -> str:
-    for word, chip in _CHIPS.items():
-        if text == NOT_RUN:
-            break
-        if text.startswith((f"{word}:", f"{word} on ")) or text == word:
+    for word, (chip, kind) in _CHIPS.items():
+        if text.startswith((f"{word}:", f"{word} (")):
             rest = text.removeprefix(word).lstrip(": ")
             return (
-                f'<td class="{_CLASSES[word]}"><span class="chip">{chip}</span>'
-                + (f"<small>{escape(rest)}</small>" if rest else "")
-                + "</td>"
+                f'<td class="{kind}"><span class="chip">{chip}</span>'
+                f"<small>{escape(rest)}</small></td>"
             )
     kind = ' class="none"' if text.startswith(NOT_RUN) else ""
     return f"<td{kind}>{escape(text)}</td>"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +21,27 @@ if TYPE_CHECKING:
 COMPARISON = "base_bn"
 # Wall times are compared with the base as Keras trains it, which is the faster one.
 TIME_REFERENCE = "base"
-# Base training in all its forms. Everything else is held against the targets.
-BASES = ("base", "base_bn", "base_short")
+# Base training in all its forms.
+BASES = (
+    "base",
+    "base_bn",
+    "base_swa",
+    "base_temperature",
+    "base_short",
+    "base_long",
+)
+# The methods that the answer is about: `DAlign(Adam())`, and with `explore=1.0`.
+DEFAULT, BETTER = "dalign", "dalign_better"
+
+NOT_RUN = "not run"
+NOT_RECORDED = "not recorded"
 
 # What the origins call the runs of the grid.
 RUNS = "runs"
 PHASES = ("explore", "switch", "exploit")
 NUMBERS = ("error_rate", "train_loss", "train_error_rate", "lower_bound", "gap")
+# On test data. Older results lack them.
+CALIBRATION = ("nll", "ece", "brier", "temperature")
 AUGMENTATIONS = {
     "none": "no augmentation",
     "standard": "standard augmentation",
@@ -56,8 +70,7 @@ class Result:
     @property
     def seconds(self) -> float | None:
         """Wall time, or None if it was not recorded."""
-        seconds = self.timing.get("seconds")
-        return None if seconds is None else float(seconds)
+        return self.known("seconds")
 
     def phase(self, name: str) -> float | None:
         """Wall time of a phase; None if not recorded, 0 if the run has none such."""
@@ -66,8 +79,13 @@ class Result:
         return float(self.timing["phases"].get(name, 0.0))
 
     def number(self, name: str) -> float:
-        """A metric."""
+        """A metric that every run has."""
         return float(self.metrics[name])
+
+    def known(self, name: str) -> float | None:
+        """A metric or the `seconds`, or None if it was not recorded."""
+        value = (self.timing if name == "seconds" else self.metrics).get(name)
+        return None if value is None else float(value)
 
 
 @dataclass(frozen=True)
@@ -129,57 +147,53 @@ class Results:
         marked = not made[0].get("partial", True) or "(" in title
         return title if marked else f"{title} (partial)"
 
+    def heading(self, dataset: str, augmentation: str) -> str:
+        """The title of what belongs to a data set and an augmentation."""
+        words = AUGMENTATIONS.get(augmentation, augmentation)
+        return f"{self.title(dataset)}, {words}"
+
     @property
     def reference(self) -> str:
         """What the others are compared with; the base where none is re-estimated."""
         known = COMPARISON in self.params.grid.methods
         return COMPARISON if known else TIME_REFERENCE
 
+    def numbers(
+        self, dataset: str, augmentation: str, method: str, name: str
+    ) -> list[float]:
+        """A metric or the `seconds` of all seeds; empty if one was not recorded."""
+        found = [each.known(name) for each in self.of(dataset, augmentation, method)]
+        known = [each for each in found if each is not None]
+        return known if len(known) == len(found) else []
+
     def difference(
         self,
         dataset: str,
         augmentation: str,
         method: str,
-        reference: str | None = None,
+        reference: str,
+        name: str = "error_rate",
     ) -> Estimate | None:
-        """Test error of a method less that of another, or None if one was not run."""
-        return self._compare(
-            comparison.difference,
-            self.of(dataset, augmentation, method),
-            self.of(dataset, augmentation, reference or self.reference),
-            lambda result: result.number("error_rate"),
-        )
+        """A metric of a method less that of another, or None if one lacks it."""
+        values = self.numbers(dataset, augmentation, method, name)
+        others = self.numbers(dataset, augmentation, reference, name)
+        return comparison.difference(values, others) if values and others else None
 
     def time_ratio(
-        self, dataset: str, augmentation: str, method: str
+        self,
+        dataset: str,
+        augmentation: str,
+        method: str,
+        reference: str = TIME_REFERENCE,
     ) -> Estimate | None:
-        """Wall time over the base's, or None if one was not run or not recorded."""
-        return self._compare(
-            comparison.ratio,
-            self.of(dataset, augmentation, method),
-            self.of(dataset, augmentation, TIME_REFERENCE),
-            lambda result: result.seconds,
-        )
+        """Wall time over that of another method, or None if one was not recorded."""
+        values = self.numbers(dataset, augmentation, method, "seconds")
+        others = self.numbers(dataset, augmentation, reference, "seconds")
+        return comparison.ratio(values, others) if values and others else None
 
     def _runs(self, dataset: str, augmentation: str, method: str) -> list[Run]:
         seeds = self.params.grid.seeds
         return [Run(dataset, augmentation, method, seed) for seed in seeds]
-
-    @staticmethod
-    def _compare(
-        compare: Callable[[list[float], list[float]], Estimate],
-        results: list[Result],
-        reference: list[Result],
-        number: Callable[[Result], float | None],
-    ) -> Estimate | None:
-        if not (results and reference):
-            return None
-        values, others = map(number, results), map(number, reference)
-        pairs = [(a, b) for a, b in zip(values, others, strict=True)]
-        known = [(a, b) for a, b in pairs if a is not None and b is not None]
-        if len(known) < len(pairs):
-            return None
-        return compare([a for a, _ in known], [b for _, b in known])
 
 
 def read(params: Params, layout: Layout) -> Results:

@@ -2,45 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from pipelines.reporting import comparison
-from pipelines.reporting.comparison import Estimate, points
 from pipelines.reporting.results import (
-    AUGMENTATIONS,
-    PHASES,
+    BASES,
+    NOT_RECORDED,
+    NOT_RUN,
     RUNS,
     TIME_REFERENCE,
     Result,
     Results,
 )
 from pipelines.reporting.table import Table
-from pipelines.reporting.verdict import NOT_RUN, TARGETS, Overall, judged, verdict
 
-NOT_RECORDED = "not recorded"
-REFERENCES = ("base", "base_bn", "base_short")
+if TYPE_CHECKING:
+    from pipelines.reporting.comparison import Estimate
 
 # A cell from the results of all seeds of a method, and all results.
 _Cell = Callable[[list[Result], Results], str]
 
 
-def heading(results: Results, dataset: str, augmentation: str) -> str:
-    """The title of what belongs to a data set and an augmentation."""
-    words = AUGMENTATIONS.get(augmentation, augmentation)
-    return f"{results.title(dataset)}, {words}"
-
-
-def methods(
-    results: Results, dataset: str, augmentation: str, columns: Sequence[str]
-) -> Table:
+def methods(results: Results, dataset: str, augmentation: str) -> Table:
     """One row for every method of the grid.
 
     Args:
         results: The results.
         dataset: Name of the data set.
         augmentation: Name of the augmentation.
-        columns: Names in `COLUMNS`.
 
     Returns:
         The table. Where a seed is missing, the row says that it was not run.
@@ -49,25 +39,25 @@ def methods(
     for method in results.params.grid.methods:
         finished = results.of(dataset, augmentation, method)
         if finished:
-            cells = [COLUMNS[name](finished, results) for name in columns]
+            cells = [cell(finished, results) for cell in COLUMNS.values()]
         else:
             done = results.done(dataset, augmentation, method)
             seeds = len(results.params.grid.seeds)
             part = f" ({done} of {seeds} seeds)" if done else ""
-            cells = [NOT_RUN + part, *[NOT_RUN] * (len(columns) - 1)]
+            cells = [NOT_RUN + part, *[NOT_RUN] * (len(COLUMNS) - 1)]
         rows.append((results.params.label(method), *cells))
     return Table(
-        heading(results, dataset, augmentation),
-        ("method", *columns),
+        results.heading(dataset, augmentation),
+        ("method", *COLUMNS),
         tuple(rows),
-        _caption(results, dataset, augmentation, columns),
+        _caption(results, dataset, augmentation),
     )
 
 
 def differences(results: Results, dataset: str, augmentation: str) -> Table:
     """Test error of every method less that of the base in each of its forms."""
     grid, params = results.params.grid, results.params
-    references = [each for each in REFERENCES if each in grid.methods]
+    references = [each for each in BASES if each in grid.methods]
     rows = []
     for method in grid.methods:
         cells = [
@@ -78,80 +68,13 @@ def differences(results: Results, dataset: str, augmentation: str) -> Table:
         ]
         rows.append((params.label(method), *cells))
     return Table(
-        f"{heading(results, dataset, augmentation)}: paired differences",
+        f"{results.heading(dataset, augmentation)}: paired differences",
         ("method", *(f"less {params.label(each)}" for each in references)),
         tuple(rows),
         "Difference in test error, in points, paired by seed, with its 95 % confidence "
         "interval (Student's t) and its standard error. Below zero, the method is the "
         "better one.",
     )
-
-
-def targets(results: Results, augmentation: str) -> Table:
-    """Every method held against every target, data set by data set."""
-    found = [each for each in verdict(results) if each.augmentation == augmentation]
-    params = results.params
-    titles = [results.title(each) for each in params.grid.datasets]
-    # With one data set, a column for all of them would say it again.
-    total = len(titles) > 1
-    rows = [
-        (
-            params.label(each.method),
-            each.target,
-            *(finding.text for finding in each.findings),
-            *([each.text] if total else []),
-        )
-        for each in found
-    ]
-    words = AUGMENTATIONS.get(augmentation, augmentation)
-    return Table(
-        f"Targets, {words}",
-        ("method", "target", *titles, *(["all data sets"] if total else [])),
-        tuple(rows),
-    )
-
-
-def glance(results: Results) -> Table:
-    """The verdict on one row a method and augmentation, one column a target."""
-    found = {
-        (each.augmentation, each.method, each.target): each for each in verdict(results)
-    }
-    rows = []
-    for augmentation in results.params.grid.augmentations:
-        for method in judged(results):
-            cells = [
-                _glance(found.get((augmentation, method, target.name)))
-                for target in TARGETS
-            ]
-            words = AUGMENTATIONS.get(augmentation, augmentation)
-            rows.append((results.params.label(method), words, *cells))
-    return Table(
-        "The verdict at a glance",
-        ("method", "augmentation", *(target.name for target in TARGETS)),
-        tuple(rows),
-        yardstick(results),
-    )
-
-
-def yardstick(results: Results) -> str:
-    """What the targets are, and what the methods are compared with."""
-    label = results.params.label
-    asked = "; ".join(target.asks for target in TARGETS)
-    text = (
-        f"The targets: {asked}. Test error and training loss are compared with "
-        f'"{label(results.reference)}", wall time with "{label(TIME_REFERENCE)}".'
-    )
-    missing = [
-        f'"{label(name)}"'
-        for name in dict.fromkeys((results.reference, TIME_REFERENCE))
-        if name not in results.params.grid.methods
-    ]
-    if missing:
-        text += (
-            f" {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not in "
-            f"this grid, so what needs it was {NOT_RUN}."
-        )
-    return text
 
 
 def tuning(results: Results, dataset: str, augmentation: str) -> Table | None:
@@ -175,7 +98,7 @@ def tuning(results: Results, dataset: str, augmentation: str) -> Table | None:
         ]
         rows.append((recipe.replace("_", " "), *cells, ", ".join(notes)))
     return Table(
-        f"{heading(results, dataset, augmentation)}: recipes",
+        f"{results.heading(dataset, augmentation)}: recipes",
         ("recipe", *map(params.label, names), "choice"),
         tuple(rows),
         f"Error in % on a held-out share of {found.get('validation', 0):g} of the "
@@ -251,31 +174,10 @@ def _machine(made: Mapping[str, Any]) -> str:
     return f"{', '.join(names)}, on {made.get('device')}, {made.get('threads')} threads"
 
 
-def _glance(found: Overall | None) -> str:
-    return "not asked" if found is None else found.text
-
-
 def _points(found: Estimate | None) -> str:
     if found is None:
         return NOT_RUN
-    return f"{_interval(found)}{_error(found)}"
-
-
-def _interval(found: Estimate) -> str:
-    text = points(found.value)
-    if found.low is not None and found.high is not None:
-        text += f" [{points(found.low)}, {points(found.high)}]"
-    return text
-
-
-def _error(found: Estimate) -> str:
-    if found.standard_error is None:
-        return " (one seed)"
-    return f", s.e. {100 * found.standard_error:.2f}"
-
-
-def _mean(finished: Iterable[Result], name: str) -> float:
-    return comparison.spread([each.number(name) for each in finished]).mean
+    return f"{comparison.interval(found)}, {comparison.error(found)}"
 
 
 def _test_error(finished: list[Result], _: Results) -> str:
@@ -288,12 +190,21 @@ def _difference(finished: list[Result], results: Results) -> str:
     run = finished[0].run
     if run.method == results.reference:
         return "itself"
-    found = results.difference(run.dataset, run.augmentation, run.method)
-    return NOT_RUN if found is None else _interval(found)
+    found = results.difference(
+        run.dataset, run.augmentation, run.method, results.reference
+    )
+    return NOT_RUN if found is None else comparison.interval(found)
 
 
-def _loss(finished: list[Result], _: Results) -> str:
-    return f"{_mean(finished, 'train_loss'):.1e}"
+def _mean(name: str, form: str, scale: float = 1.0) -> _Cell:
+    def cell(finished: list[Result], results: Results) -> str:
+        run = finished[0].run
+        values = results.numbers(run.dataset, run.augmentation, run.method, name)
+        if not values:
+            return NOT_RECORDED
+        return form.format(scale * comparison.spread(values).mean)
+
+    return cell
 
 
 def _gap(finished: list[Result], _: Results) -> str:
@@ -320,24 +231,6 @@ def _rank(finished: list[Result], _: Results) -> str:
     return f"full ({worst['n']}{sampled})"
 
 
-def _seconds(finished: list[Result], _: Results) -> str:
-    return _mean_seconds([each.seconds for each in finished])
-
-
-def _phase(name: str) -> _Cell:
-    def cell(finished: list[Result], _: Results) -> str:
-        return _mean_seconds([each.phase(name) for each in finished])
-
-    return cell
-
-
-def _mean_seconds(seconds: Sequence[float | None]) -> str:
-    known = [each for each in seconds if each is not None]
-    if len(known) < len(seconds):
-        return NOT_RECORDED
-    return f"{comparison.spread(known).mean:.1f}"
-
-
 def _time(finished: list[Result], results: Results) -> str:
     run = finished[0].run
     if run.method == TIME_REFERENCE:
@@ -352,91 +245,36 @@ def _time(finished: list[Result], results: Results) -> str:
     return text
 
 
-def _parameters(finished: list[Result], _: Results) -> str:
-    found = finished[0].metrics.get("parameters")
-    if not found:
-        return NOT_RECORDED
-    return f"{found['total']:,} ({found['exploited']:,})"
-
-
 COLUMNS: dict[str, _Cell] = {
     "test error, %": _test_error,
+    "NLL": _mean("nll", "{:#.3g}"),
+    "ECE, %": _mean("ece", "{:.1f}", 100),
+    "Brier": _mean("brier", "{:#.3g}"),
     "difference [95 % CI]": _difference,
-    "training loss": _loss,
+    "training loss": _mean("train_loss", "{:.1e}"),
     "largest certified gap": _gap,
     "rank at the switch": _rank,
-    "seconds": _seconds,
-    **{f"{name}, s": _phase(name) for name in PHASES},
+    "seconds": _mean("seconds", "{:.1f}"),
     "time / base": _time,
-    "parameters (exploited)": _parameters,
 }
-# The table of results/table.md, that of the page, and that of the README.
-FULL = (
-    "test error, %",
-    "difference [95 % CI]",
-    "training loss",
-    "largest certified gap",
-    "rank at the switch",
-    "seconds",
-    "time / base",
-)
-DETAILED = (
-    *FULL[:6],
-    *(f"{name}, s" for name in PHASES),
-    "time / base",
-    "parameters (exploited)",
-)
-NARROW = (
-    "test error, %",
-    "difference [95 % CI]",
-    "training loss",
-    "largest certified gap",
-    "time / base",
-)
 
 
-def _caption(
-    results: Results, dataset: str, augmentation: str, columns: Sequence[str]
-) -> str:
+def _caption(results: Results, dataset: str, augmentation: str) -> str:
     """How the runs were made, and what the numbers are."""
     params = results.params
     n, train = params.prepare[dataset], params.train[dataset]
     recipe = params.recipe(dataset, augmentation)
     seeds = len(params.grid.seeds)
-    texts = {
-        "test error, %": "Test error: mean ± standard deviation over the seeds.",
-        "difference [95 % CI]": (
-            "Difference: test error less that of "
-            f'"{params.label(results.reference)}", in points, paired by seed, '
-            "with its 95 % confidence interval."
-        ),
-        "training loss": "Training loss: of the final model, mean.",
-        "largest certified gap": (
-            "Certified gap: to the global minimum of the training loss, the largest "
-            "over the seeds."
-        ),
-        "rank at the switch": (
-            "Rank at the switch: of the head's features, against the samples they have "
-            "to fit; the worst seed."
-        ),
-        "seconds": "Seconds: wall time, mean.",
-        "time / base": (
-            f'Time / base: wall time over that of "{params.label(TIME_REFERENCE)}", '
-            "paired by seed, geometric mean"
-            + (" with its 95 % confidence interval." if seeds > 1 else ".")
-        ),
-        "parameters (exploited)": (
-            "Parameters: all, and those that exploitation trains."
-        ),
-    }
-    return " ".join(
-        [
-            (
-                f"{n.n_train:,} training and {n.n_test:,} test samples, {train.epochs} "
-                f"epochs, {recipe.schedule} learning rate from "
-                f"{recipe.learning_rate:g}, "
-                f"{seeds} seed{'s' * (seeds > 1)}."
-            ),
-            *(texts[name] for name in columns if name in texts),
-        ]
+    return (
+        f"{n.n_train:,} training and {n.n_test:,} test samples, {train.epochs} epochs, "
+        f"{recipe.schedule} learning rate from {recipe.learning_rate:g}, {seeds} "
+        f"seed{'s' * (seeds > 1)}. Means over the seeds, ± standard deviation. NLL, "
+        "ECE and Brier: negative log-likelihood, calibration error over 15 bins, and "
+        "squared error of the probabilities, summed over the classes, on test data. "
+        f'Difference: test error less that of "{params.label(results.reference)}", in '
+        "points, paired by seed. Training loss: of the final model. Certified gap: to "
+        "the global minimum of the training loss, the largest over the seeds. Rank at "
+        "the switch: of the head's features, against the samples they have to fit; the "
+        "worst seed. Seconds: wall time. Time / base: wall time over that of "
+        f'"{params.label(TIME_REFERENCE)}", paired by seed, geometric mean.'
     )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pipelines.reporting import tables
-from pipelines.reporting.results import AUGMENTATIONS, Results
-from pipelines.reporting.verdict import NOT_RUN, judged, sentences
+from collections.abc import Sequence
 
-# Beyond so many, the tables of the overview are folded.
-_OPEN = 2
+from pipelines.reporting import answer, tables, verdict
+from pipelines.reporting.results import NOT_RUN, Results
 
 
 def full(results: Results) -> str:
-    """The verdict and one table for every data set and augmentation.
+    """The answer, the targets and one table for every data set and augmentation.
 
     Args:
         results: The results.
@@ -19,19 +17,14 @@ def full(results: Results) -> str:
     Returns:
         Markdown.
     """
-    parts = [f"# Results of the profile {results.params.profile}"]
-    if judged(results):
-        parts += [
-            "## Verdict",
-            tables.yardstick(results),
-            "\n".join(sentences(results)),
-        ]
-        for augmentation in results.params.grid.augmentations:
-            table = tables.targets(results, augmentation)
-            words = AUGMENTATIONS.get(augmentation, augmentation)
-            parts += [f"### {_capital(words)}", table.markdown()]
+    parts = [
+        f"# Results of the profile {results.params.profile}",
+        *answered(results, answer.modes(results)),
+    ]
+    if answer.modes(results):
+        parts += ["## Targets", verdict.table(results).markdown()]
     for dataset, augmentation in results.groups():
-        table = tables.methods(results, dataset, augmentation, tables.FULL)
+        table = tables.methods(results, dataset, augmentation)
         parts += [f"## {table.title}", table.markdown(), table.caption]
         if recipes := tables.tuning(results, dataset, augmentation):
             parts += [
@@ -44,7 +37,7 @@ def full(results: Results) -> str:
 
 
 def overview(results: Results) -> str:
-    """The verdict at a glance and narrow tables, folded where there are many.
+    """The answer, and what it was made with.
 
     Args:
         results: The results.
@@ -52,30 +45,41 @@ def overview(results: Results) -> str:
     Returns:
         Markdown without headings, to be put into a page.
     """
+    told = answered(results, answer.modes(results), folded=True)
+    return "\n\n".join([*told, *_made(results)]) + "\n"
+
+
+def answered(
+    results: Results, modes: Sequence[str], *, folded: bool = False
+) -> list[str]:
+    """The answer: for each mode a sentence and a table, and what the columns are.
+
+    Args:
+        results: The results.
+        modes: Names of the modes to speak of.
+        folded: Whether the tables behind the first one are folded away, as HTML.
+
+    Returns:
+        Paragraphs in Markdown.
+    """
+    if not modes:
+        return [answer.missing()]
     parts = []
-    groups = results.groups()
-    if judged(results):
-        # Of many data sets the sentences are many: they are in the full text.
-        short = len(groups) > _OPEN
-        parts += [
-            tables.glance(results).markdown()
-            if short
-            else "\n".join(sentences(results))
-        ]
-        parts += [tables.yardstick(results)]
-    for dataset, augmentation in groups:
-        table = tables.methods(results, dataset, augmentation, tables.NARROW)
-        if len(groups) > _OPEN:
-            # A blank line on either side, or GitHub takes the table for HTML.
-            parts += [
-                f"<details>\n<summary>{table.title}</summary>",
-                table.markdown(),
-                table.caption,
-                "</details>",
-            ]
+    for mode in modes:
+        parts.append(answer.sentence(results, mode))
+        table = answer.table(results, mode)
+        if folded and mode != modes[0]:
+            parts += [f"<details>\n<summary>{_plain(table.title)}</summary>"]
+            parts += [table.markdown(), "</details>"]
         else:
-            parts += [f"**{table.title}**", table.markdown(), table.caption]
-    return "\n\n".join([*parts, *_made(results)]) + "\n"
+            parts.append(table.markdown())
+    more = [answer.gains(results), answer.against_long(results)]
+    return [*parts, *filter(None, more), answer.caption(results)]
+
+
+def _plain(title: str) -> str:
+    """A title for HTML, which does not know Markdown's ticks."""
+    return title.replace("`", "")
 
 
 def _made(results: Results) -> list[str]:
@@ -104,7 +108,3 @@ def _made(results: Results) -> list[str]:
             f"**{n} of {len(found)} runs were made with uncommitted changes.**"
         )
     return [" ".join(texts)]
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -1,291 +1,157 @@
-"""What the method is held against, and whether it keeps it: in numbers and words."""
+"""The targets of the default and of *better*, and whether they are met."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING
 
+from pipelines.reporting import answer
 from pipelines.reporting.comparison import points
-from pipelines.reporting.results import (
-    AUGMENTATIONS,
-    BASES,
-    Results,
-)
+from pipelines.reporting.results import DEFAULT, NOT_RUN, Results
+from pipelines.reporting.table import Table
+
+if TYPE_CHECKING:
+    from pipelines.reporting.answer import Answer
+    from pipelines.reporting.comparison import Estimate
 
 GAP = 1e-6
-TIME = {"none": 0.75, "standard": 0.9}
-# Means of error rates differ by whole samples: this is rounding, nothing else.
-_ROUNDING = 1e-12
-
-NOT_RUN = "not run"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A method held against a target on a data set.
-
-    Attributes:
-        target: Name of the target.
-        method: Name of the method.
-        dataset: Name of the data set.
-        augmentation: Name of the augmentation.
-        met: Whether the target is met; None if that was not run.
-        numbers: What was found and what was asked for.
-    """
-
-    target: str
-    method: str
-    dataset: str
-    augmentation: str
-    met: bool | None
-    numbers: str = ""
-
-    @property
-    def text(self) -> str:
-        """The finding in a cell of a table."""
-        return _word(self.met) + (f": {self.numbers}" if self.numbers else "")
-
-
-@dataclass(frozen=True)
-class Overall:
-    """A method held against a target on all data sets of an augmentation.
-
-    Attributes:
-        target: Name of the target.
-        method: Name of the method.
-        augmentation: Name of the augmentation.
-        met: Whether the target is met; None if it was run on no data set.
-        findings: By data set.
-        text: The finding in a cell of a table.
-    """
-
-    target: str
-    method: str
-    augmentation: str
-    met: bool | None
-    findings: tuple[Finding, ...]
-    text: str
+TIME = {"none": 0.75, "standard": 0.85}
+_MOST = "in three quarters of the cells"
 
 
 @dataclass(frozen=True)
 class Target:
-    """Something that is asked of every two-phase method.
+    """Something that is asked of a mode in every cell, or in a share of them.
 
     Attributes:
-        name: Its name.
-        asks: What is asked, as a sentence's end.
-        judge: From results, data set, augmentation and method to whether it is met
-            (None if not run) and the numbers.
-        applies: Whether it is asked of a method with these settings under this
-            augmentation.
-        half: Asked of at least half of the data sets, instead of every one.
+        name: What is asked.
+        value: What an answer found; None if it is not known.
+        limit: What it may be at most.
+        form: How the value is written.
+        share: The share of the cells in which it has to be met.
+        modes: The modes that it is asked of.
     """
 
     name: str
-    asks: str
-    judge: Callable[[Results, str, str, str], tuple[bool | None, str]]
-    applies: Callable[[Mapping[str, Any], str], bool] = lambda _settings, _name: True
-    half: bool = False
+    value: Callable[[Answer], float | None]
+    limit: Callable[[Answer], float]
+    form: Callable[[float], str]
+    share: float = 1.0
+    modes: tuple[str, ...] = tuple(answer.MODES)
 
 
-def ends_in_solve(settings: Mapping[str, Any]) -> bool:
-    """Whether a method with these settings exploits by the full-batch solver."""
-    return any(
-        str(value) == "solve" or str(value).endswith("_solve")
-        for value in settings.values()
-    )
+@dataclass(frozen=True)
+class Finding:
+    """A mode held against a target.
+
+    Attributes:
+        target: The target.
+        mode: Name of the method.
+        met: Whether it is met over the cells that are known; None without any.
+        text: In how many cells it is met.
+        exceptions: The cells in which it is not, with the numbers.
+    """
+
+    target: Target
+    mode: str
+    met: bool | None
+    text: str
+    exceptions: str
 
 
-def _no_worse(
-    results: Results, dataset: str, augmentation: str, method: str
-) -> tuple[bool | None, str]:
-    found = results.difference(dataset, augmentation, method)
-    if found is None:
-        return None, ""
-    allowed = found.standard_error or 0.0
-    text = f"{points(found.value)} points, at most {100 * allowed:.2f} allowed"
-    if found.standard_error is None:
-        text += " (one seed)"
-    return found.value <= allowed + _ROUNDING, text
+def limit_of_time(augmentation: str) -> float:
+    """The most time that the default may take, over that of the base."""
+    return TIME.get(augmentation, max(TIME.values()))
 
 
-def _better(
-    results: Results, dataset: str, augmentation: str, method: str
-) -> tuple[bool | None, str]:
-    found = results.difference(dataset, augmentation, method)
-    if found is None:
-        return None, ""
-    return found.value < -_ROUNDING, f"{points(found.value)} points"
-
-
-def _lower_loss(
-    results: Results, dataset: str, augmentation: str, method: str
-) -> tuple[bool | None, str]:
-    ours = results.of(dataset, augmentation, method)
-    base = results.of(dataset, augmentation, results.reference)
-    if not (ours and base):
-        return None, ""
-    loss, reference = (
-        fmean(result.number("train_loss") for result in each) for each in (ours, base)
-    )
-    return loss < reference, f"{loss:.1e} against {reference:.1e}"
-
-
-def _small_gap(
-    results: Results, dataset: str, augmentation: str, method: str
-) -> tuple[bool | None, str]:
-    ours = results.of(dataset, augmentation, method)
-    if not ours:
-        return None, ""
-    # A run with an L2 term minimises the regularised loss: that is what it ends at.
-    regularised = all(each.metrics.get("l2_gap") is not None for each in ours)
-    gap = max(each.number("l2_gap" if regularised else "gap") for each in ours)
-    loss = "of the regularised loss, " if regularised else ""
-    return gap <= GAP, f"{gap:.1e}, {loss}at most {GAP:.0e} allowed"
-
-
-def _in_time(
-    results: Results, dataset: str, augmentation: str, method: str
-) -> tuple[bool | None, str]:
-    found = results.time_ratio(dataset, augmentation, method)
-    if found is None:
-        return None, ""
-    limit = TIME.get(augmentation, max(TIME.values()))
-    text = f"{found.value:.2f} of the base's, at most {limit:g} allowed"
-    return found.value <= limit, text
+def _value(found: Estimate | None) -> float | None:
+    return None if found is None else found.value
 
 
 TARGETS = (
     Target(
-        "test error no worse",
-        "mean test error at most the base's plus one standard error of the paired "
-        "difference",
-        _no_worse,
+        "test error at most the margin above that of the best base of equal time, in "
+        "every cell",
+        lambda each: _value(each.error),
+        lambda each: each.margin + answer.ROUNDING,
+        lambda value: f"{points(value)} points",
     ),
     Target(
-        "test error lower",
-        "mean test error below the base's on at least half of the data sets",
-        _better,
-        half=True,
+        f"test error below that of the best base of equal time, {_MOST}",
+        lambda each: _value(each.error),
+        lambda _: -answer.ROUNDING,
+        lambda value: f"{points(value)} points",
+        share=0.75,
     ),
     Target(
-        "training loss lower",
-        "mean training loss below the base's on every data set without augmentation",
-        _lower_loss,
-        applies=lambda _, augmentation: augmentation == "none",
+        f"NLL below that of every such base and the temperature-scaled one, {_MOST}",
+        lambda each: _value(each.nll),
+        lambda _: -answer.ROUNDING,
+        "{:+.2g}".format,
+        share=0.75,
     ),
     Target(
-        "certified gap",
-        f"certified gap of at most {GAP:.0e} for every run that ends in `solve`",
-        _small_gap,
-        applies=lambda settings, _: ends_in_solve(settings),
+        f"certified gap of at most {GAP:.0e}, in every cell",
+        lambda each: each.gap,
+        lambda _: GAP,
+        "{:.1e}".format,
     ),
     Target(
-        "wall time",
-        f"wall time of at most {TIME['none']:g} of the base's without augmentation, "
-        f"and {TIME['standard']:g} with it",
-        _in_time,
+        f"at most {TIME['none']:g} of the base's time without augmentation, and "
+        f"{TIME['standard']:g} with it, in every cell",
+        lambda each: _value(each.time),
+        lambda each: limit_of_time(each.cell[1]),
+        "{:.3f}".format,
+        modes=(DEFAULT,),
     ),
 )
 
 
-def judged(results: Results) -> list[str]:
-    """The methods of the grid that are held against the targets."""
-    return [method for method in results.params.grid.methods if method not in BASES]
-
-
-def verdict(results: Results) -> list[Overall]:
-    """Holds every method against every target, on each data set.
+def verdict(results: Results) -> list[Finding]:
+    """Holds the modes of the grid against the targets.
 
     Args:
         results: The results.
 
     Returns:
-        By augmentation, method and target what was found.
+        By mode and target what was found.
     """
     return [
-        _overall(results, target, method, augmentation)
-        for augmentation in results.params.grid.augmentations
-        for method in judged(results)
+        _finding(results, target, mode, found)
+        for mode in answer.modes(results)
+        for found in [answer.answers(results, mode)]
         for target in TARGETS
-        if target.applies(results.params.methods[method], augmentation)
+        if mode in target.modes
     ]
 
 
-def sentences(results: Results) -> list[str]:
-    """The verdict in words, as a list in Markdown.
-
-    Args:
-        results: The results.
-
-    Returns:
-        For each method how many targets it meets, and below that every one that it
-        misses, with the numbers.
-    """
-    found = verdict(results)
-    lines = []
-    for method in judged(results):
-        of_method = [each for each in found if each.method == method]
-        lines += [f"- **{results.params.label(method)}**: {count(of_method)}."]
-        lines += [f"  - {miss}." for miss in misses(results, of_method)]
-    return lines
-
-
-def count(found: Sequence[Overall]) -> str:
-    """How many targets of a method are met, missed and not run."""
-    known = [each for each in found if each.met is not None]
-    if not known:
-        return NOT_RUN
-    good = sum(bool(each.met) for each in known)
-    text = f"{good} of {len(known)} targets met"
-    missing = len(found) - len(known)
-    return text + (f", {missing} more {NOT_RUN}" if missing else "")
-
-
-def misses(results: Results, found: Sequence[Overall]) -> list[str]:
-    """Every target that is missed, where, and by how much."""
-    return [
-        f"Missed: {each.target}, "
-        f"{AUGMENTATIONS.get(each.augmentation, each.augmentation)}, on "
-        + "; ".join(
-            f"{results.title(finding.dataset)}: {finding.numbers}"
-            for finding in each.findings
-            if finding.met is False
-        )
-        for each in found
-        if each.met is False
-    ]
-
-
-def _overall(
-    results: Results, target: Target, method: str, augmentation: str
-) -> Overall:
-    findings = tuple(
-        Finding(
-            target.name,
-            method,
-            dataset,
-            augmentation,
-            *target.judge(results, dataset, augmentation, method),
-        )
-        for dataset in results.params.grid.datasets
+def _finding(
+    results: Results, target: Target, mode: str, found: list[Answer]
+) -> Finding:
+    values = [(each, target.value(each)) for each in found]
+    known = [(each, value) for each, value in values if value is not None]
+    missed = [(each, value) for each, value in known if value > target.limit(each)]
+    n, good = len(known), len(known) - len(missed)
+    met = good >= math.ceil(target.share * n) if known else None
+    text = f"{'met' if met else 'missed'}: in {good} of {n} cells" if n else NOT_RUN
+    if n and n < len(found):
+        text += f", {len(found) - n} {NOT_RUN}"
+    exceptions = "; ".join(
+        f"{results.heading(*each.cell)}: {target.form(value)}" for each, value in missed
     )
-    kept = [each.met for each in findings if each.met is not None]
-    n, good = len(kept), sum(kept)
-    if not kept:
-        met, text = None, NOT_RUN
-    elif target.half:
-        met = 2 * good >= n
-        text = f"{_word(met)}: lower on {good} of {n}"
-    else:
-        met = good == n
-        text = f"met on {n} of {n}" if met else f"missed on {n - good} of {n}"
-    if kept and n < len(findings):
-        text += f", {len(findings) - n} {NOT_RUN}"
-    return Overall(target.name, method, augmentation, met, findings, text)
+    return Finding(target, mode, met, text, exceptions)
 
 
-def _word(met: bool | None) -> str:
-    return NOT_RUN if met is None else "met" if met else "missed"
+def table(results: Results) -> Table:
+    """The targets, whether they are met, and where they are not."""
+    label = results.params.label
+    return Table(
+        "Targets",
+        ("method", "target", "verdict", "not in these cells"),
+        tuple(
+            (label(each.mode), each.target.name, each.text, each.exceptions)
+            for each in verdict(results)
+        ),
+    )
