@@ -13,8 +13,8 @@ Beside them, `tune` looks for the base model's best recipe on held-out training 
 and `frontier` measures error and time against the share that is explored.
 
 `readme` writes what they found into the README, and `gate` checks that it belongs to
-the code. `reproduce` compares fresh results with the committed ones. `resume` goes on
-in a clone that has neither data nor runs.
+the code. `reproduce` compares fresh results with the committed ones. `resume` runs a
+profile cell by cell, also in a clone that has neither data nor runs.
 
 `dvc repro` runs them as dvc.yaml says, `python -m pipelines.quickstart` in one
 process. Both run the grid of a params.yaml: the root's is the profile `quick`, and

@@ -1,8 +1,12 @@
-"""Goes on with a profile in a clone that has its results, but neither data nor runs.
+"""Runs a profile cell by cell, and goes on where it was killed.
 
-`dvc repro --allow-missing` runs what is not done and leaves what is as it is. But what
-is not done needs its data, and the base training of its seed, which `--allow-missing`
-takes for done. So these are made again before.
+DVC takes stages in any order. Here all methods of one data set, augmentation and seed
+follow each other, which makes their times comparable.
+
+It also goes on in a clone that has the results of a profile, but neither data nor runs.
+`dvc repro --allow-missing` leaves what is done as it is. But what is not done needs its
+data, and the base training of its seed, which `--allow-missing` takes for done. So
+these are made again before.
 """
 
 from __future__ import annotations
@@ -34,12 +38,15 @@ def main(*, params: Params | None = None, root: Path = Path()) -> None:
     for dataset in dict.fromkeys(run.dataset for run in left):
         if not layout.arrays(dataset).is_file():
             _dvc(root, "repro", f"prepare@{dataset}")
-    for run in dict.fromkeys(run.exploration for run in left):
+    for base in dict.fromkeys(run.exploration for run in left):
+        cell = f"{base.dataset}-{base.augmentation}-{base.seed}"
         # Where no time was noted, DVC does not take it for done.
-        noted = layout.timing(run).is_file()
-        if noted and not layout.run(run).is_dir():
-            name = f"explore@{run.dataset}-{run.augmentation}-{run.seed}"
-            _dvc(root, "repro", "--single-item", name)
+        noted = layout.timing(base).is_file()
+        if noted and not layout.run(base).is_dir():
+            _dvc(root, "repro", "--single-item", f"explore@{cell}")
+        if base in {run.exploration for run in params.grid.runs()}:
+            methods = [f"evaluate@{cell}-{name}" for name in params.grid.methods]
+            _dvc(root, "repro", "--allow-missing", *methods)
     _dvc(root, "repro", "--allow-missing")
 
 
