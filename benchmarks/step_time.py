@@ -86,8 +86,8 @@ def models(case: Case, n_samples: int) -> dict[str, keras.Model]:
     for name, model in found.items():
         optimizer = keras.optimizers.Adam(common.LEARNING_RATE)
         if name == WRAPPED:
-            # All epochs of a block are exploration.
-            optimizer = kd.DAlign(optimizer, explore=1)
+            # All epochs of a block are exploration, with nothing behind them.
+            optimizer = kd.DAlign(optimizer, None, explore=1)
         model.compile(
             optimizer=optimizer,
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
