@@ -156,12 +156,7 @@ def _rows(cells: list[Measured]) -> Iterator[list[str]]:
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=common.ROOT.parent / "shared" / "data",
-        help="folder with semeion.npz, mnist.npz, cifar10.npz and cifar100.npz",
-    )
+    common.add_data_folder(parser, "semeion", "mnist", "cifar10", "cifar100")
     parser.add_argument(
         "--cache",
         type=Path,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -65,12 +64,7 @@ def ratio(found: dict[str, Any]) -> float:
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=common.ROOT.parent / "shared" / "data",
-        help="folder with cifar100.npz",
-    )
+    common.add_data_folder(parser, "cifar100")
 
 
 def main() -> None:

@@ -22,6 +22,8 @@ from pipelines.params import DataParams
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+# Where the data are looked for by default.
+DATA = ROOT.parent / "shared" / "data"
 
 BASE = "base"
 REESTIMATED = "base, re-estimated"
@@ -256,6 +258,13 @@ def arguments(
     if more is not None:
         more(parser)
     return parser.parse_args()
+
+
+def add_data_folder(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Adds the option `--data`, the folder with the data sets of these names."""
+    *first, last = (f"{name}.npz" for name in names)
+    files = f"{', '.join(first)} and {last}" if first else last
+    parser.add_argument("--data", type=Path, default=DATA, help=f"folder with {files}")
 
 
 def write(

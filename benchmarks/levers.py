@@ -677,12 +677,7 @@ def targets_of(cells: Sequence[Measured]) -> list[Target]:
 
 def _options(parser: argparse.ArgumentParser) -> None:
     names = [_name(*cell) for cell in cells_of(load(PARAMS))]
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=common.ROOT.parent / "shared" / "data",
-        help="folder with semeion.npz, mnist.npz, cifar10.npz and cifar100.npz",
-    )
+    common.add_data_folder(parser, "semeion", "mnist", "cifar10", "cifar100")
     parser.add_argument(
         "--cache",
         type=Path,

@@ -126,7 +126,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         type=Path,
-        default=common.ROOT.parent / "shared" / "data" / "cifar10.npz",
+        default=common.DATA / "cifar10.npz",
         help="npz file with x_train; noise of the same shape if it is not there",
     )
     parser.add_argument(

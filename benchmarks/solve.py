@@ -239,7 +239,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         type=Path,
-        default=common.ROOT.parent / "shared/data/mnist.npz",
+        default=common.DATA / "mnist.npz",
         help="MNIST as .npz",
     )
     parser.add_argument(

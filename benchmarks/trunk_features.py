@@ -14,7 +14,7 @@ from benchmarks import common
 from keras_dalign.head.features import FeaturePass
 from keras_dalign.solving.feature_rows import FeatureRows, Normalisation
 
-DATA = common.ROOT.parent / "shared" / "data" / "cifar10.npz"
+DATA = common.DATA / "cifar10.npz"
 CACHE = Path(tempfile.gettempdir())
 EPOCHS = 2
 CLASSES = 10

@@ -281,12 +281,7 @@ def _seed_rows(name: str, found: dict[str, Any]) -> list[list[str]]:
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=common.ROOT.parent / "shared" / "data",
-        help="folder with cifar10.npz and mnist.npz",
-    )
+    common.add_data_folder(parser, "cifar10", "mnist")
     parser.add_argument(
         "--cache",
         type=Path,

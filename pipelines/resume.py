@@ -34,41 +34,42 @@ def main(*, params: Params | None = None, root: Path = Path()) -> None:
         subprocess.CalledProcessError: If DVC fails.
     """
     params, layout = params or load(), Layout(root)
-    left = _left(params, layout)
-    for dataset in dict.fromkeys(run.dataset for run in left):
+    runs = [run for run in params.grid.runs() if not layout.metrics(run).is_file()]
+    frontiers = _frontiers_left(params, layout)
+    left = [each.dataset for each in (*runs, *frontiers)]
+    for dataset in dict.fromkeys([*left, *_tunings_left(params, layout)]):
         if not layout.arrays(dataset).is_file():
             _dvc(root, "repro", f"prepare@{dataset}")
-    for base in dict.fromkeys(run.exploration for run in left):
+    for base in dict.fromkeys(run.exploration for run in (*runs, *frontiers)):
         cell = f"{base.dataset}-{base.augmentation}-{base.seed}"
         # Where no time was noted, DVC does not take it for done.
         noted = layout.timing(base).is_file()
         if noted and not layout.run(base).is_dir():
             _dvc(root, "repro", "--single-item", f"explore@{cell}")
-        if base in {run.exploration for run in params.grid.runs()}:
-            methods = [f"evaluate@{cell}-{name}" for name in params.grid.methods]
-            _dvc(root, "repro", "--allow-missing", *methods)
+        methods = [f"evaluate@{cell}-{name}" for name in params.grid.methods]
+        _dvc(root, "repro", "--allow-missing", *methods)
     _dvc(root, "repro", "--allow-missing")
 
 
-def _left(params: Params, layout: Layout) -> list[Run]:
-    """What has no results yet: runs of the grid, and as such tunings and frontiers."""
-    grid, tune, frontier = params.grid, params.tune, params.frontier
-    runs = [run for run in grid.runs() if not layout.metrics(run).is_file()]
-    # A tuning needs the data alone, so its seed is one that has no base training.
-    tunings = [
-        Run(dataset, augmentation, EXPLORATION, -1)
-        for dataset in tune.datasets
-        for augmentation in grid.augmentations
-        for recipe in tune.recipes
+def _tunings_left(params: Params, layout: Layout) -> list[str]:
+    """The data sets on which a recipe was not tried."""
+    return [
+        dataset
+        for dataset in params.tune.datasets
+        for augmentation in params.grid.augmentations
+        for recipe in params.tune.recipes
         if not layout.tuning(dataset, augmentation, recipe).is_file()
     ]
-    frontiers = [
+
+
+def _frontiers_left(params: Params, layout: Layout) -> list[Run]:
+    """The base trainings whose frontier was not measured."""
+    return [
         Run(dataset, "none", EXPLORATION, seed)
-        for dataset in frontier.datasets
-        for seed in grid.seeds
+        for dataset in params.frontier.datasets
+        for seed in params.grid.seeds
         if not layout.frontier(dataset, seed).is_file()
     ]
-    return [*runs, *tunings, *frontiers]
 
 
 def _dvc(folder: Path, *arguments: str) -> None:

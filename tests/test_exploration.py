@@ -104,10 +104,8 @@ def test_a_killed_exploration_goes_on_and_gives_the_same(
     assert not list(tmp_path.glob("backup*"))
 
 
-def test_the_shared_exploration_is_that_of_random_gates(params, layout, tmp_path):
-    job = job_of(params, layout)
-    shared = exploration.explore(job, tmp_path / "weights", shares=(0.5, 1.0))
-
+def explored_with_dalign(job):
+    """An aligned model after two epochs of exploration by `fit`."""
     model = kd.align(job.base(), n_samples=150, gates="random", seed=0)
     adam = optimizer(job.recipe, job.steps, job.train.epochs)
     model.compile(optimizer=kd.DAlign(adam, None, explore=2), **objective())
@@ -115,6 +113,14 @@ def test_the_shared_exploration_is_that_of_random_gates(params, layout, tmp_path
     model.fit(
         stream, epochs=2, verbose=0, callbacks=[FollowEpoch(stream)], shuffle=False
     )
+    return model
+
+
+def test_the_shared_exploration_is_that_of_random_gates(params, layout, tmp_path):
+    job = job_of(params, layout)
+    shared = exploration.explore(job, tmp_path / "weights", shares=(0.5, 1.0))
+
+    model = explored_with_dalign(job)
 
     assert model.phase == "exploring"
     base = shared.model(0.5)
@@ -154,13 +160,7 @@ def test_the_average_is_that_of_dalign(params, layout, tmp_path):
     job = job_of(params, layout)
     shared = exploration.explore(job, tmp_path / "w", shares=(0.5, 1.0), average=True)
 
-    model = kd.align(job.base(), n_samples=150, gates="random", seed=0)
-    adam = optimizer(job.recipe, job.steps, job.train.epochs)
-    model.compile(optimizer=kd.DAlign(adam, None, explore=2), **objective())
-    stream = job.stream()
-    model.fit(
-        stream, epochs=2, verbose=0, callbacks=[FollowEpoch(stream)], shuffle=False
-    )
+    model = explored_with_dalign(job)
     average = model.optimizer.weight_average
     wanted = {
         variable.path: keras.ops.convert_to_numpy(value)
