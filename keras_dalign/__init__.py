@@ -34,7 +34,7 @@ list.
   phases;
 - `conditions`: `precision` makes float64 copies of models, `engines` differentiate them
   on each backend, `jacobian` multiplies by the result (`jacobian_builder` chooses the
-  kind); on it stand `structure`, `alignment` and `gradient_bound`;
+  kind); on it stand `tangent_kernel`, `structure`, `alignment` and `gradient_bound`;
 - `promises`: `certificate`, `forecast` and `solver`, for models and data as users have
   them; `monitor` draws it all over training.
 """
@@ -44,7 +44,10 @@ from importlib.metadata import version
 from keras_dalign import models
 from keras_dalign.conditions.alignment import check_alignment
 from keras_dalign.conditions.alignment_report import AlignmentReport
+from keras_dalign.conditions.jacobian import Jacobian
+from keras_dalign.conditions.jacobian_builder import jacobian
 from keras_dalign.conditions.structure import StructureReport, check_structure
+from keras_dalign.conditions.tangent_kernel import tangent_kernel
 from keras_dalign.head.alignment_head import AlignmentHead
 from keras_dalign.head.batch_norm import reestimate_batch_norm
 from keras_dalign.promises.certificate import Certificate, certify
@@ -65,6 +68,7 @@ __all__ = [
     "Certificate",
     "DAlign",
     "Forecast",
+    "Jacobian",
     "SolveResult",
     "StructureReport",
     "align",
@@ -72,7 +76,9 @@ __all__ = [
     "check_alignment",
     "check_structure",
     "forecast",
+    "jacobian",
     "models",
     "reestimate_batch_norm",
     "solve",
+    "tangent_kernel",
 ]
