@@ -47,9 +47,12 @@ from keras_dalign.conditions.alignment_report import AlignmentReport
 from keras_dalign.conditions.structure import StructureReport, check_structure
 from keras_dalign.head.alignment_head import AlignmentHead
 from keras_dalign.head.batch_norm import reestimate_batch_norm
+from keras_dalign.head.quadratic_head import QuadraticHead
 from keras_dalign.promises.certificate import Certificate, certify
 from keras_dalign.promises.forecast import Forecast, forecast
 from keras_dalign.promises.monitor import AlignmentMonitor
+from keras_dalign.promises.quadratic_bound import QuadraticBound
+from keras_dalign.promises.quadratic_solver import QuadraticSolveResult, solve_quadratic
 from keras_dalign.promises.solver import SolveResult, solve
 from keras_dalign.training.aligned_model import AlignedModel
 from keras_dalign.training.dalign import DAlign
@@ -65,6 +68,9 @@ __all__ = [
     "Certificate",
     "DAlign",
     "Forecast",
+    "QuadraticBound",
+    "QuadraticHead",
+    "QuadraticSolveResult",
     "SolveResult",
     "StructureReport",
     "align",
@@ -75,4 +81,5 @@ __all__ = [
     "models",
     "reestimate_batch_norm",
     "solve",
+    "solve_quadratic",
 ]
