@@ -22,12 +22,12 @@ _INITIAL_LENGTH = 0.05
 class _QuarticPenalty(keras.regularizers.Regularizer):
     """`penalty * sum_cr |w_cr|^4` for weights of shape `(d, units, width)`."""
 
-    def __init__(self, penalty: float) -> None:
-        self.penalty = penalty
+    def __init__(self, head: QuadraticHead) -> None:
+        self.head = head
 
     def __call__(self, w: Any) -> Any:
         squared_lengths = ops.sum(ops.square(w), axis=0)
-        return self.penalty * ops.sum(ops.square(squared_lengths))
+        return self.head.penalty * ops.sum(ops.square(squared_lengths))
 
 
 @keras.saving.register_keras_serializable(package="keras_dalign")
@@ -71,6 +71,7 @@ class QuadraticHead(keras.layers.Layer):
         `(batch, units)`.
 
     Attributes:
+        penalty: See above. Compile a model anew after changing it.
         w: The trained weights, shape `(d, units, width)`.
         w0: The gates, shape `(d, width)`.
         signs: `a`, shape `(width,)`.
@@ -105,16 +106,25 @@ class QuadraticHead(keras.layers.Layer):
                 f"second_derivative={second_derivative!r}"
             )
         self.second_derivative = second_derivative
-        if not (is_finite(penalty) and penalty > 0):
-            raise ValueError(
-                "`penalty` must be a positive number: without it the objective has no "
-                f"certificate. Received: penalty={penalty}"
-            )
-        self.penalty = float(penalty)
+        self.penalty = penalty
         self.seed = seed_or_peeked(seed)
         self.w: Any = None
         self.w0: Any = None
         self.signs: Any = None
+
+    @property
+    def penalty(self) -> float:
+        """Weight of the penalty."""
+        return self._penalty
+
+    @penalty.setter
+    def penalty(self, value: float) -> None:
+        if not (is_finite(value) and value > 0):
+            raise ValueError(
+                "`penalty` must be a positive number: without it the objective has no "
+                f"certificate. Received: penalty={value}"
+            )
+        self._penalty = float(value)
 
     def build(self, input_shape: Any) -> None:
         """Creates the weights for features of shape `(batch, d)`."""
@@ -140,7 +150,7 @@ class QuadraticHead(keras.layers.Layer):
                 shape=values.shape,
                 initializer="zeros",
                 trainable=name == "w",
-                regularizer=_QuarticPenalty(self.penalty) if name == "w" else None,
+                regularizer=_QuarticPenalty(self) if name == "w" else None,
                 autocast=False,
             )
             variable.assign(values)

@@ -75,6 +75,8 @@ def value_and_gradient(
     """
     d, C, m = w.shape
 
+    # What overflows is infinite: the line search takes a shorter step.
+    @np.errstate(over="ignore", invalid="ignore")
     def part(given: slice) -> tuple[float, Array]:
         value, slope = 0.0, np.zeros((d, C * m))
         for rows in _blocks(given, w):

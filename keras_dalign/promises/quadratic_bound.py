@@ -119,6 +119,7 @@ class QuadraticTally:
         self._slope_size = 0.0
         self._output_errors = 0.0
 
+    @np.errstate(over="ignore", invalid="ignore")  # Refused when all is summed.
     def add(self, x: Any, y: Any, sample_weight: Any) -> None:
         """Adds a batch of inputs, targets and weights."""
         u = self._trunk.features(x).astype(np.float64)
@@ -147,6 +148,7 @@ class QuadraticTally:
         squares = np.square(output_errors).sum(axis=1)
         self._output_errors += 0.5 * curvature * float(weights @ squares)
 
+    @np.errstate(over="ignore", invalid="ignore")
     def bound(self, normalizer: float, lower_bound: float) -> QuadraticBound:
         """The bound for all samples that were added.
 
@@ -189,8 +191,13 @@ class QuadraticTally:
                 "The bound of the quadratic head overflows float64: features, weights "
                 f"or targets are too large. Received: loss={loss}, gap={gap}"
             )
+        gap = max(gap, 0.0)
         # No penalty is below 0, and no loss below that of any function.
-        gap = min(max(gap, 0.0), max(value - lower_bound, 0.0))
+        trivial = max(value - lower_bound, 0.0)
+        trivial_rounding = self._output_errors / normalizer
+        trivial_rounding += (self._n + d + C * m + 16) * EPS * value
+        if trivial + trivial_rounding < gap + rounding:
+            gap, rounding = trivial, trivial_rounding
         return QuadraticBound(
             gap=gap + rounding,
             value=value,
