@@ -32,7 +32,7 @@ class QuadraticBound:
 
     With trunk and gates as they are, no weights `w` of the head have an objective below
     `value - gap`. Features are those that the trunk puts out; everything behind them is
-    in float64.
+    in float64, the gates included.
 
     Attributes:
         gap: The bound, `rounding` included.

@@ -89,7 +89,8 @@ def solve_quadratic(
     Only the head's `w` changes, from where it is. The features are computed once, and
     kept in memory in float64; the rest is L-BFGS in NumPy, whatever the backend. The
     problem is not convex, so a small gradient proves nothing. How far the objective is
-    from its global minimum, `certify` says.
+    from its global minimum, `certify` says; a head with `dtype="float64"` holds its
+    weights more precisely and has the smaller gap.
 
     Cost: `4 n d C m` flop for a gradient, for `n` samples, `d` features, `C` outputs
     and `m` units.

@@ -43,7 +43,7 @@ def claims(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[Claim]:
             Claim(
                 f"exponent_{name}",
                 f"Exponent of the {head} head on {inputs} inputs: {low:g} to {high:g} "
-                f"(theory: at most {PAIRS[head, inputs]})",
+                f"(theory: {PAIRS[head, inputs]})",
                 measured[head, inputs],
                 low=low,
                 high=high,
