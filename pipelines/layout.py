@@ -119,6 +119,15 @@ class Layout:
         """The rows of a study of the mechanism."""
         return self.results / "studies" / f"{name}.json"
 
+    def study_cells(self, name: str) -> Path:
+        """The cells of a study that is not finished; outside of what DVC removes."""
+        return self.root / "backups" / "studies" / name
+
+    @property
+    def study_metrics(self) -> Path:
+        """What the claims of all studies rest on, as DVC metrics."""
+        return self.results / "study-metrics.json"
+
     def study_figure(self, name: str) -> Path:
         """The figure of a study."""
         return self.results / "study-figures" / f"{name}.png"

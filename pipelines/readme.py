@@ -1,4 +1,4 @@
-"""Writes the overview of each profile into README.md, between its markers.
+"""Writes overviews into README.md and claims into docs/studies, between markers.
 
 What the reports say of the code is brought up to date on the way, without running
 anything: so it is the command after every change of the code.
@@ -14,7 +14,7 @@ from pathlib import Path
 from pipelines import files, report, study_report
 from pipelines.layout import ROOT, Layout
 from pipelines.params import load
-from pipelines.studies import settings
+from pipelines.studies import claims, settings
 
 # Where the results of a profile are, from the repository's root.
 PROFILES = {
@@ -27,14 +27,14 @@ PROFILES = {
 }
 
 
-def main(*, root: Path = ROOT) -> Path:
+def main(*, root: Path = ROOT) -> list[Path]:
     """Writes the reports and README.md anew, with the numbers that there are.
 
     Args:
         root: The repository's root.
 
     Returns:
-        The path of README.md.
+        The paths of README.md and of the pages of the studies.
     """
     for name, folder in PROFILES.items():
         layout, params = Layout(root / folder), root / folder / "params.yaml"
@@ -44,19 +44,21 @@ def main(*, root: Path = ROOT) -> Path:
             study_report.tell(settings.load(params), layout)
         else:
             report.tell(load(params), layout)
-    path = root / "README.md"
-    files.write_text(path, filled(path.read_text(encoding="utf-8"), root=root))
-    return path
+    paths = [root / "README.md", *sorted((root / "docs" / "studies").glob("*.md"))]
+    for path in paths:
+        files.write_text(path, filled(path.read_text(encoding="utf-8"), root=root))
+    return paths
 
 
 def filled(text: str, *, root: Path = ROOT) -> str:
-    """The text with the overviews between the markers.
+    """The text with overviews and claims between the markers.
 
-    Only the profiles whose markers are in the text are looked at.
+    Only what the markers in the text name is looked at.
 
     Args:
-        text: Markdown with `<!-- table NAME -->` and `<!-- /table NAME -->`, each on a
-            line of its own.
+        text: Markdown with `<!-- table PROFILE -->` and `<!-- /table PROFILE -->`, or
+            `<!-- claims STUDY -->` and `<!-- /claims STUDY -->`, each on a line of its
+            own.
         root: The repository's root.
 
     Returns:
@@ -65,15 +67,10 @@ def filled(text: str, *, root: Path = ROOT) -> str:
     Raises:
         FileNotFoundError: If a profile has no report.
         ValueError: If a marker is there twice or without its partner, or names no
-            profile.
+            profile or study.
     """
-    for name in sorted(set(re.findall(r"<!-- /?table (\S+) -->", text))):
-        begin, end = f"<!-- table {name} -->", f"<!-- /table {name} -->"
-        if name not in PROFILES:
-            raise ValueError(
-                f"There is no such profile. Received: the marker {begin}; there are "
-                f"{', '.join(PROFILES)}"
-            )
+    for kind, name in sorted(set(re.findall(r"<!-- /?(table|claims) (\S+) -->", text))):
+        begin, end = f"<!-- {kind} {name} -->", f"<!-- /{kind} {name} -->"
         if (
             text.count(begin) != 1
             or text.count(end) != 1
@@ -86,11 +83,17 @@ def filled(text: str, *, root: Path = ROOT) -> str:
             )
         before, rest = text.split(begin)
         after = rest.split(end)[1]
-        text = f"{before}{begin}\n{_overview(name, root)}{end}{after}"
+        content = _overview(name, root) if kind == "table" else _claims(name, root)
+        text = f"{before}{begin}\n{content}{end}{after}"
     return text
 
 
 def _overview(name: str, root: Path) -> str:
+    if name not in PROFILES:
+        raise ValueError(
+            f"There is no such profile. Received: the marker <!-- table {name} -->; "
+            f"there are {', '.join(PROFILES)}"
+        )
     path = Layout(root / PROFILES[name]).overview
     if not path.is_file():
         raise FileNotFoundError(
@@ -100,11 +103,27 @@ def _overview(name: str, root: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def _claims(name: str, root: Path) -> str:
+    folder = root / PROFILES["studies"]
+    studies = settings.load(folder / "params.yaml")
+    if name not in studies:
+        raise ValueError(
+            f"There is no such study. Received: the marker <!-- claims {name} -->; "
+            f"there are {', '.join(studies)}"
+        )
+    path = Layout(folder).study_metrics
+    metrics = files.read_json(path) if path.is_file() else {}
+    if name not in metrics:
+        return "Not run yet.\n"
+    return claims.table(metrics[name].values())
+
+
 def cli(arguments: Sequence[str] | None = None) -> None:
     """The command line of `main`."""
     line = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     line.add_argument("--root", type=Path, default=ROOT, help="the folder of README.md")
-    print(main(root=line.parse_args(arguments).root))
+    for path in main(root=line.parse_args(arguments).root):
+        print(path)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
-"""One study of the mechanism; `pipelines/studies` has them."""
+"""One study; `pipelines/studies` has them."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
-from collections.abc import Sequence
+import json
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from pipelines import files, provenance
+from pipelines import closure, files, provenance
 from pipelines.layout import Layout
 from pipelines.params import pick
 from pipelines.studies.settings import FILE, Studies, load
@@ -16,8 +20,11 @@ from pipelines.studies.settings import FILE, Studies, load
 def main(name: str, *, studies: Studies | None = None, root: Path = Path()) -> Path:
     """Runs a study and writes its rows.
 
+    The rows of each cell are kept beside the results until all are there: a study that
+    was killed goes on where it was, unless its code or settings have changed.
+
     Args:
-        name: Name of the study: a module of `pipelines.studies`, whose settings are
+        name: Name of the study: a package of `pipelines.studies`, whose settings are
             among those of the studies.
         studies: The settings; those of `profiles/studies/params.yaml` by default.
         root: The folder of all files.
@@ -28,14 +35,26 @@ def main(name: str, *, studies: Studies | None = None, root: Path = Path()) -> P
     layout = Layout(root)
     settings = pick("study", studies or load(), name)
     study = importlib.import_module(f"pipelines.studies.{name}")
-    rows = study.run(settings)
+    code = closure.digests(closure.on_disk(), [["study", name]])
+    rows = []
+    for cell in study.cells(settings):
+        kept = layout.study_cells(name) / f"{_digest(code, settings, cell)}.json"
+        if not kept.is_file():
+            files.write_json(kept, {"rows": study.measure(settings, cell)})
+        rows += files.read_json(kept, "rows")["rows"]
     record = {
         "settings": settings,
         "rows": rows,
         "provenance": provenance.environment(),
     }
     files.write_json(layout.study(name), record)
+    shutil.rmtree(layout.study_cells(name), ignore_errors=True)
     return layout.study(name)
+
+
+def _digest(*values: Mapping[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def cli(arguments: Sequence[str] | None = None) -> None:

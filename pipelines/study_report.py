@@ -1,4 +1,4 @@
-"""The figures of the studies of the mechanism, and which code they were made with."""
+"""Figures and claims of the studies, and which code they were made with."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -15,11 +16,9 @@ from pipelines.figure import STYLE, write
 from pipelines.layout import Layout
 from pipelines.studies.settings import FILE, Studies, load
 
-_PANELS = {"repeats": 1}
-
 
 def main(*, studies: Studies | None = None, root: Path = Path()) -> list[Path]:
-    """Draws all studies.
+    """Draws all studies, and writes the numbers that their claims rest on.
 
     Args:
         studies: Their settings; those of `profiles/studies/params.yaml` by default.
@@ -32,6 +31,7 @@ def main(*, studies: Studies | None = None, root: Path = Path()) -> list[Path]:
     made = {name: [repository.commit_of(layout.study(name))] for name in studies}
     origins.record(layout.code, made, stages(studies))
     tell(studies, layout)
+    files.write_json(layout.study_metrics, metrics(studies, layout))
     return [draw(name, layout) for name in studies]
 
 
@@ -56,6 +56,26 @@ def overview(studies: Studies, layout: Layout) -> str:
     return f"Code: {'; '.join(found.commits())}. {found.sentence}\n"
 
 
+def metrics(studies: Studies, layout: Layout) -> dict[str, Any]:
+    """What the claims of the studies rest on.
+
+    Args:
+        studies: Their settings.
+        layout: Where the files are.
+
+    Returns:
+        By study and claim: its statement, the mean over the seeds with an interval, and
+        whether the claim was seen.
+    """
+    found = {}
+    for name in studies:
+        study = importlib.import_module(f"pipelines.studies.{name}")
+        record = files.read_json(layout.study(name), "rows", "settings")
+        claims = study.claims(record["rows"], record["settings"])
+        found[name] = {claim.name: claim.metrics() for claim in claims}
+    return found
+
+
 def stages(studies: Studies) -> list[list[str]]:
     """The words of the commands that make the studies."""
     return [["study", name] for name in studies]
@@ -72,8 +92,7 @@ def draw(name: str, layout: Layout) -> Path:
         The path of the figure.
     """
     study = importlib.import_module(f"pipelines.studies.{name}")
-    rows = files.read_json(layout.study(name), "rows")["rows"]
-    panels = _PANELS.get(name, 2)
+    rows, panels = files.read_json(layout.study(name), "rows")["rows"], study.PANELS
     with mpl.rc_context(STYLE):
         drawing = Figure(figsize=(5.2 * panels, 4.6), layout="constrained")
         axes = list(drawing.subplots(1, panels, squeeze=False)[0])

@@ -17,6 +17,7 @@ from pipelines.params import FILE, Run, load
 from pipelines.reporting import curves, frontier, page, texts
 from pipelines.reporting.results import read
 from pipelines.studies import settings
+from pipelines.studies.claims import Claim
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -293,11 +294,33 @@ def test_readme_says_what_has_changed_in_the_code_since(tmp_path, monkeypatch):
         ("<!-- /table cpu -->\n<!-- table cpu -->", ValueError, "after it"),
         ("<!-- table gpu -->\n<!-- /table gpu -->", ValueError, "there are quick"),
         ("<!-- table cpu -->\n<!-- /table cpu -->", FileNotFoundError, "no report"),
+        ("<!-- claims width -->", ValueError, "1 and 0 of them"),
     ],
 )
 def test_readme_refuses(tmp_path, text, error, message):
     with pytest.raises(error, match=message):
         readme.filled(text, root=tmp_path)
+
+
+def test_pages_of_studies_are_filled_between_their_markers(tmp_path):
+    folder = tmp_path / readme.PROFILES["studies"]
+    folder.mkdir(parents=True)
+    (folder / FILE.name).write_text("studies: {width: {n: 3}}", encoding="utf-8")
+    page = tmp_path / "docs" / "studies" / "width.md"
+    page.parent.mkdir(parents=True)
+    (tmp_path / "README.md").write_text("", encoding="utf-8")
+    empty = "a\n<!-- claims width -->\n<!-- /claims width -->\nz\n"
+    page.write_text(empty, encoding="utf-8")
+    readme.main(root=tmp_path)
+    assert "-->\nNot run yet.\n<!--" in page.read_text(encoding="utf-8")
+    claim = Claim("wide", "The residual is below 1", [0.5], high=1.0)
+    metrics = {"width": {"wide": claim.metrics()}}
+    files.write_json(Layout(folder).study_metrics, metrics)
+    readme.main(root=tmp_path)
+    text = page.read_text(encoding="utf-8")
+    assert "\n| The residual is below 1 | 0.5 | 1 | seen |\n<!-- /claims" in text
+    with pytest.raises(ValueError, match=r"no such study.*claims depth.*are width"):
+        readme.filled(empty.replace("width", "depth"), root=tmp_path)
 
 
 def test_readme_says_what_the_reports_say():

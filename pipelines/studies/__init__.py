@@ -1,7 +1,17 @@
-"""Studies of the mechanism: when is a network aligned with its data, and what follows?
+"""Studies: when does a network that learns its features reach a global minimum?
 
-Each study is a module with a `run(settings)` that returns rows of plain values, and a
-`draw(axes, rows)` for its figure. `pipelines.study` runs one of them as a DVC stage,
-with its section of `studies` in params.yaml; `pipelines.study_report` draws them all.
-To add one: a module here, and a section in params.yaml.
+Each study is a package with
+
+- `TITLE`, and `PANELS`: how many its figure has;
+- `cells(settings)`: the independent pieces of work, as dicts of plain values, with a
+  seed in each. A study that was killed goes on at the first cell that is missing;
+- `measure(settings, cell)`: computes one, and returns rows of plain values that repeat
+  the cell's;
+- `draw(axes, rows)`: the figure;
+- `claims(rows, settings)`: the numbers that its claims rest on, as `claims.Claim`.
+
+`pipelines.study` runs one of them as a DVC stage, with its section of `studies` in
+profiles/studies/params.yaml. `pipelines.study_report` draws them all, and writes down
+which claims were seen. `docs/studies` has a page for each. To add one: a package here,
+a section in the parameters, and a page.
 """

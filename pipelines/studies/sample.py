@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -36,6 +37,22 @@ def digits(
     drawn = rng.random(n) < share
     y[drawn] = rng.integers(10, size=int(drawn.sum()))
     return x, y
+
+
+def pooled_digits(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Digits with 2 x 2 pixels averaged, centred over the sample, each of norm 1.
+
+    Args:
+        n: Number of images.
+        seed: Seed of the choice of images.
+
+    Returns:
+        Images `(n, 16)`, float64, and labels `(n,)`, int64.
+    """
+    x, y = digits(n, seed=seed)
+    pooled = x.astype("float64").reshape(n, 4, 2, 4, 2).mean(axis=(2, 4)).reshape(n, 16)
+    pooled -= pooled.mean(axis=0)
+    return pooled / np.linalg.norm(pooled, axis=1, keepdims=True), y
 
 
 def network(width: int, depth: int, seed: int) -> keras.Model:
@@ -79,3 +96,47 @@ def full_batch(
 def training_loss(model: keras.Model, x: np.ndarray, y: np.ndarray) -> float:
     """The loss over all samples in inference mode, summed in float64."""
     return float(kd.certify(model, x, y, loss=loss()).loss)
+
+
+def effective_rank(features: np.ndarray) -> float:
+    """The exponential of the entropy of the normalised squared singular values.
+
+    Args:
+        features: Shape `(n, p)`; they are centred first.
+
+    Returns:
+        Between 1 and the rank.
+    """
+    centred = features.astype("float64") - features.mean(axis=0, dtype="float64")
+    squares = np.linalg.svd(centred, compute_uv=False) ** 2
+    shares = squares[squares > 0] / squares.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """The least-squares slope of `log y` over `log x`, both positive."""
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+def by_seed(
+    rows: Sequence[Row],
+    key: str,
+    reduce: Callable[[list[float]], float],
+    which: Callable[[Row], bool],
+) -> list[float]:
+    """One number for each seed.
+
+    Args:
+        rows: The rows of a study.
+        key: The key of the numbers.
+        reduce: Makes one number of those of a seed, such as `max`.
+        which: Which rows count.
+
+    Returns:
+        The numbers, in the order of the seeds.
+    """
+    seeds = sorted({row["seed"] for row in rows if which(row)})
+    return [
+        float(reduce([row[key] for row in rows if which(row) and row["seed"] == seed]))
+        for seed in seeds
+    ]

@@ -3,49 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from pipelines.studies import sample
+from pipelines.studies.claims import Claim
 from pipelines.studies.curves import mean_curves
-
-if TYPE_CHECKING:
-    from pipelines.studies.sample import Row
+from pipelines.studies.sample import Row, by_seed
 
 TITLE = "When widening does not help"
+PANELS = 1
 
 
-def run(settings: Mapping[str, Any]) -> list[Row]:
-    """Residual of initial networks on data with and without conflicts.
+def cells(settings: Mapping[str, Any]) -> list[Row]:
+    """A network for each share of repeated images, width and seed.
+
+    Args:
+        settings: `n`, `widths`, `depth`, `shares` (of repeated images), `seeds`.
+
+    Returns:
+        The cells.
+    """
+    return [
+        {"share": share, "width": width, "seed": seed}
+        for share in settings["shares"]
+        for width in settings["widths"]
+        for seed in range(settings["seeds"])
+    ]
+
+
+def measure(settings: Mapping[str, Any], cell: Row) -> list[Row]:
+    """Residual of an initial network on data with and without conflicts.
 
     A share of the images is repeated in place of others, with another label. No
     function of the images can give both; the part of the labels that is out of reach
     is known: what remains of `Y_l` when the labels of equal images are averaged.
 
     Args:
-        settings: `n`, `widths`, `depth`, `shares` (of repeated images), `seeds`.
+        settings: As for `cells`.
+        cell: One of them.
 
     Returns:
-        A row for each share, width and seed, with the residual and its `floor`.
+        One row, with the residual and its `floor`.
     """
-    rows = []
-    for share in settings["shares"]:
-        for width in settings["widths"]:
-            for seed in range(settings["seeds"]):
-                x, y = with_conflicts(settings["n"], share, seed)
-                model = sample.network(width, settings["depth"], seed)
-                rows.append(
-                    {
-                        "share": share,
-                        "width": width,
-                        "seed": seed,
-                        **sample.aligned(model, x, y),
-                        "floor": floor(x, y),
-                    }
-                )
-    return rows
+    x, y = with_conflicts(settings["n"], cell["share"], cell["seed"])
+    model = sample.network(cell["width"], settings["depth"], cell["seed"])
+    return [{**cell, **sample.aligned(model, x, y), "floor": floor(x, y)}]
+
+
+def claims(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[Claim]:
+    """Wide networks reach the floor that the conflicts set."""
+    wide = max(settings["widths"])
+    above = [{**row, "above": row["residual"] - row["floor"]} for row in rows]
+    return [
+        Claim(
+            "floor",
+            f"Width {wide}: the residual is the floor of the data, to 1e-6",
+            by_seed(above, "above", max, lambda row: row["width"] == wide),
+            low=-1e-6,
+            high=1e-6,
+        )
+    ]
 
 
 def with_conflicts(n: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
