@@ -21,6 +21,7 @@ import re
 import sys
 import tempfile
 import textwrap
+import traceback
 import warnings
 from pathlib import Path
 
@@ -156,9 +157,16 @@ def main():
     sys.path.insert(0, str(ROOT))
     import keras
 
+    failed = False
     for path in given.pages:
-        (write if given.write else check)(path.resolve(), keras.backend.backend())
-        print(f"{path}: ok")
+        try:
+            (write if given.write else check)(path.resolve(), keras.backend.backend())
+        except Exception:
+            failed = True
+            traceback.print_exc()
+        else:
+            print(f"{path}: ok", flush=True)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

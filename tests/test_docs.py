@@ -174,9 +174,8 @@ def test_every_warning_is_among_the_messages():
 
 
 def test_commands_of_pages_exist():
-    sessions = set(
-        re.findall(r"^def (\w+)\(session", (ROOT / "noxfile.py").read_text(), re.MULTILINE)
-    )
+    nox = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    sessions = set(re.findall(r"^def (\w+)\(session", nox, re.MULTILINE))
     for path in pages.PAGES:
         text = path.read_text(encoding="utf-8")
         for session in re.findall(r"nox -s (\w+)", text):
