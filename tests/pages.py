@@ -138,6 +138,8 @@ def write(path, backend):
     lines = path.read_text(encoding="utf-8").splitlines()
     for block, printed in reversed(list(run(path, backend))):
         if block.output is not None and not block.says(printed):
+            if not block.illustration:
+                print(f"{path}:{block.line} printed\n{block.output}and now\n{printed}")
             wrapped = [
                 textwrap.wrap(line, _WIDTH, break_on_hyphens=False)
                 for line in printed.splitlines()
@@ -157,6 +159,8 @@ def main():
     sys.path.insert(0, str(ROOT))
     import keras
 
+    # As in the tests.
+    warnings.filterwarnings("error", category=UserWarning, module="keras_dalign|page")
     failed = False
     for path in given.pages:
         try:
