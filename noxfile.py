@@ -138,6 +138,14 @@ def lock(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation, in build/site; `-- serve` shows it while you write."""
+    session.install(*group("docs"))
+    command = session.posargs or ["build", "--strict"]
+    session.run("mkdocs", *command, env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session
 def build(session: nox.Session) -> None:
     """Build the wheel and import it where nothing else is installed."""
     session.install("build")
