@@ -37,6 +37,10 @@ list.
   kind); on it stand `structure`, `alignment` and `gradient_bound`;
 - `promises`: `certificate`, `forecast` and `solver`, for models and data as users have
   them; `monitor` draws it all over training.
+
+Beside them stand `models`, residual networks to begin with, and `parametrization`,
+which makes a model's width scale as muP, or another parametrisation, says (`growth`
+tells how layers grow).
 """
 
 from importlib.metadata import version
@@ -47,6 +51,7 @@ from keras_dalign.conditions.alignment_report import AlignmentReport
 from keras_dalign.conditions.structure import StructureReport, check_structure
 from keras_dalign.head.alignment_head import AlignmentHead
 from keras_dalign.head.batch_norm import reestimate_batch_norm
+from keras_dalign.parametrization import parametrize
 from keras_dalign.promises.certificate import Certificate, certify
 from keras_dalign.promises.forecast import Forecast, forecast
 from keras_dalign.promises.monitor import AlignmentMonitor
@@ -73,6 +78,7 @@ __all__ = [
     "check_structure",
     "forecast",
     "models",
+    "parametrize",
     "reestimate_batch_norm",
     "solve",
 ]
