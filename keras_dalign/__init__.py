@@ -37,13 +37,12 @@ list.
   on each backend, `jacobian` multiplies by the result (`jacobian_builder` chooses the
   kind); on it stand `tangent_kernel`, `structure`, `alignment` and `gradient_bound`;
 - `promises`: `certificate`, `forecast` and `solver`, for models and data as users have
-
-  it all over training.
   them, `quadratic_bound` and `quadratic_solver` for the quadratic head; `monitor` draws
-  them; `monitor` draws it all over training.
+  it all over training.
+
 Beside them stand `models`, residual networks to begin with, and `parametrization`,
-tells how layers grow).
 which makes a model's width scale as muP, or another parametrisation, says (`growth`
+tells how layers grow).
 """
 
 from importlib.metadata import version

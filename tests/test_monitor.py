@@ -624,12 +624,13 @@ def maps():
         ({"n_samples": 0}, "`n_samples` must be a positive int"),
         ({"seed": -1}, "`seed` must be a non-negative int. Received: seed=-1"),
         ({"x": iter([1])}, "`x` must be arrays"),
-        ({"y": None}, "needs targets. Received: y=None"),
+        ({"y": None}, "needs targets `y`. Received: y=None"),
         ({"y": np.zeros(5)}, "same number of samples"),
         ({"x": np.full((20, 64), np.nan)}, "must be finite"),
-        ({"sample_weight": np.ones(5)}, r"one weight per sample, shape \(20,\)"),
+        ({"sample_weight": np.ones(5)}, "same number of samples.*5"),
+        ({"sample_weight": np.ones((20, 2))}, r"one weight per sample, shape \(20,\)"),
         ({"sample_weight": -np.ones(20)}, "finite and at least 0"),
-        ({"sample_weight": np.zeros(20)}, "All sample weights are 0"),
+        ({"sample_weight": np.zeros(20)}, "All of `sample_weight` are 0"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -656,6 +657,23 @@ def test_bad_models(build, loss, message):
     with pytest.raises(ValueError, match=message):
         model.fit(x, y, verbose=0, callbacks=[AlignmentMonitor(x, y)])
     assert_equal(before[:2], weights(model)[:2])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x[:, 1:], r"`x`.*\(n, 64\).*Received: x of shape \(20, 63\)"),
+        (lambda x: x + 1j, "`x` must be real"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_found_when_training_begins(change, message):
+    x, y = digits(20)
+    model = mlp()
+    model.compile("sgd", loss=cross_entropy())
+    before = weights(model)
+    with pytest.raises(ValueError, match=message):
+        model.fit(x, y, verbose=0, callbacks=[AlignmentMonitor(change(x), y)])
+    assert_equal(before, weights(model))
 
 
 def test_features_that_are_no_vectors():
