@@ -84,6 +84,8 @@ def run_pytest(session: nox.Session, backend: str, *args: str) -> None:
         "--numprocesses=auto",
         "--maxprocesses=4",
         "--dist=loadfile",
+        # tests/conftest.py has an order of files; by default it would be another one.
+        "--no-loadscope-reorder",
         *args,
         *session.posargs,
         env={

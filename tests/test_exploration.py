@@ -48,6 +48,19 @@ def job_of(params, layout, augmentation="none", method=EXPLORATION):
     return Job.of(Run("digits", augmentation, method, 0), params, data)
 
 
+@pytest.fixture(scope="module")
+def explored(tmp_path_factory):
+    """Two explorations of one job: without, and with, a running average beside them."""
+    folder = tmp_path_factory.mktemp("explored")
+    params = grids.tiny(folder / "params.yaml")
+    prepare.main("digits", params=params, root=folder)
+    job = job_of(params, Layout(folder))
+    return [
+        exploration.explore(job, folder / name, shares=(0.5, 1.0), average=average)
+        for name, average in (("plain", False), ("beside", True))
+    ]
+
+
 def weights(folder):
     return {
         path.name: [array for _, array in sorted(np.load(path).items())]
@@ -116,11 +129,10 @@ def explored_with_dalign(job):
     return model
 
 
-def test_the_shared_exploration_is_that_of_random_gates(params, layout, tmp_path):
-    job = job_of(params, layout)
-    shared = exploration.explore(job, tmp_path / "weights", shares=(0.5, 1.0))
+def test_the_shared_exploration_is_that_of_random_gates(explored):
+    shared, _ = explored
 
-    model = explored_with_dalign(job)
+    model = explored_with_dalign(shared.job)
 
     assert model.phase == "exploring"
     base = shared.model(0.5)
@@ -137,13 +149,9 @@ def test_the_shared_exploration_is_that_of_random_gates(params, layout, tmp_path
         )
 
 
-def test_averaging_changes_nothing_in_the_training(params, layout, tmp_path):
-    job = job_of(params, layout)
-    plain = exploration.explore(job, tmp_path / "plain", shares=(0.5, 1.0))
-    beside = exploration.explore(
-        job, tmp_path / "beside", shares=(0.5, 1.0), average=True
-    )
-    expected, found = weights(tmp_path / "plain"), weights(tmp_path / "beside")
+def test_averaging_changes_nothing_in_the_training(explored):
+    plain, beside = explored
+    expected, found = weights(plain.folder), weights(beside.folder)
     assert set(found) - set(expected) == {f"epoch-00{e}-average.npz" for e in (2, 4)}
     for name, arrays in expected.items():
         for a, b in zip(arrays, found[name], strict=True):
@@ -156,11 +164,10 @@ def test_averaging_changes_nothing_in_the_training(params, layout, tmp_path):
     assert beside.seconds(1.0, average=True) > beside.seconds(1.0)
 
 
-def test_the_average_is_that_of_dalign(params, layout, tmp_path):
-    job = job_of(params, layout)
-    shared = exploration.explore(job, tmp_path / "w", shares=(0.5, 1.0), average=True)
+def test_the_average_is_that_of_dalign(explored):
+    _, shared = explored
 
-    model = explored_with_dalign(job)
+    model = explored_with_dalign(shared.job)
     average = model.optimizer.weight_average
     wanted = {
         variable.path: keras.ops.convert_to_numpy(value)
@@ -185,9 +192,8 @@ def test_the_average_is_that_of_dalign(params, layout, tmp_path):
         )
 
 
-def test_what_was_not_kept_is_named(params, layout, tmp_path):
-    job = job_of(params, layout)
-    shared = exploration.explore(job, tmp_path / "weights", shares=(0.5, 1.0))
+def test_what_was_not_kept_is_named(explored):
+    shared, _ = explored
     with pytest.raises(ValueError, match=r"epoch 3 no weights .* kept are .* \[2, 4\]"):
         shared.model(0.75)
     with pytest.raises(ValueError, match=r"epoch 2 no averaged weights .* after \[\]"):

@@ -98,8 +98,10 @@ def jacobian(
     Example:
 
     ```python
-    J = jacobian(model, x, "last")
-    residual = J.to_scipy() @ scipy.sparse.linalg.lsmr(J.to_scipy(), y)[0] - y
+    from scipy.sparse.linalg import lsmr
+
+    J = keras_dalign.jacobian(model, x).to_scipy()  # A LinearOperator, (n C, P).
+    step = lsmr(J, (targets - model.predict(x)).ravel(), damp=1e-3)[0]
     ```
     """
     _check_arguments(model, parameters, dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from typing import Any
 
 import keras
@@ -11,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_dalign import compat
+from keras_dalign.head.arguments import is_finite, positive_int, seed_or_peeked
 from keras_dalign.head.pointwise_dense import PointwiseDense
 from keras_dalign.numerics.memory import free_gib
 from keras_dalign.numerics.rank import default_width
@@ -135,9 +135,9 @@ class AlignmentHead(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.units = _positive_int("units", units)
+        self.units = positive_int("units", units)
         self.n_samples = (
-            None if n_samples is None else _positive_int("n_samples", n_samples)
+            None if n_samples is None else positive_int("n_samples", n_samples)
         )
         if width is None and n_samples is None:
             raise ValueError(
@@ -145,11 +145,11 @@ class AlignmentHead(keras.layers.Layer):
                 "Received: n_samples=None, width=None. Pass `n_samples=len(x)`, or "
                 "a `width`."
             )
-        self._requested_width = None if width is None else _positive_int("width", width)
+        self._requested_width = None if width is None else positive_int("width", width)
         if gates not in GATES:
             raise ValueError(f"`gates` must be one of {GATES}. Received: gates={gates}")
         self.gates = gates
-        if not (_is_finite(slope) and slope > 0):
+        if not (is_finite(slope) and slope > 0):
             raise ValueError(
                 f"`slope` must be a positive number. Received: slope={slope}"
             )
@@ -175,7 +175,7 @@ class AlignmentHead(keras.layers.Layer):
                 "`dense` must have as many units as the head. Received: "
                 f"units={units}, dense.units={dense.units}"
             )
-        self.seed = _peek_seed() if seed is None else _seed(seed)
+        self.seed = seed_or_peeked(seed)
         self.dense: Any = None
         if gates == "random":
             self.dense = dense or keras.layers.Dense(
@@ -479,7 +479,7 @@ class AlignmentHead(keras.layers.Layer):
                 "The head is not built, so it has no gates to set. Received: a call of "
                 "`start_exploiting` on an unbuilt head. Call it once on features."
             )
-        if not (_is_finite(noise) and noise >= 0):
+        if not (is_finite(noise) and noise >= 0):
             raise ValueError(
                 f"`noise` must be a non-negative number. Received: noise={noise}"
             )
@@ -525,7 +525,7 @@ class AlignmentHead(keras.layers.Layer):
                 "The width of learned gates is set when the head is built. Received: "
                 f"width={width}"
             )
-        self._make_units(_positive_int("width", width))
+        self._make_units(positive_int("width", width))
         r, w = self.gates_at_switch(width=width)
         self.r.assign(r)
         self.w.assign(w)
@@ -814,33 +814,3 @@ def _split_shapes(input_shape: Any) -> tuple[Any, Any]:
         linear, gated = input_shape
         return linear, gated
     return input_shape, input_shape
-
-
-def _positive_int(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise ValueError(f"`{name}` must be a positive int. Received: {name}={value}")
-    if value <= 0:
-        raise ValueError(f"`{name}` must be a positive int. Received: {name}={value}")
-    return int(value)
-
-
-def _is_finite(value: Any) -> bool:
-    is_number = isinstance(value, (int, float, np.number))
-    return is_number and not isinstance(value, bool) and bool(np.isfinite(value))
-
-
-def _seed(value: Any) -> int:
-    is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not is_int or value < 0:
-        raise ValueError(f"`seed` must be a non-negative int. Received: seed={value}")
-    return int(value)
-
-
-def _peek_seed() -> int:
-    """A seed that follows the global one without moving the global stream."""
-    # Keras shuffles some data with Python's global generator: moving it would make
-    # the exploration differ from the base model's own run.
-    state = random.getstate()
-    seed = random.randint(0, 2**31 - 1)  # noqa: S311  (no secret)
-    random.setstate(state)
-    return seed
