@@ -116,7 +116,7 @@ def certificate(figure: Figure, size: float) -> None:
     x, y = digits(round(1000 * size))
     copied = round(0.05 * len(x))
     x[:copied], y[:copied] = x[-copied:], (y[-copied:] + 1) % 10
-    model = network(64)
+    model = network(64, rate=1e-2)
     epochs = [*range(1, max(round(40 * size), 2) + 1)]
     found = []
     for _ in epochs:
@@ -128,7 +128,7 @@ def certificate(figure: Figure, size: float) -> None:
     axes.plot(epochs, losses, label="training loss, in inference mode")
     axes.axhline(bound, color="black", linestyle=":", label="no function goes below")
     axes.fill_between(epochs, bound, losses, alpha=0.15, label="gap")
-    axes.set(xlabel="epochs", ylabel="training loss", ylim=(0, 3 * bound + 0.2))
+    axes.set(xlabel="epochs", ylabel="training loss", ylim=(0, max(losses)))
     axes.legend()
 
 
@@ -159,7 +159,8 @@ def l2(figure: Figure, size: float) -> None:
     axes.axvline(chosen.l2, color="black", linestyle=":", label="chosen")
     axes.invert_xaxis()
     axes.set(xlabel="L2 weight, strong to weak", ylabel="loss")
-    axes.legend()
+    axes.yaxis.set_minor_formatter("{x:.1f}")
+    axes.legend(loc="upper center")
 
 
 def alignment(figure: Figure, size: float) -> None:

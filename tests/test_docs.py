@@ -54,7 +54,7 @@ def as_before():
     keras.config.set_dtype_policy(policy)
 
 
-@pytest.mark.parametrize("path", with_code())
+@pytest.mark.parametrize("path", list(with_code()))
 def test_code_of_pages_runs_and_prints_what_they_say(path, as_before):
     if path.name not in OWN_PROCESS:
         pages.check(path, BACKEND)
