@@ -165,9 +165,9 @@ def _graph(model: Any, name: str) -> keras.Model:
     if ends is None:
         raise ValueError(
             f"`{name}` must be a built Functional or Sequential model without a `call` "
-            f"of its own. Received: {name}={shown(model)} (of type {type(model).__name__}). "
-            "Begin a Sequential model with keras.Input(shape); parametrize a model "
-            "before it is aligned."
+            f"of its own. Received: {name}={shown(model)} (of type "
+            f"{type(model).__name__}). Begin a Sequential model with "
+            "keras.Input(shape); parametrize a model before it is aligned."
         )
     if isinstance(model, keras.Sequential):
         return keras.Model(*ends, name=model.name)
