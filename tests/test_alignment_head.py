@@ -304,7 +304,7 @@ class TestSwitch:
     def test_bad_noise(self, noise):
         head = AlignmentHead(2, width=3, gates="learned")
         head.build((None, 4))
-        with pytest.raises(ValueError, match=f"non-negative number.*noise={noise}"):
+        with pytest.raises(ValueError, match=f"non-negative number.*noise={noise!r}"):
             head.start_exploiting(noise)
         assert head.phase == "exploring"
 
