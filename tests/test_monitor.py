@@ -34,13 +34,20 @@ ENTRIES = [
     "feature_movement",
 ]
 HEAD = ["head_residual", "head_rank", "head_condition"]
+# To trace the steps takes TensorFlow longer than these few. That the monitor leaves
+# compiled ones alone has tests of its own.
+EAGERLY = BACKEND == "tensorflow"
 
 
 def fitted(model, x, y, epochs=1, callbacks=(), loss=None, **arguments):
     """Fits with a monitor; what it logged, and the monitor."""
     monitor = AlignmentMonitor(x, y, **arguments)
     if not model.compiled:
-        model.compile(keras.optimizers.Adam(1e-2), loss=loss or cross_entropy())
+        model.compile(
+            keras.optimizers.Adam(1e-2),
+            loss=loss or cross_entropy(),
+            run_eagerly=EAGERLY,
+        )
     run = model.fit(x, y, epochs=epochs, verbose=0, callbacks=[monitor, *callbacks])
     return run.history, monitor
 
@@ -53,6 +60,7 @@ def aligned(n, kind="shared", explore=1, base=None, **arguments):
             keras.optimizers.Adam(1e-2), None, explore=explore, average_weights=0
         ),
         loss=cross_entropy(),
+        run_eagerly=EAGERLY,
     )
     return model
 
