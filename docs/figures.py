@@ -160,7 +160,8 @@ def l2(figure: Figure, size: float) -> None:
     axes.invert_xaxis()
     axes.set(xlabel="L2 weight, strong to weak", ylabel="loss")
     axes.yaxis.set_minor_formatter("{x:.1f}")
-    axes.legend(loc="upper center")
+    axes.set_ylim(top=1.8 * axes.get_ylim()[1])
+    axes.legend(loc="upper right")
 
 
 def alignment(figure: Figure, size: float) -> None:

@@ -50,16 +50,32 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Makes links between docs/ and the rest of the repository those of the site."""
+    """Makes links between docs/ and the rest of the repository those of the site.
+
+    And renders the Markdown within `<details>`, as GitHub does.
+
+    Args:
+        markdown: The text of the page.
+        page: The page.
+        **_: What else mkdocs gives.
+
+    Returns:
+        The text for the site.
+    """
+    markdown = markdown.replace("<details>", '<details markdown="1">')
     here = page.file.src_uri
     source = _source(here)
 
     def replaced(match: re.Match[str]) -> str:
         text, link, anchor = match[1], match[2], match[3] or ""
         target = _resolved(source, link)
-        if not (ROOT / target).is_file():
+        if (ROOT / target).is_dir():
             # A folder is named, and not shown.
-            return text[1:-1] if (ROOT / target).is_dir() else match[0]
+            return text[1:-1]
+        if not (ROOT / target).is_file():
+            # A figure that no study has drawn yet, or a mistake, which mkdocs reports.
+            drawn = text.startswith("!") and "results" in Path(target).parts
+            return f"*{text[2:-1]} (not run yet)*" if drawn else match[0]
         name = target.removeprefix("docs/")
         if name == target:
             name = f"{OUTSIDE}/{target}"

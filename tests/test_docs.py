@@ -191,7 +191,10 @@ def test_links_lead_somewhere():
         text = path.read_text(encoding="utf-8")
         text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
         for target in re.findall(r"\]\(([^)\s#]+)(?:#[^)]*)?\)", text):
-            if not target.startswith(("http:", "https:", "mailto:")):
+            outside = target.startswith(("http:", "https:", "mailto:"))
+            # Of a study that is not run, the figure is to come.
+            to_come = "Not run yet." in text and "/results/" in target
+            if not outside and not to_come:
                 assert (path.parent / target).exists(), f"{name(path)}: {target}"
 
 
