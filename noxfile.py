@@ -84,6 +84,8 @@ def run_pytest(session: nox.Session, backend: str, *args: str) -> None:
         "--numprocesses=auto",
         "--maxprocesses=4",
         "--dist=loadfile",
+        # tests/conftest.py has an order of files; by default it would be another one.
+        "--no-loadscope-reorder",
         *args,
         *session.posargs,
         env={
@@ -133,6 +135,14 @@ def lock(session: nox.Session) -> None:
         *session.posargs,
         env={"DVC_NO_ANALYTICS": "1"},
     )
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation, in build/site; `-- serve` shows it while you write."""
+    session.install(*group("docs"))
+    command = session.posargs or ["build", "--strict"]
+    session.run("mkdocs", *command, env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session

@@ -20,10 +20,11 @@ list.
 
 - `compat`: the private names of Keras that the others rely on;
 - `numerics`: losses, Gram matrices, subspaces, ranks (`union` is the matroid union that
-  explains them), column spaces (by factors, Gram matrices or `lsqr`): arrays, and no
-  model;
+  explains them), column spaces (by factors, Gram matrices or `lsqr`), the `quadratic`
+  model and its relaxation: arrays, and no model;
 - `head`: the `alignment_head` (and `pointwise_dense`, its linear part where that is a
-  convolution), `batch_norm`, `features` and the `objective`;
+  convolution), `batch_norm`, `features` and the `objective`; the `quadratic_head`, an
+  output layer of its own;
 - `solving`: `problem` is the convex problem of a head on kept features, and `products`
   multiply by them (in NumPy, or as `device_products`); `minimum` minimises it, by
   L-BFGS or in `closed_form`; `held_out` samples choose the L2 weight (`l2_path`) and
@@ -34,9 +35,10 @@ list.
   phases;
 - `conditions`: `precision` makes float64 copies of models, `engines` differentiate them
   on each backend, `jacobian` multiplies by the result (`jacobian_builder` chooses the
-  kind); on it stand `structure`, `alignment` and `gradient_bound`;
+  kind); on it stand `tangent_kernel`, `structure`, `alignment` and `gradient_bound`;
 - `promises`: `certificate`, `forecast` and `solver`, for models and data as users have
-  them; `monitor` draws it all over training.
+  them, `quadratic_bound` and `quadratic_solver` for the quadratic head; `monitor` draws
+  it all over training.
 
 Beside them stand `models`, residual networks to begin with, and `parametrization`,
 which makes a model's width scale as muP, or another parametrisation, says (`growth`
@@ -48,13 +50,19 @@ from importlib.metadata import version
 from keras_dalign import models
 from keras_dalign.conditions.alignment import check_alignment
 from keras_dalign.conditions.alignment_report import AlignmentReport
+from keras_dalign.conditions.jacobian import Jacobian
+from keras_dalign.conditions.jacobian_builder import jacobian
 from keras_dalign.conditions.structure import StructureReport, check_structure
+from keras_dalign.conditions.tangent_kernel import tangent_kernel
 from keras_dalign.head.alignment_head import AlignmentHead
 from keras_dalign.head.batch_norm import reestimate_batch_norm
+from keras_dalign.head.quadratic_head import QuadraticHead
 from keras_dalign.parametrization import parametrize
 from keras_dalign.promises.certificate import Certificate, certify
 from keras_dalign.promises.forecast import Forecast, forecast
 from keras_dalign.promises.monitor import AlignmentMonitor
+from keras_dalign.promises.quadratic_bound import QuadraticBound
+from keras_dalign.promises.quadratic_solver import QuadraticSolveResult, solve_quadratic
 from keras_dalign.promises.solver import SolveResult, solve
 from keras_dalign.training.aligned_model import AlignedModel
 from keras_dalign.training.dalign import DAlign
@@ -70,6 +78,10 @@ __all__ = [
     "Certificate",
     "DAlign",
     "Forecast",
+    "Jacobian",
+    "QuadraticBound",
+    "QuadraticHead",
+    "QuadraticSolveResult",
     "SolveResult",
     "StructureReport",
     "align",
@@ -77,8 +89,11 @@ __all__ = [
     "check_alignment",
     "check_structure",
     "forecast",
+    "jacobian",
     "models",
     "parametrize",
     "reestimate_batch_norm",
     "solve",
+    "solve_quadratic",
+    "tangent_kernel",
 ]

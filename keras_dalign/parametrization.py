@@ -35,6 +35,7 @@ from keras_dalign.growth import (
     to_base_size,
     words,
 )
+from keras_dalign.numerics.arguments import choice, shown
 
 _CONSTRAINTS = tuple(
     f"{name}_constraint" for name in ("kernel", "embeddings", *VECTORS)
@@ -132,8 +133,8 @@ def parametrize(
     model.compile(keras.optimizers.SGD(0.1), "mse")  # the rate that suits network(64)
     ```
     """
-    _check_choice("kind", kind, KINDS)
-    _check_choice("optimizer", optimizer, OPTIMIZERS)
+    choice("kind", kind, KINDS)
+    choice("optimizer", optimizer, OPTIMIZERS)
     graph, base_graph = _graph(model, "model"), _graph(base, "base")
     for ends in ("input", "output"):
         _check_ends(ends, graph, base_graph)
@@ -158,23 +159,15 @@ def parametrize(
         random.setstate(state)
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"`{name}` must be one of {', '.join(map(repr, choices))}. Received: "
-            f"{name}={value!r}"
-        )
-
-
 def _graph(model: Any, name: str) -> keras.Model:
     """A Functional model of the same layers."""
     ends = compat.graph_ends(model)
     if ends is None:
         raise ValueError(
             f"`{name}` must be a built Functional or Sequential model without a `call` "
-            f"of its own. Received: {name}={model} (of type {type(model).__name__}). "
-            "Begin a Sequential model with keras.Input(shape); parametrize a model "
-            "before it is aligned."
+            f"of its own. Received: {name}={shown(model)} (of type "
+            f"{type(model).__name__}). Begin a Sequential model with "
+            "keras.Input(shape); parametrize a model before it is aligned."
         )
     if isinstance(model, keras.Sequential):
         return keras.Model(*ends, name=model.name)

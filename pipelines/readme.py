@@ -1,4 +1,4 @@
-"""Writes overviews into README.md and claims into docs/studies, between markers.
+"""Writes overviews and claims into README.md and docs/, between markers.
 
 What the reports say of the code is brought up to date on the way, without running
 anything: so it is the command after every change of the code.
@@ -34,7 +34,7 @@ def main(*, root: Path = ROOT) -> list[Path]:
         root: The repository's root.
 
     Returns:
-        The paths of README.md and of the pages of the studies.
+        The paths of README.md and of the pages in docs/.
     """
     for name, folder in PROFILES.items():
         layout, params = Layout(root / folder), root / folder / "params.yaml"
@@ -44,7 +44,7 @@ def main(*, root: Path = ROOT) -> list[Path]:
             study_report.tell(settings.load(params), layout)
         else:
             report.tell(load(params), layout)
-    paths = [root / "README.md", *sorted((root / "docs" / "studies").glob("*.md"))]
+    paths = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
     for path in paths:
         files.write_text(path, filled(path.read_text(encoding="utf-8"), root=root))
     return paths

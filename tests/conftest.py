@@ -1,7 +1,35 @@
+import os
+
 import keras
 import pytest
 
 BACKEND = keras.backend.backend()
+
+# Files are given to processes in the order of these beginnings of their names, those
+# that take longest first: none of them is left over when the others are done.
+LONG = (
+    "test_dvc",
+    "test_distribution",
+    "test_stud",
+    "test_training_run",
+    "test_surgery",
+    "test_aligned_model",
+    "test_pipelines",
+    "test_monitor",
+    "test_alignment_head",
+    "test_solver",
+    "test_exploration",
+    "test_levers",
+)
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        name = item.path.name
+        ranks = (rank for rank, start in enumerate(LONG) if name.startswith(start))
+        return next(ranks, len(LONG))
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -28,12 +56,18 @@ def mirrored(two_cpus):
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory):
-    """Many tests compile the same steps, which takes JAX longer than to run them."""
+    """Many tests compile the same steps, which takes JAX longer than to run them.
+
+    All processes keep what they compiled in one folder: that of
+    `JAX_COMPILATION_CACHE_DIR`, or one that this run has for itself.
+    """
     if BACKEND == "jax":
         import jax
 
-        jax.config.update(
-            "jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jit"))
-        )
+        if jax.config.jax_compilation_cache_dir is None:
+            folder = tmp_path_factory.getbasetemp()
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                folder = folder.parent
+            jax.config.update("jax_compilation_cache_dir", str(folder / "jit"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

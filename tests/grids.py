@@ -24,7 +24,7 @@ prepare:
   digits: {n_train: 150, n_test: 60, split_seed: 0}
 train:
   digits:
-    model: {name: resnet, depth: 8, width: 4}
+    model: {name: convnet, filters: [4, 8, 8]}
     epochs: 4
     batch_size: 32
     recipes: {none: cosine, standard: constant}

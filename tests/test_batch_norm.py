@@ -469,7 +469,7 @@ class TestErrors:
     @pytest.mark.parametrize("passes", [0, -1, 1.0, True, None, "2"])
     def test_passes(self, passes):
         model, _ = single()
-        with pytest.raises(ValueError, match=f"`passes` must be.*passes={passes}"):
+        with pytest.raises(ValueError, match=f"`passes` must be.*passes={passes!r}"):
             reestimate_batch_norm(model, data(4, 4), passes=passes)
 
     def test_passes_of_numpy(self):
@@ -564,6 +564,35 @@ class TestErrors:
         )
         with pytest.raises(ValueError, match=r"not built.*unbuilt layer 'bn'"):
             reestimate_batch_norm(model, data(4, 4))
+
+    def test_a_subclass_with_a_constructor_of_its_own(self):
+        class Slow(layers.BatchNormalization):
+            def __init__(self, decay, **options):
+                super().__init__(momentum=decay, **options)
+
+        model = keras.Sequential([keras.Input((4,)), Slow(0.9)])
+        x = data(8, 4, dtype="float32")
+        assert reestimate_batch_norm(model, x) == 1
+        np.testing.assert_allclose(
+            keras.ops.convert_to_numpy(model.layers[0].moving_mean),
+            x.mean(axis=0),
+            atol=1e-6,
+        )
+
+    def test_a_subclass_with_a_call_of_its_own(self):
+        class Scaled(layers.BatchNormalization):
+            def call(self, inputs, scale=1.0, training=None):
+                return scale * super().call(inputs, training=training)
+
+        model = keras.Sequential([keras.Input((4,)), Scaled(name="bn")])
+        before = weights(model)
+        with pytest.raises(
+            ValueError, match=r"'bn' of type Scaled.*overrides `call`.*trainable=False"
+        ):
+            reestimate_batch_norm(model, data(8, 4))
+        self.assert_untouched(model, before)
+        model.layers[0].trainable = False
+        assert reestimate_batch_norm(model, data(8, 4)) == 0
 
     def test_no_model(self):
         with pytest.raises(ValueError, match=r"must be a keras.Model.*BatchNorm"):

@@ -356,16 +356,16 @@ def test_a_certificate_is_frozen():
 # A gap below zero --------------------------------------------------------------------
 
 
-class Predictor:
-    """The part of a model that `certify` uses, with given predictions."""
-
-    loss = SPARSE
+class Predictor(keras.Model):
+    """A model with given predictions."""
 
     def __init__(self, *outputs):
-        self.outputs_left = [np.asarray(part) for part in outputs]
+        super().__init__()
+        self.loss = SPARSE
+        self.given = iter([np.asarray(part) for part in outputs])
 
     def predict_on_batch(self, x):
-        return self.outputs_left.pop(0)
+        return next(self.given)
 
 
 def test_different_outputs_for_identical_inputs_are_an_error():
@@ -392,8 +392,11 @@ def test_replicas_that_repeat_the_batch_count_once():
     model = Predictor(np.vstack([logits, logits]))
     with pytest.raises(ValueError, match=r"one row of outputs per sample.*\(4, 2\)"):
         certify(model, x, y)
-    model = Predictor(np.vstack([logits, logits]))
-    model.distribute_strategy = type("Strategy", (), {"num_replicas_in_sync": 2})
+
+    class Replicated(Predictor):
+        distribute_strategy = type("Strategy", (), {"num_replicas_in_sync": 2})
+
+    model = Replicated(np.vstack([logits, logits]))
     assert certify(model, x, y) == certify(Predictor(logits), x, y)
 
 
@@ -409,19 +412,19 @@ def changed(array, index, value):
 @pytest.mark.parametrize(
     ("x", "y", "weights", "message"),
     [
-        (changed(X, (3, 1), np.nan), Y, None, "Inputs must be finite"),
-        (changed(X, (3, 1), np.inf), Y, None, "Inputs must be finite"),
-        (X.astype(str), Y, None, "Inputs must be numeric"),
-        (X, changed(Y, 3, np.nan), None, "labels must be finite"),
+        (changed(X, (3, 1), np.nan), Y, None, "Inputs `x` must be finite"),
+        (changed(X, (3, 1), np.inf), Y, None, "Inputs `x` must be finite"),
+        (X.astype(str), Y, None, "`x` must be numbers"),
+        (X, changed(Y, 3, np.nan), None, "labels `y` must be finite"),
         (X, changed(Y, 3, 3), None, "integers from 0 to 2"),
         (X, None, None, "Targets are needed.*y=None"),
         (X, [Y, Y], None, "`y` must be one array.*2 arrays"),
         (X, Y[:9], None, "same number of samples"),
-        (X[:0], Y[:0], None, "data are empty"),
+        (X[:0], Y[:0], None, "`x` is empty"),
         (X, Y, changed(np.ones(20), 3, -1), "at least 0.*-1"),
         (X, Y, changed(np.ones(20), 3, np.nan), "at least 0.*nan"),
         (X, Y, np.ones((20, 3)), r"one weight per sample.*\(20, 3\)"),
-        (X, Y, np.zeros(20), "weights are 0"),
+        (X, Y, np.zeros(20), "`sample_weight` are 0"),
     ],
 )
 def test_bad_data(x, y, weights, message):

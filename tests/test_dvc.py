@@ -19,6 +19,7 @@ yaml = pytest.importorskip("yaml")
 from pipelines import gate  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+TIMINGS = Path("results", "timings")
 
 
 def run(folder, *command):
@@ -43,11 +44,10 @@ def git(folder, *arguments):
     return run(folder, "git", *who, *arguments)
 
 
-@pytest.fixture
-def checkout(tmp_path):
-    """The code and a tiny grid, in a repository of its own."""
-    folder = tmp_path / "checkout"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """The code and a tiny grid, in a repository of its own, as Git has it."""
+    folder = tmp_path_factory.mktemp("repository")
     for name in ("keras_dalign", "pipelines"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
@@ -65,25 +65,70 @@ def checkout(tmp_path):
     dvc(folder, "init", "-q")
     # Without it, what Python compiles on the way would count as code.
     shutil.copy(ROOT / ".dvcignore", folder / ".dvcignore")
-    dvc(folder, "remote", "add", "-q", "-d", "store", str(tmp_path / "store"))
+    return folder
+
+
+def copied(folder, copy):
+    """A copy of a repository, in which a test may do what it likes."""
+    return shutil.copytree(folder, copy, symlinks=True)
+
+
+def invented(repository, folder):
+    """A copy of the repository, with results that nobody made."""
+    copied(repository, folder)
+    for name in ("runs/digits-none-exploration-0", "results/figures"):
+        (folder / name).mkdir(parents=True)
+    made = ["data/digits.json", "data/digits.npz", "results/summary.json"]
+    for run in ("digits-none-base-0", "digits-none-solve-0"):
+        (folder / "runs" / run).mkdir()
+        made.append(f"results/metrics/{run}.json")
+    for name in made:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def with_a_lock(repository, tmp_path_factory):
+    """A lock for the code as it is, and results that nobody made."""
+    folder = invented(repository, tmp_path_factory.mktemp("locked") / "checkout")
+    dvc(folder, "commit", "-f", "-q")
+    shutil.rmtree(folder / "runs")
     return folder
 
 
 @pytest.fixture
-def vouched(checkout):
-    """The checkout with a lock for the code as it is, and results that nobody made."""
-    for name in ("runs/digits-none-exploration-0", "results/figures"):
-        (checkout / name).mkdir(parents=True)
-    made = ["data/digits.json", "data/digits.npz", "results/summary.json"]
-    for run in ("digits-none-base-0", "digits-none-solve-0"):
-        (checkout / "runs" / run).mkdir()
-        made.append(f"results/metrics/{run}.json")
-    for name in made:
-        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
-        (checkout / name).write_text(name, encoding="utf-8")
-    dvc(checkout, "commit", "-f", "-q")
-    shutil.rmtree(checkout / "runs")
-    return checkout
+def vouched(with_a_lock, tmp_path):
+    return copied(with_a_lock, tmp_path / "checkout")
+
+
+class Finished:
+    """A repository whose pipeline two workers ran, who share a cache.
+
+    Attributes:
+        checkout: The repository, with all results.
+        started: What DVC said to the worker that trained one method.
+        ended: What DVC said in the repository, where the rest was run.
+    """
+
+    def __init__(self, repository, folder):
+        self.checkout = copied(repository, folder / "checkout")
+        dvc(self.checkout, "remote", "add", "-q", "-d", "store", str(folder / "store"))
+        git(self.checkout, "add", "-A")
+        git(self.checkout, "commit", "-q", "-m", "code")
+        worker = folder / "worker"
+        git(folder, "clone", "-q", str(self.checkout), str(worker))
+        cache = str(self.checkout / ".dvc" / "cache")
+        dvc(worker, "cache", "dir", "--local", cache)
+        self.started = dvc(worker, "repro", "train@digits-none-0-solve")
+        shutil.copytree(worker / TIMINGS, self.checkout / TIMINGS)
+        self.ended = dvc(self.checkout, "repro")
+
+
+@pytest.fixture(scope="module")
+def finished(repository, tmp_path_factory):
+    """The pipeline is run once, for all tests that look at what it made."""
+    return Finished(repository, tmp_path_factory.mktemp("finished"))
 
 
 def test_gate_is_strict_for_quick(vouched, capsys):
@@ -144,29 +189,54 @@ def test_gate_needs_a_pipeline_that_dvc_can_read(vouched):
         gate.main(root=vouched)
 
 
-def test_a_clone_that_pulls_has_nothing_to_do(checkout, tmp_path):
-    output = dvc(checkout, "repro")
-    # All of a seed in one go: its times are compared.
-    ran = re.findall(r"Running stage '(.*)'", output)
-    assert ran == [
+def ran(output):
+    return re.findall(r"Running stage '(.*)'", output)
+
+
+def test_all_of_a_seed_is_run_in_one_go(repository, tmp_path):
+    """Its times are compared."""
+    checkout = invented(repository, tmp_path / "checkout")
+    assert ran(dvc(checkout, "repro", "--dry")) == [
         "prepare@digits",
         "explore@digits-none-0",
         *(f"{stage}@digits-none-0-base" for stage in ("train", "evaluate")),
         *(f"{stage}@digits-none-0-solve" for stage in ("train", "evaluate")),
         "report",
     ]
-    assert "Running stage" not in dvc(checkout, "repro")
+
+
+def test_two_workers_share_a_cache(finished):
+    assert ran(finished.started) == [
+        "prepare@digits",
+        "explore@digits-none-0",
+        "train@digits-none-0-solve",
+    ]
+    assert "Stage 'train@digits-none-0-solve' is cached" in finished.ended
+    assert ran(finished.ended) == [
+        "train@digits-none-0-base",
+        "evaluate@digits-none-0-base",
+        "evaluate@digits-none-0-solve",
+        "report",
+    ]
+    results = finished.checkout / "results"
+    said = (results / "overview.md").read_text(encoding="utf-8")
+    assert "The code that made these results has not changed since." in said
+    assert (results / "report.html").exists()
+
+
+def test_a_clone_that_pulls_has_nothing_to_do(finished, tmp_path):
+    checkout, clone = finished.checkout, tmp_path / "clone"
+    assert not ran(dvc(checkout, "repro"))
     git(checkout, "add", "-A")
     git(checkout, "commit", "-q", "-m", "results")
     dvc(checkout, "push", "-q")
 
-    clone = tmp_path / "clone"
     git(tmp_path, "clone", "-q", str(checkout), str(clone))
     assert not (clone / "data" / "digits.npz").exists()
     # The gate that continuous integration has, without the data.
-    assert "Running stage" not in dvc(clone, "repro", "--dry", "--allow-missing")
+    assert not ran(dvc(clone, "repro", "--dry", "--allow-missing"))
     dvc(clone, "pull", "-q")
-    assert "Running stage" not in dvc(clone, "repro")
+    assert not ran(dvc(clone, "repro"))
     assert git(clone, "status", "--porcelain") == ""
     run_folder = Path("runs", "digits-none-solve-0")
     for path in (checkout / run_folder).iterdir():
@@ -175,19 +245,23 @@ def test_a_clone_that_pulls_has_nothing_to_do(checkout, tmp_path):
     params = yaml.safe_load((clone / "params.yaml").read_text(encoding="utf-8"))
     params["methods"]["solve"]["l2"] = 0.01
     (clone / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
-    output = dvc(clone, "repro", "--dry")
-    assert output.count("Running stage") == 1
-    assert "Running stage 'train@digits-none-0-solve'" in output
+    assert ran(dvc(clone, "repro", "--dry")) == ["train@digits-none-0-solve"]
 
 
-def test_a_clone_without_data_and_runs_goes_on(checkout, tmp_path):
-    dvc(checkout, "repro", "-q", "evaluate@digits-none-0-base")
+def test_a_clone_without_data_and_runs_goes_on(repository, finished, tmp_path):
+    checkout = copied(repository, tmp_path / "checkout")
+    # What one method needs was run before. All but its metrics comes out of a cache.
+    cache = str(finished.checkout / ".dvc" / "cache")
+    dvc(checkout, "cache", "dir", "--local", cache)
+    shutil.copytree(finished.checkout / TIMINGS, checkout / TIMINGS)
+    evaluation = "evaluate@digits-none-0-base"
+    assert ran(dvc(checkout, "repro", evaluation)) == [evaluation]
     git(checkout, "add", "-A")
     git(checkout, "commit", "-q", "-m", "results of one method")
     clone = tmp_path / "clone"
     git(tmp_path, "clone", "-q", str(checkout), str(clone))
     output = run(clone, sys.executable, "pipelines", "resume")
-    assert re.findall(r"Running stage '(.*)'", output) == [
+    assert ran(output) == [
         "prepare@digits",
         "explore@digits-none-0",
         "train@digits-none-0-solve",
@@ -196,20 +270,3 @@ def test_a_clone_without_data_and_runs_goes_on(checkout, tmp_path):
     ]
     # Nothing is left to do, nor to be made for it.
     assert "Running" not in run(clone, sys.executable, "pipelines", "resume")
-
-
-def test_two_workers_share_a_cache(checkout, tmp_path):
-    git(checkout, "add", "-A")
-    git(checkout, "commit", "-q", "-m", "code")
-    worker = tmp_path / "worker"
-    git(tmp_path, "clone", "-q", str(checkout), str(worker))
-    dvc(worker, "cache", "dir", "--local", str(checkout / ".dvc" / "cache"))
-    dvc(worker, "repro", "-q", "train@digits-none-0-solve")
-    timings = Path("results", "timings")
-    shutil.copytree(worker / timings, checkout / timings)
-    output = dvc(checkout, "repro")
-    assert "Stage 'train@digits-none-0-solve' is cached" in output
-    assert "Running stage 'train@digits-none-0-base'" in output
-    said = (checkout / "results" / "overview.md").read_text(encoding="utf-8")
-    assert "The code that made these results has not changed since." in said
-    assert (checkout / "results" / "report.html").exists()

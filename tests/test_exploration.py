@@ -48,6 +48,19 @@ def job_of(params, layout, augmentation="none", method=EXPLORATION):
     return Job.of(Run("digits", augmentation, method, 0), params, data)
 
 
+@pytest.fixture(scope="module")
+def explored(tmp_path_factory):
+    """Two explorations of one job: without, and with, a running average beside them."""
+    folder = tmp_path_factory.mktemp("explored")
+    params = grids.tiny(folder / "params.yaml")
+    prepare.main("digits", params=params, root=folder)
+    job = job_of(params, Layout(folder))
+    return [
+        exploration.explore(job, folder / name, shares=(0.5, 1.0), average=average)
+        for name, average in (("plain", False), ("beside", True))
+    ]
+
+
 def weights(folder):
     return {
         path.name: [array for _, array in sorted(np.load(path).items())]
@@ -116,16 +129,15 @@ def explored_with_dalign(job):
     return model
 
 
-def test_the_shared_exploration_is_that_of_random_gates(params, layout, tmp_path):
-    job = job_of(params, layout)
-    shared = exploration.explore(job, tmp_path / "weights", shares=(0.5, 1.0))
+def test_the_shared_exploration_is_that_of_random_gates(explored):
+    shared, _ = explored
 
-    model = explored_with_dalign(job)
+    model = explored_with_dalign(shared.job)
 
     assert model.phase == "exploring"
     base = shared.model(0.5)
     *trunk, kernel, bias = base.weights
-    assert kernel.path.startswith("logits")
+    assert kernel is base.layers[-1].kernel
     linear = model.head.explored_variables
     for variable, own in zip(
         [*trunk, kernel, bias], [*model.trunk.weights, *linear], strict=True
@@ -137,13 +149,9 @@ def test_the_shared_exploration_is_that_of_random_gates(params, layout, tmp_path
         )
 
 
-def test_averaging_changes_nothing_in_the_training(params, layout, tmp_path):
-    job = job_of(params, layout)
-    plain = exploration.explore(job, tmp_path / "plain", shares=(0.5, 1.0))
-    beside = exploration.explore(
-        job, tmp_path / "beside", shares=(0.5, 1.0), average=True
-    )
-    expected, found = weights(tmp_path / "plain"), weights(tmp_path / "beside")
+def test_averaging_changes_nothing_in_the_training(explored):
+    plain, beside = explored
+    expected, found = weights(plain.folder), weights(beside.folder)
     assert set(found) - set(expected) == {f"epoch-00{e}-average.npz" for e in (2, 4)}
     for name, arrays in expected.items():
         for a, b in zip(arrays, found[name], strict=True):
@@ -156,25 +164,19 @@ def test_averaging_changes_nothing_in_the_training(params, layout, tmp_path):
     assert beside.seconds(1.0, average=True) > beside.seconds(1.0)
 
 
-def test_the_average_is_that_of_dalign(params, layout, tmp_path):
-    job = job_of(params, layout)
-    shared = exploration.explore(job, tmp_path / "w", shares=(0.5, 1.0), average=True)
+def test_the_average_is_that_of_dalign(explored):
+    _, shared = explored
 
-    model = explored_with_dalign(job)
-    average = model.optimizer.weight_average
-    wanted = {
-        variable.path: keras.ops.convert_to_numpy(value)
-        for variable, value in zip(average.averaged, average.averages, strict=True)
-    }
+    model = explored_with_dalign(shared.job)
+    wanted = model.optimizer.weight_average.averages
     base = shared.model(0.5, average=True)
-    for variable in base.trainable_variables:
+    for variable, average in zip(base.trainable_variables, wanted, strict=True):
         np.testing.assert_allclose(
             keras.ops.convert_to_numpy(variable),
-            wanted.pop(variable.path),
+            keras.ops.convert_to_numpy(average),
             rtol=1e-5 if ROUNDS_OTHERWISE else 0,
             atol=1e-6 if ROUNDS_OTHERWISE else 0,
         )
-    assert not wanted
     # Statistics are those of the last step, for whoever re-estimates them.
     last = shared.model(0.5)
     for one, two in zip(
@@ -185,9 +187,8 @@ def test_the_average_is_that_of_dalign(params, layout, tmp_path):
         )
 
 
-def test_what_was_not_kept_is_named(params, layout, tmp_path):
-    job = job_of(params, layout)
-    shared = exploration.explore(job, tmp_path / "weights", shares=(0.5, 1.0))
+def test_what_was_not_kept_is_named(explored):
+    shared, _ = explored
     with pytest.raises(ValueError, match=r"epoch 3 no weights .* kept are .* \[2, 4\]"):
         shared.model(0.75)
     with pytest.raises(ValueError, match=r"epoch 2 no averaged weights .* after \[\]"):
@@ -324,11 +325,9 @@ def test_the_default_is_that_of_fit(params, layout, tmp_path, monkeypatch, explo
     )
     assert trained.l2 > 0
     assert model.switch_report.averaged
-    found = {variable.path: variable for variable in trained.model.weights}
-    for variable in model.weights:
+    for variable, found in zip(model.weights, trained.model.weights, strict=True):
         np.testing.assert_array_equal(
             keras.ops.convert_to_numpy(variable),
-            keras.ops.convert_to_numpy(found.pop(variable.path)),
+            keras.ops.convert_to_numpy(found),
             err_msg=variable.path,
         )
-    assert not found

@@ -346,6 +346,9 @@ def test_a_singular_gram_matrix_ends_in_a_few_steps():
     least = np.linalg.lstsq(dense(of), of.targets.ravel(), rcond=None)
     residual = (dense(of) @ least[0]).reshape(of.n, -1) - of.targets
     assert way[-1].loss == pytest.approx(np.sum(residual**2) / of.units, rel=1e-9)
+    rank = np.linalg.matrix_rank(dense(of)[:: of.units])
+    assert way[-1].dropped == of.n - rank
+    assert way[-1].cutoff == of.n * np.finfo(float).eps
 
 
 def test_an_iterate_is_never_changed_later():

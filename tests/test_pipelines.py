@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -46,10 +47,26 @@ def params(tmp_path: Path) -> Params:
     return grids.tiny(tmp_path / "params.yaml")
 
 
-def prepared(params, tmp_path, *augmentations):
+def prepared(params, tmp_path):
     prepare.main("digits", params=params, root=tmp_path)
-    for augmentation in augmentations:
-        explore.main("digits", augmentation, 0, params=params, root=tmp_path)
+    return Layout(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def base_trainings(tmp_path_factory):
+    """A folder with the data and the base trainings, which no test changes."""
+    folder = tmp_path_factory.mktemp("base")
+    params = grids.tiny(folder / "params.yaml")
+    prepared(params, folder)
+    for augmentation in params.grid.augmentations:
+        explore.main("digits", augmentation, 0, params=params, root=folder)
+    return folder
+
+
+@pytest.fixture
+def layout(base_trainings, tmp_path):
+    """A copy of them, for a test of what is done next."""
+    shutil.copytree(base_trainings, tmp_path, dirs_exist_ok=True)
     return Layout(tmp_path)
 
 
@@ -65,11 +82,10 @@ def finished(params, tmp_path, method, augmentation="none"):
     return files.read_json(Layout(tmp_path).metrics(Run(*key)))
 
 
-def test_stages_from_raw_data_to_report(params, tmp_path):
+def test_stages_from_raw_data_to_report(params, layout, tmp_path):
     pytest.importorskip("matplotlib")
     from pipelines import report
 
-    layout = prepared(params, tmp_path, "none", "standard")
     for run in params.grid.runs():
         metrics = finished(params, tmp_path, run.method, run.augmentation)
         certificate = files.read_json(layout.certificate(run))
@@ -115,8 +131,9 @@ def test_stages_from_raw_data_to_report(params, tmp_path):
     ] * len(list((tmp_path / "backups").iterdir()))
 
 
-def test_solving_reaches_the_minimum_and_the_last_layer_does_not(params, tmp_path):
-    prepared(params, tmp_path, "none")
+def test_solving_reaches_the_minimum_and_the_last_layer_does_not(
+    params, layout, tmp_path
+):
     solved = finished(params, tmp_path, "solve")
     assert solved["gap"] <= 1e-6
     assert solved["l2"] == 0
@@ -127,8 +144,7 @@ def test_solving_reaches_the_minimum_and_the_last_layer_does_not(params, tmp_pat
     assert finished(params, tmp_path, "last_layer")["gap"] > 1e-3
 
 
-def test_a_short_base_run_has_epochs_of_its_own(params, tmp_path):
-    layout = prepared(params, tmp_path, "none")
+def test_a_short_base_run_has_epochs_of_its_own(params, layout, tmp_path):
     short = finished(params, tmp_path, "base_short")
     # 0.3 of 4 epochs, rounded up.
     assert short["curves"]["epoch"] == [1, 2]
@@ -141,8 +157,9 @@ def test_a_short_base_run_has_epochs_of_its_own(params, tmp_path):
     assert not list(layout.backup(Run("digits", "none", "x", 0)).parent.glob("*.json"))
 
 
-def test_a_temperature_is_fitted_on_what_another_run_has_not_seen(params, tmp_path):
-    layout = prepared(params, tmp_path, "none")
+def test_a_temperature_is_fitted_on_what_another_run_has_not_seen(
+    params, layout, tmp_path
+):
     plain = finished(params, tmp_path, "base_bn")
     scaled = finished(params, tmp_path, "base_temperature")
     key = ("digits", "none")
@@ -176,8 +193,7 @@ def test_a_temperature_is_fitted_on_what_another_run_has_not_seen(params, tmp_pa
 
 
 @pytest.mark.parametrize("augmentation", ["none", "standard"])
-def test_a_run_repeats_bit_for_bit(params, tmp_path, augmentation):
-    layout = prepared(params, tmp_path, augmentation)
+def test_a_run_repeats_bit_for_bit(params, layout, tmp_path, augmentation):
     run = Run("digits", augmentation, "two_phase_random", 0)
     found = []
     for _ in range(2):
@@ -247,8 +263,7 @@ def test_two_names_share_one_source(tmp_path):
 
 def test_tuning_tries_every_recipe(params, tmp_path):
     params = replace(params, grid=replace(params.grid, augmentations=("none",)))
-    prepared(params, tmp_path)
-    layout = Layout(tmp_path)
+    layout = prepared(params, tmp_path)
     assert results.read_tuning(params, layout, "digits") == {}
     tune.main("digits", "none", "constant", params=params, root=tmp_path)
     # Nothing is the best before all were tried.
@@ -267,8 +282,7 @@ def test_a_recipe_to_try_must_be_there(tmp_path):
         grids.tiny(tmp_path / "params.yaml", tune={"recipes": ["sine"]})
 
 
-def test_frontier_has_a_point_for_every_share_and_seed(params, tmp_path):
-    layout = prepared(params, tmp_path, "none")
+def test_frontier_has_a_point_for_every_share_and_seed(params, layout, tmp_path):
     assert results.read_frontier(params, layout, "digits") == {}
     frontier.main("digits", 0, params=params, root=tmp_path)
     found = results.read_frontier(params, layout, "digits")
@@ -301,8 +315,8 @@ def test_quickstart_prints_the_answer_and_paths_last(params, tmp_path, capsys):
     assert all(Path(figure).is_file() for figure in figures)
 
 
-def test_evaluate_refuses_what_does_not_belong_together(params, tmp_path):
-    layout, run = prepared(params, tmp_path, "none"), Run("digits", "none", "base", 0)
+def test_evaluate_refuses_what_does_not_belong_together(params, layout, tmp_path):
+    run = Run("digits", "none", "base", 0)
     finished(params, tmp_path, "base")
     certificate = files.read_json(layout.certificate(run))
     files.write_json(layout.certificate(run), certificate | {"loss": 1e-9})

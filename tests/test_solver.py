@@ -275,6 +275,30 @@ def test_squared_error_in_closed_form():
     assert [other.converged for other in others] == [True]
 
 
+def test_a_singular_gram_matrix_is_solved_in_a_few_steps_and_named():
+    x, y = digits(200)
+    # Two samples that float32 tells apart, and their Gram matrix in float64 does not.
+    x[7] = x[3]
+    pixel = np.argmax(x[7])
+    x[7, pixel] = np.nextafter(x[7, pixel], np.float32(2))
+    y[3], y[7] = 1, 2
+    base = keras.Sequential([keras.Input((64,)), keras.layers.Dense(10)])
+    targets = 15.0 * np.eye(10, dtype="float32")[y]
+    model = kd.align(base, n_samples=200, seed=0)
+    with pytest.warns(UserWarning, match="rank check"):
+        result = solve(model, x, targets, loss="mse", tol=1e-8, verbose=0)
+    # The two samples get their mean: 2 * (15 / 2)^2 * 2 entries, over 200 * 10.
+    least = 2 * 2 * 7.5**2 / 2000
+    assert result.value == pytest.approx(least, rel=1e-4)
+    assert result.gap == pytest.approx(result.value)
+    assert (result.method, result.reason) == ("direct", "stalled")
+    assert result.iterations <= 4
+    cutoff = 200 * np.finfo(float).eps
+    assert f"1 of 200 eigenvalues count as zero, being at most {cutoff:.2g} of" in str(
+        result
+    )
+
+
 def test_l2_has_one_optimum_from_everywhere():
     values, qs = [], []
     for start in (1e-4, 1.0):
@@ -550,7 +574,7 @@ def test_an_error_leaves_the_model_as_it_was(monkeypatch):
         ({"x": np.zeros((97, 64), "float32")}, "fewer samples|same number"),
         ({"x": (i for i in range(3)), "y": None}, "a generator can be read once"),
         ({"sample_weight": np.full(96, -1.0)}, "at least 0"),
-        ({"sample_weight": np.zeros(96)}, "weights are 0"),
+        ({"sample_weight": np.zeros(96)}, "`sample_weight` are 0"),
         ({"tol": 0.0}, "tol=0.0"),
         ({"tol": 1e-17}, "machine precision"),
         ({"method": "sgd"}, "method='sgd'"),

@@ -44,7 +44,6 @@ class Jacobian(abc.ABC):
     float64. Every product reads the data again and checks that they are the same.
 
     Attributes:
-        kind: `"generic"`, `"last"` or `"head"`.
         shape: `(n * C, P)`.
         n: Number of samples.
         units: Number of outputs, `C`.
@@ -53,12 +52,12 @@ class Jacobian(abc.ABC):
         dtype: What it is computed in: `"float64"`, unless the model could not be
             rebuilt.
         dtype_reason: Why not in float64; empty if it is.
-        features: Of kind `"last"` alone: what the layer works on, with a last column of
-            ones if it has a bias, shape `(n, p + 1)`.
-        problem: Of kind `"head"` alone: the head's convex problem on these data. Its
-            products and Gram matrices are what counts: its targets are zeros.
     """
 
+    # The structure, for this package alone: "generic" has none; "last" has `features`,
+    # what the layer works on, with a last column of ones if it has a bias, shape
+    # `(n, p + 1)`; "head" has `problem`, the head's convex problem on these data, of
+    # which products and Gram matrices count: its targets are zeros.
     kind: str
     features: Array
     problem: ConvexProblem

@@ -20,6 +20,7 @@ from keras_dalign.conditions.precision import (
 from keras_dalign.conditions.reread_data import RereadData
 from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
 from keras_dalign.head.features import FeatureSet
+from keras_dalign.numerics.arguments import shown
 from keras_dalign.numerics.losses import SquaredError
 from keras_dalign.solving.problem import ConvexProblem
 
@@ -98,12 +99,14 @@ def jacobian(
     Example:
 
     ```python
-    J = jacobian(model, x, "last")
-    residual = J.to_scipy() @ scipy.sparse.linalg.lsmr(J.to_scipy(), y)[0] - y
+    from scipy.sparse.linalg import lsmr
+
+    J = keras_dalign.jacobian(model, x).to_scipy()  # A LinearOperator, (n C, P).
+    step = lsmr(J, (targets - model.predict(x)).ravel(), damp=1e-3)[0]
     ```
     """
     _check_arguments(model, parameters, dtype)
-    stream = RereadData(x, batch_size, steps)
+    stream = RereadData(x, batch_size, steps, model)
     first = stream.first()
     dtype_reason = ""
     copy = model
@@ -337,8 +340,8 @@ class _Builder:
 def _check_arguments(model: Any, parameters: Any, dtype: Any) -> None:
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(
-            f"`model` must be a built keras.Model. Received: model={model}. Call it "
-            "once on a batch of data to build it."
+            "`model` must be a built keras.Model. Received: "
+            f"model={shown(model)}. Call it once on a batch of data to build it."
         )
     if isinstance(parameters, str):
         if parameters not in _PARAMETERS:
@@ -349,7 +352,7 @@ def _check_arguments(model: Any, parameters: Any, dtype: Any) -> None:
     elif not isinstance(parameters, (list, tuple)):
         raise ValueError(
             f"`parameters` must be one of {_PARAMETERS}, or a list of variables. "
-            f"Received: parameters of type {type(parameters).__name__}"
+            f"Received: parameters={shown(parameters)}"
         )
     else:
         _checked_variables(model, parameters)

@@ -24,6 +24,11 @@ class ClosedForm:
     Args:
         problem: The problem, with squared error.
         l2: Weight of the L2 term.
+
+    Attributes:
+        dropped: Number of eigenvalues of a Gram matrix that count as zero: the most of
+            all matrices. 0 if none is singular.
+        cutoff: The part of the largest eigenvalue up to which others count as zero.
     """
 
     def __init__(self, problem: ConvexProblem, l2: float) -> None:
@@ -37,6 +42,8 @@ class ClosedForm:
             _Factor(self._weighted_gram(group), l2)
             for group in range(problem.gates.groups)
         ]
+        self.dropped = max(factor.dropped for factor in self._factors)
+        self.cutoff = _cutoff(len(self._counted))
 
     def step_from(self, at: Evaluation) -> Array:
         """The nearest minimum, as far as rounding lets it be reached in one step.
@@ -75,17 +82,26 @@ class ClosedForm:
         return gram
 
 
+def _cutoff(n: int) -> float:
+    """The part of the largest eigenvalue that rounding may leave of a zero."""
+    return n * EPS
+
+
 class _Factor:
     """Solves with `gram + l2`, or with its pseudo-inverse if it is singular.
 
     Args:
         gram: Symmetric, positive semi-definite, `(n, n)`; is changed.
         l2: At least 0.
+
+    Attributes:
+        dropped: Number of eigenvalues that the pseudo-inverse leaves out.
     """
 
     def __init__(self, gram: Array, l2: float) -> None:
         diagonal = np.einsum("ii->i", gram)
         diagonal += l2
+        self.dropped = 0
         self._cholesky = None
         try:
             factor = scipy.linalg.cho_factor(gram, lower=True, check_finite=False)
@@ -98,8 +114,8 @@ class _Factor:
                 self._cholesky = factor
                 return
         values, vectors = scipy.linalg.eigh(gram, check_finite=False)
-        # Smaller ones may be rounding of a zero.
-        real = values > len(gram) * EPS * values[-1]
+        real = values > _cutoff(len(gram)) * values[-1]
+        self.dropped = int(np.sum(~real))
         self._vectors, self._values = vectors[:, real], values[real, None]
 
     def solve(self, right: Array) -> Array:

@@ -418,11 +418,20 @@ class HeadSolver:
             )
             return [text]
         remedies = []
+        if last.dropped:
+            counted = np.count_nonzero(self.problem.weights)
+            remedies.append(
+                f"The Gram matrix of the head's features is singular: {last.dropped} "
+                f"of {counted} eigenvalues count as zero, being at most "
+                f"{last.cutoff:.2g} of the largest one. The solution is that of its "
+                "pseudo-inverse: no number of iterations changes what it leaves."
+            )
         if reason == "max_iterations":
             remedies.append("Raise `max_iterations`, or accept a larger `tol`.")
         if self.l2:
             remedies.append("A larger `l2` makes the problem better conditioned.")
             return remedies
+        known = len(remedies)
         remedies.extend(self._coinciding())
         problem = self.problem
         if rank is None:
@@ -437,7 +446,7 @@ class HeadSolver:
             )
         if rank.reason is not None:
             remedies.append(f"The head may be unable to fit the labels. {rank}")
-        if len(remedies) == (reason == "max_iterations"):
+        if len(remedies) == known:
             remedies.append(
                 "No sample was found that the head cannot fit, so the problem is "
                 "probably ill-conditioned: align with a larger `width` or another "

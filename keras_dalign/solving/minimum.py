@@ -59,6 +59,9 @@ class Iterate:
         evaluations: Gradients computed so far.
         reason: Why the iteration ends here: `"gap"`, `"stalled"`, `"max_iterations"` or
             `"stopped"` (by the caller); None if it goes on.
+        dropped: If the closed form stalled, the number of eigenvalues of the features'
+            Gram matrix that it counted as zero; 0 if the matrix is not singular.
+        cutoff: The part of the largest eigenvalue up to which others count as zero.
     """
 
     theta: Array
@@ -69,6 +72,8 @@ class Iterate:
     iteration: int
     evaluations: int
     reason: str | None = None
+    dropped: int = 0
+    cutoff: float = 0.0
 
     @property
     def lower_bound(self) -> float:
@@ -329,7 +334,11 @@ class _Minimisation:
                 return dataclasses.replace(iterate, reason="gap")
             if self.iterations < limit and self._report(iterate):
                 return dataclasses.replace(iterate, reason="stopped")
-        return self.iterate(best, self.ends, "stalled")
+        return dataclasses.replace(
+            self.iterate(best, self.ends, "stalled"),
+            dropped=closed_form.dropped,
+            cutoff=closed_form.cutoff,
+        )
 
     def _report(self, iterate: Iterate) -> bool:
         """Shows an iterate; whether to stop there."""
