@@ -132,7 +132,9 @@ class MixtureNormalization(keras.layers.Layer):
         variances = variances + self.epsilon
         squares = ops.square(rows[:, None] - means) / variances
         logits = ops.log(shares) - 0.5 * ops.sum(squares + ops.log(variances), axis=-1)
-        return ops.stop_gradient(ops.softmax(logits, axis=-1))
+        # Keras warns of a softmax over one component.
+        logits -= ops.logsumexp(logits, axis=-1, keepdims=True)
+        return ops.stop_gradient(ops.exp(logits))
 
     def _moments(self, rows: Any, responsibilities: Any) -> list[Any]:
         """Weights `(K,)`, means and variances `(K, C)` of the components."""
