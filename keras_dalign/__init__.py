@@ -39,6 +39,10 @@ list.
 - `promises`: `certificate`, `forecast` and `solver`, for models and data as users have
   them, `quadratic_bound` and `quadratic_solver` for the quadratic head; `monitor` draws
   it all over training.
+
+Beside them stand `models`, residual networks to begin with, and `parametrization`,
+which makes a model's width scale as muP, or another parametrisation, says (`growth`
+tells how layers grow).
 """
 
 from importlib.metadata import version
@@ -53,6 +57,7 @@ from keras_dalign.conditions.tangent_kernel import tangent_kernel
 from keras_dalign.head.alignment_head import AlignmentHead
 from keras_dalign.head.batch_norm import reestimate_batch_norm
 from keras_dalign.head.quadratic_head import QuadraticHead
+from keras_dalign.parametrization import parametrize
 from keras_dalign.promises.certificate import Certificate, certify
 from keras_dalign.promises.forecast import Forecast, forecast
 from keras_dalign.promises.monitor import AlignmentMonitor
@@ -86,6 +91,7 @@ __all__ = [
     "forecast",
     "jacobian",
     "models",
+    "parametrize",
     "reestimate_batch_norm",
     "solve",
     "solve_quadratic",

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import keras
+from keras.src.backend.common import global_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +138,35 @@ def graph_ends(model: Any) -> tuple[Any, list[keras.KerasTensor]] | None:
     return (model.input, model.outputs) if is_functional(model) else None
 
 
+def inputs_of(model: keras.Model) -> list[keras.KerasTensor] | None:
+    """What a model takes, as far as its graph tells.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Its symbolic inputs, flat; None for a model that is no graph.
+    """
+    # Asked for its inputs, an unbuilt Sequential raises.
+    inputs = getattr(model, "inputs", None)
+    return list(inputs) if inputs else None
+
+
+def saves_as_hdf5() -> bool:
+    """Whether Keras is writing a whole model in its legacy format, or reading one."""
+    return bool(global_state.get_global_attribute("use_legacy_config", False))
+
+
 def build_shapes(model: keras.Model) -> dict[str, Any]:
     """The shapes of the arguments of `call` that a model was built with, by name."""
     return getattr(model, "_build_shapes_dict", None) or {}
+
+
+def is_shape(shape: Any) -> bool:
+    """Whether it is the shape of one tensor, not a structure of shapes."""
+    return isinstance(shape, (tuple, list)) and all(
+        size is None or isinstance(size, int) for size in shape
+    )
 
 
 def loss_options(loss: keras.losses.Loss) -> dict[str, Any]:

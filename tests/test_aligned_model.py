@@ -516,12 +516,10 @@ def test_regression_with_one_unit_reaches_the_minimum():
     y = rng.standard_normal((64, 1)).astype("float32")
     model = kd.align(mlp(units=1), n_samples=64, seed=0)
     model.compile(
-        kd.DAlign(keras.optimizers.Adam(1e-2), keras.optimizers.Adam(3e-2), explore=1),
+        kd.DAlign(keras.optimizers.Adam(1e-2), keras.optimizers.Adam(1e-1), explore=1),
         loss="mse",
     )
-    # Full batches, many an epoch: it is the epochs that take time.
-    x, y = np.tile(x, (15, 1)), np.tile(y, (15, 1))
-    model.fit(x, y, epochs=20, batch_size=64, shuffle=False, verbose=0)
+    model.fit(x, y, epochs=100, batch_size=64, verbose=0)
     assert kd.certify(model, x, y).gap < 0.05 * y.var()
 
 

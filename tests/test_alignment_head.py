@@ -304,7 +304,7 @@ class TestSwitch:
     def test_bad_noise(self, noise):
         head = AlignmentHead(2, width=3, gates="learned")
         head.build((None, 4))
-        with pytest.raises(ValueError, match=f"non-negative number.*noise={noise}"):
+        with pytest.raises(ValueError, match=f"non-negative number.*noise={noise!r}"):
             head.start_exploiting(noise)
         assert head.phase == "exploring"
 
@@ -398,7 +398,7 @@ class TestWidth:
     @pytest.mark.parametrize("width", [0, -2, 2.0, True, "4", None])
     def test_bad_width(self, width):
         head = exploiting()
-        with pytest.raises(ValueError, match=f"`width` must be a .*width={width}"):
+        with pytest.raises(ValueError, match=f"`width` must be a .*width={width!r}"):
             head.set_width(width)
         assert head.width == 5
 
@@ -911,21 +911,21 @@ class TestInAFunctionalModel:
         ({"units": 2.0}, "`units` must be a positive int.*units=2.0"),
         ({"units": True}, "`units` must be a positive int.*units=True"),
         ({"width": 0}, "`width` must be a positive int.*width=0"),
-        ({"width": "4"}, "`width` must be a positive int.*width=4"),
+        ({"width": "4"}, "`width` must be a positive int.*width='4'"),
         ({"width": None}, "Pass `n_samples=len"),
         ({"share_gates": None}, "`share_gates` must be True or False.*None"),
         ({"n_samples": -1}, "`n_samples` must be a positive int.*n_samples=-1"),
         ({"n_samples": 1.5}, "`n_samples` must be a positive int.*n_samples=1.5"),
-        ({"gates": "Random"}, "`gates` must be one of.*gates=Random"),
+        ({"gates": "Random"}, "`gates` must be one of.*gates='Random'"),
         ({"slope": 0}, "`slope` must be a positive number.*slope=0"),
         ({"slope": -1.0}, "`slope` must be a positive number.*slope=-1.0"),
         ({"slope": math.nan}, "`slope` must be a positive number.*slope=nan"),
         ({"slope": math.inf}, "`slope` must be a positive number.*slope=inf"),
-        ({"slope": "steep"}, "`slope` must be a positive number.*slope=steep"),
+        ({"slope": "steep"}, "`slope` must be a positive number.*slope='steep'"),
         ({"slope": True}, "`slope` must be a positive number.*slope=True"),
         ({"seed": -1}, "`seed` must be a non-negative int.*seed=-1"),
         ({"seed": 0.5}, "`seed` must be a non-negative int.*seed=0.5"),
-        ({"dense": "logits"}, "`dense` must be a keras.layers.Dense.*dense=logits"),
+        ({"dense": "logits"}, "`dense` must be a keras.layers.Dense.*dense='logits'"),
         ({"dense": 3}, "units=2, dense.units=3"),
         ({"dense": 2, "gates": "learned"}, "no linear part to share.*gates='learned'"),
     ],

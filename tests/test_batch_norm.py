@@ -565,6 +565,39 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"not built.*unbuilt layer 'bn'"):
             reestimate_batch_norm(model, data(4, 4))
 
+    def test_a_subclass_with_a_constructor_of_its_own(self):
+        class Slow(layers.BatchNormalization):
+            def __init__(self, decay, **options):
+                super().__init__(momentum=decay, **options)
+
+        model = keras.Sequential([keras.Input((4,)), Slow(0.9)])
+        x = data(8, 4, dtype="float32")
+        assert reestimate_batch_norm(model, x) == 1
+        np.testing.assert_allclose(
+            keras.ops.convert_to_numpy(model.layers[0].moving_mean),
+            x.mean(axis=0),
+            atol=1e-6,
+        )
+
+    def test_a_subclass_with_signatures_of_its_own(self):
+        class Loose(layers.BatchNormalization):
+            def build(self, *_):
+                super().build((None, 4))
+
+            def call(self, *args, **options):
+                return super().call(*args, **options)
+
+        model = keras.Sequential([keras.Input((4,)), Loose(name="loose")])
+        before = weights(model)
+        with pytest.raises(
+            ValueError,
+            match=r"'loose' of type Loose.*overrides `call`.*trainable=False",
+        ):
+            reestimate_batch_norm(model, data(8, 4))
+        self.assert_untouched(model, before)
+        model.layers[0].trainable = False
+        assert reestimate_batch_norm(model, data(8, 4)) == 0
+
     def test_no_model(self):
         with pytest.raises(ValueError, match=r"must be a keras.Model.*BatchNorm"):
             reestimate_batch_norm(layers.BatchNormalization(), data(4, 4))

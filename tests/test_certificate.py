@@ -409,19 +409,19 @@ def changed(array, index, value):
 @pytest.mark.parametrize(
     ("x", "y", "weights", "message"),
     [
-        (changed(X, (3, 1), np.nan), Y, None, "Inputs must be finite"),
-        (changed(X, (3, 1), np.inf), Y, None, "Inputs must be finite"),
-        (X.astype(str), Y, None, "Inputs must be numeric"),
-        (X, changed(Y, 3, np.nan), None, "labels must be finite"),
+        (changed(X, (3, 1), np.nan), Y, None, "Inputs `x` must be finite"),
+        (changed(X, (3, 1), np.inf), Y, None, "Inputs `x` must be finite"),
+        (X.astype(str), Y, None, "`x` must be numbers"),
+        (X, changed(Y, 3, np.nan), None, "labels `y` must be finite"),
         (X, changed(Y, 3, 3), None, "integers from 0 to 2"),
         (X, None, None, "Targets are needed.*y=None"),
         (X, [Y, Y], None, "`y` must be one array.*2 arrays"),
         (X, Y[:9], None, "same number of samples"),
-        (X[:0], Y[:0], None, "data are empty"),
+        (X[:0], Y[:0], None, "`x` is empty"),
         (X, Y, changed(np.ones(20), 3, -1), "at least 0.*-1"),
         (X, Y, changed(np.ones(20), 3, np.nan), "at least 0.*nan"),
         (X, Y, np.ones((20, 3)), r"one weight per sample.*\(20, 3\)"),
-        (X, Y, np.zeros(20), "weights are 0"),
+        (X, Y, np.zeros(20), "`sample_weight` are 0"),
     ],
 )
 def test_bad_data(x, y, weights, message):

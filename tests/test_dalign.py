@@ -251,7 +251,7 @@ def test_noise_out_of_range(noise):
 
 
 def test_bad_cache_features():
-    with pytest.raises(ValueError, match="cache_features=maybe"):
+    with pytest.raises(ValueError, match="cache_features='maybe'"):
         kd.DAlign("adam", cache_features="maybe")
 
 

@@ -196,7 +196,7 @@ def test_data_that_end_before_steps(stream):
 def test_an_empty_stream(stream):
     x = stream()
     steps = 1 if isinstance(x, types.GeneratorType) else None
-    with pytest.raises(ValueError, match=r"data are empty.*before its first batch"):
+    with pytest.raises(ValueError, match=r"`x` is empty.*before its first batch"):
         list(data.batches(x, steps=steps))
 
 
@@ -236,7 +236,7 @@ def test_what_is_no_data(x):
     assert not data.is_arrays(x)
     with pytest.raises(ValueError, match=r"must be NumPy arrays.*Received: x of type"):
         data.batches(x)
-    with pytest.raises(ValueError, match=r"arrays only.*Received: x of type"):
+    with pytest.raises(ValueError, match=r"made of arrays.*Received: x of type"):
         data.n_samples(x)
 
 
@@ -253,14 +253,14 @@ def test_arrays_that_disagree():
 
 
 def test_labels_in_a_list():
-    with pytest.raises(ValueError, match=r"convert lists.*\(10, 2\), \(\), .*, \.\.\."):
+    with pytest.raises(ValueError, match=r"`y`.*convert lists.*=\[\(\), .*, \.\.\."):
         data.batches(X, list(Y))
 
 
 def test_empty_arrays():
-    with pytest.raises(ValueError, match=r"data are empty.*\(0, 2\)"):
+    with pytest.raises(ValueError, match=r"`x` is empty.*\(0, 2\)"):
         data.n_samples(X[:0])
-    with pytest.raises(ValueError, match="data are empty"):
+    with pytest.raises(ValueError, match="`x` is empty"):
         data.batches(X[:0], Y[:0])
 
 
@@ -288,3 +288,117 @@ def test_a_batch_with_too_many_parts():
     stream = (item for item in [(X, Y, W, W)])
     with pytest.raises(ValueError, match=r"\(x, y, sample_weight\)"):
         list(data.batches(stream, steps=1))
+
+
+# What a model takes ------------------------------------------------------------------
+
+
+def graph(*shapes, **options):
+    """A model of inputs with these shapes, samples aside."""
+    tensors = [
+        keras.Input(shape, name=f"part{i}", **options) for i, shape in enumerate(shapes)
+    ]
+    flat = [keras.layers.Flatten()(tensor) for tensor in tensors]
+    joined = keras.layers.Concatenate()(flat) if len(flat) > 1 else flat[0]
+    outputs = keras.layers.Dense(2)(joined)
+    return keras.Model(tensors if len(tensors) > 1 else tensors[0], outputs)
+
+
+@pytest.mark.parametrize(
+    ("shape", "given"),
+    [
+        ((4,), (5, 4)),
+        ((4,), (5, 4, 1)),
+        ((1,), (5,)),
+        ((3, 4, 1), (5, 3, 4)),
+        ((3, 4, 1), (5, 3, 4, 1)),
+    ],
+)
+def test_shapes_that_keras_takes(shape, given):
+    model, x = graph(shape), np.ones(given, "float32")
+    data.check_inputs(model, x)
+    assert model(x).shape == (5, 2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "given"),
+    [((4,), (5,)), ((4,), (5, 3)), ((4,), (5, 2, 2)), ((3, 4, 1), (5, 4, 3))],
+)
+def test_shapes_that_keras_does_not_take(shape, given):
+    model, x = graph(shape), np.ones(given, "float32")
+    with pytest.raises(ValueError, match=r"`x` of `held_out`.*'part0'.*Received: x of"):
+        data.check_inputs(model, x, "held_out")
+
+
+def test_lengths_that_are_not_fixed():
+    inputs = keras.Input((None, 3))
+    outputs = keras.layers.Dense(2)(keras.layers.GlobalAveragePooling1D()(inputs))
+    model = keras.Model(inputs, outputs)
+    for length in (2, 7):
+        data.check_inputs(model, np.ones((5, length, 3)))
+    with pytest.raises(ValueError, match=r"\(n, any, 3\)"):
+        data.check_inputs(model, np.ones((5, 2, 4)))
+
+
+def test_several_inputs():
+    model = graph((2,), (3,))
+    first, second = np.ones((5, 2)), np.ones((5, 3))
+    data.check_inputs(model, [first, second])
+    data.check_inputs(model, {"part1": second, "part0": first, "more": first})
+    for x in ([second, first], {"part0": second, "part1": first}):
+        with pytest.raises(ValueError, match="'part0'"):
+            data.check_inputs(model, x)
+    with pytest.raises(ValueError, match=r"'part0', 'part1'.*1 arrays for 2 inputs"):
+        data.check_inputs(model, first)
+
+
+def test_kinds_of_numbers():
+    model = graph((2,))
+    for dtype in ("float16", "float64", "int8", "uint8", "bool"):
+        data.check_inputs(model, np.ones((5, 2), dtype))
+    for dtype in ("complex64", "complex128"):
+        with pytest.raises(ValueError, match=r"must be real.*imaginary"):
+            data.check_inputs(model, np.ones((5, 2), dtype))
+    for dtype in (str, object, "datetime64[s]"):
+        with pytest.raises(ValueError, match="must be numbers"):
+            data.check_inputs(model, np.ones((5, 2)).astype(dtype))
+    tensor = keras.ops.ones((5, 2))
+    data.check_inputs(model, tensor)
+
+
+class Anything(keras.Model):
+    def call(self, x):
+        return x
+
+
+def test_of_a_model_that_is_no_graph_nothing_is_known():
+    model = Anything()
+    model(np.ones((2, 3), "float32"))
+    data.check_inputs(model, np.ones((5, 7)))
+    with pytest.raises(ValueError, match="must be real"):
+        data.check_inputs(model, np.ones((5, 7), "complex64"))
+
+
+def test_batches_of_a_stream_must_fit_the_model():
+    model = graph((2,))
+    stream = (item for item in [(X, Y), (X[:, :1], Y)])
+    batches = data.batches(stream, steps=2, model=model)
+    next(batches)
+    with pytest.raises(ValueError, match=r"`x`.*'part0'.*\(10, 1\)"):
+        next(batches)
+
+
+def test_targets_of_another_kind_do_not_matter_to_who_ignores_them():
+    stream = (item for item in [(X, Y.astype(str))])
+    ((x, _, _),) = data.batches(stream, steps=1)
+    np.testing.assert_array_equal(x, X)
+
+
+def test_a_stream_is_known_to_have_a_batch():
+    started = data.begun(iter([1, 2, 3]))
+    assert isinstance(started, types.GeneratorType)
+    assert list(started) == [1, 2, 3]
+    numbers = Numbers()
+    assert data.begun(numbers) is numbers
+    with pytest.raises(ValueError, match=r"`y` is empty.*created again.*y of type"):
+        data.begun(iter([]), "`y`")

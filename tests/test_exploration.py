@@ -137,7 +137,7 @@ def test_the_shared_exploration_is_that_of_random_gates(explored):
     assert model.phase == "exploring"
     base = shared.model(0.5)
     *trunk, kernel, bias = base.weights
-    assert kernel.path.startswith("logits")
+    assert kernel is base.layers[-1].kernel
     linear = model.head.explored_variables
     for variable, own in zip(
         [*trunk, kernel, bias], [*model.trunk.weights, *linear], strict=True
@@ -168,20 +168,15 @@ def test_the_average_is_that_of_dalign(explored):
     _, shared = explored
 
     model = explored_with_dalign(shared.job)
-    average = model.optimizer.weight_average
-    wanted = {
-        variable.path: keras.ops.convert_to_numpy(value)
-        for variable, value in zip(average.averaged, average.averages, strict=True)
-    }
+    wanted = model.optimizer.weight_average.averages
     base = shared.model(0.5, average=True)
-    for variable in base.trainable_variables:
+    for variable, average in zip(base.trainable_variables, wanted, strict=True):
         np.testing.assert_allclose(
             keras.ops.convert_to_numpy(variable),
-            wanted.pop(variable.path),
+            keras.ops.convert_to_numpy(average),
             rtol=1e-5 if ROUNDS_OTHERWISE else 0,
             atol=1e-6 if ROUNDS_OTHERWISE else 0,
         )
-    assert not wanted
     # Statistics are those of the last step, for whoever re-estimates them.
     last = shared.model(0.5)
     for one, two in zip(
@@ -330,11 +325,9 @@ def test_the_default_is_that_of_fit(params, layout, tmp_path, monkeypatch, explo
     )
     assert trained.l2 > 0
     assert model.switch_report.averaged
-    found = {variable.path: variable for variable in trained.model.weights}
-    for variable in model.weights:
+    for variable, found in zip(model.weights, trained.model.weights, strict=True):
         np.testing.assert_array_equal(
             keras.ops.convert_to_numpy(variable),
-            keras.ops.convert_to_numpy(found.pop(variable.path)),
+            keras.ops.convert_to_numpy(found),
             err_msg=variable.path,
         )
-    assert not found

@@ -378,7 +378,7 @@ def test_report():
         ({"step_size": -1.0}, "`step_size` must be positive"),
         ({"step_size": np.nan}, "`step_size` must be positive"),
         ({"step_size": 1e9}, r"steps of at most 1 / Ls"),
-        ({"iterations": 0}, "`iterations` must be at least 1"),
+        ({"iterations": 0}, "`iterations` must be a positive int"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -429,7 +429,7 @@ def test_bad_data():
         forecast(model, x)
     with pytest.raises(ValueError, match=r"integers from 0 to 9"):
         forecast(model, x, y + 5)
-    with pytest.raises(ValueError, match=r"Inputs must be finite"):
+    with pytest.raises(ValueError, match=r"Inputs `x` must be finite"):
         forecast(model, np.where(x == x.max(), np.nan, x), y)
-    with pytest.raises(ValueError, match=r"All sample weights are 0"):
+    with pytest.raises(ValueError, match=r"All of `sample_weight` are 0"):
         forecast(model, x, y, sample_weight=np.zeros(20))

@@ -595,7 +595,7 @@ def test_bad_data_are_errors():
         jacobian(model, x[:0], "all")
     broken = x.copy()
     broken[4, 0] = np.nan
-    with pytest.raises(ValueError, match=r"inputs are not finite.*batch 1"):
+    with pytest.raises(ValueError, match=r"inputs `x` are not finite.*batch 1"):
         jacobian(model, broken, "all", batch_size=3)
     model.layers[0].kernel.assign(np.full((5, 4), np.inf))
     with pytest.raises(ValueError, match=r"outputs are not finite.*batch 0"):

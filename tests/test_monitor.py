@@ -34,13 +34,20 @@ ENTRIES = [
     "feature_movement",
 ]
 HEAD = ["head_residual", "head_rank", "head_condition"]
+# To trace the steps takes TensorFlow longer than these few. That the monitor leaves
+# compiled ones alone has tests of its own.
+EAGERLY = BACKEND == "tensorflow"
 
 
 def fitted(model, x, y, epochs=1, callbacks=(), loss=None, **arguments):
     """Fits with a monitor; what it logged, and the monitor."""
     monitor = AlignmentMonitor(x, y, **arguments)
     if not model.compiled:
-        model.compile(keras.optimizers.Adam(1e-2), loss=loss or cross_entropy())
+        model.compile(
+            keras.optimizers.Adam(1e-2),
+            loss=loss or cross_entropy(),
+            run_eagerly=EAGERLY,
+        )
     run = model.fit(x, y, epochs=epochs, verbose=0, callbacks=[monitor, *callbacks])
     return run.history, monitor
 
@@ -53,6 +60,7 @@ def aligned(n, kind="shared", explore=1, base=None, **arguments):
             keras.optimizers.Adam(1e-2), None, explore=explore, average_weights=0
         ),
         loss=cross_entropy(),
+        run_eagerly=EAGERLY,
     )
     return model
 
@@ -624,12 +632,13 @@ def maps():
         ({"n_samples": 0}, "`n_samples` must be a positive int"),
         ({"seed": -1}, "`seed` must be a non-negative int. Received: seed=-1"),
         ({"x": iter([1])}, "`x` must be arrays"),
-        ({"y": None}, "needs targets. Received: y=None"),
+        ({"y": None}, "needs targets `y`. Received: y=None"),
         ({"y": np.zeros(5)}, "same number of samples"),
         ({"x": np.full((20, 64), np.nan)}, "must be finite"),
-        ({"sample_weight": np.ones(5)}, r"one weight per sample, shape \(20,\)"),
+        ({"sample_weight": np.ones(5)}, "same number of samples.*5"),
+        ({"sample_weight": np.ones((20, 2))}, r"one weight per sample, shape \(20,\)"),
         ({"sample_weight": -np.ones(20)}, "finite and at least 0"),
-        ({"sample_weight": np.zeros(20)}, "All sample weights are 0"),
+        ({"sample_weight": np.zeros(20)}, "All of `sample_weight` are 0"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -656,6 +665,23 @@ def test_bad_models(build, loss, message):
     with pytest.raises(ValueError, match=message):
         model.fit(x, y, verbose=0, callbacks=[AlignmentMonitor(x, y)])
     assert_equal(before[:2], weights(model)[:2])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x[:, 1:], r"`x`.*\(n, 64\).*Received: x of shape \(20, 63\)"),
+        (lambda x: x + 1j, "`x` must be real"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_found_when_training_begins(change, message):
+    x, y = digits(20)
+    model = mlp()
+    model.compile("sgd", loss=cross_entropy())
+    before = weights(model)
+    with pytest.raises(ValueError, match=message):
+        model.fit(x, y, verbose=0, callbacks=[AlignmentMonitor(change(x), y)])
+    assert_equal(before, weights(model))
 
 
 def test_features_that_are_no_vectors():

@@ -574,7 +574,7 @@ def test_an_error_leaves_the_model_as_it_was(monkeypatch):
         ({"x": np.zeros((97, 64), "float32")}, "fewer samples|same number"),
         ({"x": (i for i in range(3)), "y": None}, "a generator can be read once"),
         ({"sample_weight": np.full(96, -1.0)}, "at least 0"),
-        ({"sample_weight": np.zeros(96)}, "weights are 0"),
+        ({"sample_weight": np.zeros(96)}, "`sample_weight` are 0"),
         ({"tol": 0.0}, "tol=0.0"),
         ({"tol": 1e-17}, "machine precision"),
         ({"method": "sgd"}, "method='sgd'"),

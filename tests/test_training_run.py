@@ -691,6 +691,16 @@ def test_bad_labels_in_a_stream_are_found_at_the_switch():
     assert model.phase == "exploring"
 
 
+def test_an_iterator_is_as_good_as_a_generator():
+    x, y = digits(96)
+    batches = [(x[i : i + 32], y[i : i + 32]) for i in range(0, 96, 32)]
+    logs = []
+    for stream in (iter(batches * 5), (batch for batch in batches * 5)):
+        model = compiled(explore=1, exploit_optimizer="solve")
+        logs.append(model.fit(stream, steps_per_epoch=3, epochs=2, verbose=0).history)
+    assert logs[0]["loss"] == logs[1]["loss"]
+
+
 def solving(base=None, n=96, explore=2, options=None, **arguments):
     return compiled(
         base,

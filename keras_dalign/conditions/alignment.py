@@ -42,7 +42,13 @@ from keras_dalign.conditions.alignment_systems import (
 from keras_dalign.conditions.jacobian_builder import jacobian
 from keras_dalign.head import data
 from keras_dalign.head.alignment_head import EXPLOITING
-from keras_dalign.head.objective import check_outputs, loss_of, single_array
+from keras_dalign.head.objective import (
+    check_outputs,
+    check_targets,
+    loss_of,
+    single_array,
+)
+from keras_dalign.numerics.arguments import choice, integer, number
 from keras_dalign.numerics.column_space import by_factor, by_gram, factor_cut
 from keras_dalign.numerics.lsqr import by_iteration
 from keras_dalign.numerics.repeats import PassRecord, digests
@@ -145,9 +151,8 @@ def check_alignment(
     if parameters is None:
         exploits = isinstance(model, AlignedModel) and model.phase == EXPLOITING
         parameters = "head" if exploits else "last"
-    record, labels, samples = _read(x, y, batch_size)
-    named = parameters if isinstance(parameters, str) else list(parameters)
-    J = jacobian(model, x, named, batch_size=batch_size)
+    record, labels, samples = _read(model, x, y, batch_size)
+    J = jacobian(model, x, parameters, batch_size=batch_size)
     if record.n != J.n:
         raise ValueError(
             "The data changed in size between two passes: every pass must give the "
@@ -177,7 +182,7 @@ def check_alignment(
                 for system in systems
             ]
     if not data.is_arrays(x):
-        record.check_same(_read(x, None, batch_size)[0])
+        record.check_same(_read(model, x, None, batch_size)[0])
     return _report(
         J,
         projections,
@@ -370,25 +375,21 @@ def _spread(targets: Array, groups: np.ndarray, n_groups: int) -> float:
 
 
 def _read(
-    x: Any, y: Any, batch_size: int
+    model: keras.Model, x: Any, y: Any, batch_size: int
 ) -> tuple[PassRecord, np.ndarray, list[bytes]]:
     """One pass over the data: its record, the labels, a digest of each input."""
     if isinstance(x, Iterator):
         raise ValueError(
-            "The data must be read several times, which a generator does not allow: "
+            "`x` must be read several times, which a generator does not allow: "
             "pass arrays, a `tf.data.Dataset`, a `keras.utils.PyDataset` or a torch "
             f"`DataLoader`. Received: x of type {type(x).__name__}"
         )
     record, labels, samples = PassRecord(), [], []
     for inputs, targets, _ in data.batches(x, y, batch_size=batch_size):
+        data.check_inputs(model, inputs)
         found = digests(inputs)
-        if targets is not None:
-            labels.append(single_array(targets, "y"))
-        else:
-            raise ValueError(
-                "Targets are needed: pass `y`, or a stream of (x, y) batches. "
-                "Received: y=None"
-            )
+        check_targets(targets)
+        labels.append(single_array(targets, "y"))
         record.add(found, *labels[-1:])
         samples += found
     return record, np.concatenate(labels), samples
@@ -401,23 +402,13 @@ def _check_arguments(
     max_memory: int | None,
     max_iterations: int,
 ) -> None:
-    if method not in METHODS:
-        raise ValueError(f"`method` must be one of {METHODS}. Received: {method!r}")
-    if not 0 < tolerance < 1:
-        raise ValueError(
-            f"`tolerance` must be between 0 and 1. Received: tolerance={tolerance}"
-        )
-    if rank_tolerance is not None and not 0 < rank_tolerance < 1:
-        raise ValueError(
-            "`rank_tolerance` must be between 0 and 1. "
-            f"Received: rank_tolerance={rank_tolerance}"
-        )
-    for name, value in (
-        ("max_memory", max_memory),
-        ("max_iterations", max_iterations),
-    ):
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` must be at least 1. Received: {name}={value}")
+    choice("method", method, METHODS)
+    for name, share in (("tolerance", tolerance), ("rank_tolerance", rank_tolerance)):
+        if share is not None or name == "tolerance":
+            number(name, share, "a number between 0 and 1", lambda v: 0 < v < 1)
+    if max_memory is not None:
+        integer("max_memory", max_memory)
+    integer("max_iterations", max_iterations)
 
 
 def _check_precision(

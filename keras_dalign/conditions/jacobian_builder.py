@@ -20,6 +20,7 @@ from keras_dalign.conditions.precision import (
 from keras_dalign.conditions.reread_data import RereadData
 from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
 from keras_dalign.head.features import FeatureSet
+from keras_dalign.numerics.arguments import shown
 from keras_dalign.numerics.losses import SquaredError
 from keras_dalign.solving.problem import ConvexProblem
 
@@ -105,7 +106,7 @@ def jacobian(
     ```
     """
     _check_arguments(model, parameters, dtype)
-    stream = RereadData(x, batch_size, steps)
+    stream = RereadData(x, batch_size, steps, model)
     first = stream.first()
     dtype_reason = ""
     copy = model
@@ -339,8 +340,8 @@ class _Builder:
 def _check_arguments(model: Any, parameters: Any, dtype: Any) -> None:
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(
-            f"`model` must be a built keras.Model. Received: model={model}. Call it "
-            "once on a batch of data to build it."
+            "`model` must be a built keras.Model. Received: "
+            f"model={shown(model)}. Call it once on a batch of data to build it."
         )
     if isinstance(parameters, str):
         if parameters not in _PARAMETERS:
@@ -351,7 +352,7 @@ def _check_arguments(model: Any, parameters: Any, dtype: Any) -> None:
     elif not isinstance(parameters, (list, tuple)):
         raise ValueError(
             f"`parameters` must be one of {_PARAMETERS}, or a list of variables. "
-            f"Received: parameters of type {type(parameters).__name__}"
+            f"Received: parameters={shown(parameters)}"
         )
     else:
         _checked_variables(model, parameters)

@@ -17,6 +17,7 @@ from keras.src.backend.common import dtypes
 from keras.src.saving.serialization_lib import ObjectSharingScope
 
 from keras_dalign.conditions.determinism import no_gradients
+from keras_dalign.numerics.arguments import shown
 
 Array = npt.NDArray[np.float64]
 
@@ -83,8 +84,8 @@ def in_float64(model: keras.Model, x: Any = None) -> keras.Model:
     """
     if not isinstance(model, keras.Model) or not model.built:
         raise RebuildError(
-            f"`model` must be a built keras.Model. Received: model={model}. Call it "
-            "once on a batch of data to build it."
+            "`model` must be a built keras.Model. Received: "
+            f"model={shown(model)}. Call it once on a batch of data to build it."
         )
     with float64_context(), _float64_policy(), _random_state():
         copy = _rebuilt(model)

@@ -23,6 +23,7 @@ class RereadData:
         x: Inputs: arrays, or a stream that can be read again.
         batch_size: Samples per batch, for arrays.
         steps: Batches that make one pass, or None for all.
+        model: The model that the data are for, which they must fit.
 
     Attributes:
         n: Number of samples, known after the first pass.
@@ -31,17 +32,21 @@ class RereadData:
         wide: Whether batches are given in float64.
 
     Raises:
-        ValueError: If `x` is a generator, which is gone after one pass.
+        ValueError: If `x` is a generator, which is gone after one pass, or does not fit
+            the model.
     """
 
-    def __init__(self, x: Any, batch_size: int, steps: int | None) -> None:
+    def __init__(
+        self, x: Any, batch_size: int, steps: int | None, model: keras.Model
+    ) -> None:
         if isinstance(x, Iterator):
             raise ValueError(
-                "The data are read several times, which a generator does not allow. "
+                "`x` is read several times, which a generator does not allow. "
                 f"Received: x of type {type(x).__name__}. Pass arrays, a "
                 "`tf.data.Dataset` or a `keras.utils.PyDataset`, in the same order "
                 "each time."
             )
+        self._model = model
         self.n = 0
         self.n_hint = data.n_samples(x) if data.is_arrays(x) else 0
         self.wide = False
@@ -100,7 +105,12 @@ class RereadData:
         return keras.tree.map_structure(lambda leaf: leaf[:n], outputs)
 
     def _batches(self) -> Iterator[data.Batch]:
-        return data.batches(self._x, batch_size=self._batch_size, steps=self._steps)
+        # Not for the model that other processes may share: each reads its own.
+        for batch in data.batches(
+            self._x, batch_size=self._batch_size, steps=self._steps
+        ):
+            data.check_inputs(self._model, batch[0])
+            yield batch
 
     def _widened(self, batch: Any) -> Any:
         return keras.tree.map_structure(widened, batch) if self.wide else batch
@@ -110,7 +120,7 @@ class RereadData:
             values = widened(leaf)
             if values.dtype == np.float64 and not np.all(np.isfinite(values)):
                 raise ValueError(
-                    "The inputs are not finite. Received: NaN or infinity in batch "
+                    "The inputs `x` are not finite. Received: NaN or infinity in batch "
                     f"{index}. Remove or replace these samples."
                 )
 

@@ -23,6 +23,7 @@ from keras_dalign.conditions.jacobian_builder import exploiting_head, jacobian
 from keras_dalign.conditions.output_path import OutputPath, output_path, untouched_graph
 from keras_dalign.conditions.reread_data import RereadData
 from keras_dalign.head.alignment_head import AlignmentHead
+from keras_dalign.numerics.arguments import number
 from keras_dalign.numerics.html_table import html_table
 
 if TYPE_CHECKING:
@@ -138,9 +139,9 @@ class StructureReport:
             "outputs": str(self.units),
             "computed in": html.escape(self.dtype),
         }
-        for number, cause in enumerate(self.causes, start=1):
+        for place, cause in enumerate(self.causes, start=1):
             text = html.escape(f"{cause.what}. {cause.change}.")
-            rows[f"what breaks it ({number})"] = text
+            rows[f"what breaks it ({place})"] = text
         return html_table(rows)
 
 
@@ -202,7 +203,7 @@ def check_structure(
         # At parameters of 0 every degree looks alike.
         worst = here if here.error > tolerance and np.any(here.theta) else elsewhere
         with untouched_graph(model):
-            path = output_path(model, RereadData(x, batch_size, steps).first())
+            path = output_path(model, RereadData(x, batch_size, steps, model).first())
             causes = _Diagnosis(worst, tolerance, path).causes()
     degree = elsewhere.degree(tolerance)
     change = elsewhere.J.matvec(elsewhere.theta) - here.J.matvec(elsewhere.theta)
@@ -455,9 +456,5 @@ def _checked_tolerance(tolerance: float | None, dtype: str) -> float:
     if tolerance is None:
         return _TOLERANCES[dtype]
     epsilon = _EPSILONS[dtype]
-    if not epsilon <= tolerance < 1:
-        raise ValueError(
-            f"`tolerance` must be below 1 and at least {epsilon:.2g}, what {dtype} "
-            f"resolves. Received: tolerance={tolerance}"
-        )
-    return float(tolerance)
+    wanted = f"a number below 1 and at least {epsilon:.2g}, what {dtype} resolves"
+    return number("tolerance", tolerance, wanted, lambda v: epsilon <= v < 1)

@@ -10,8 +10,15 @@ import numpy as np
 from keras import ops
 
 from keras_dalign import compat
-from keras_dalign.head.arguments import is_finite, positive_int, seed_or_peeked
 from keras_dalign.head.pointwise_dense import PointwiseDense
+from keras_dalign.numerics.arguments import (
+    choice,
+    flag,
+    integer,
+    number,
+    seed_or_peeked,
+    shown,
+)
 from keras_dalign.numerics.memory import free_gib
 from keras_dalign.numerics.rank import default_width
 
@@ -135,30 +142,18 @@ class AlignmentHead(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.units = positive_int("units", units)
-        self.n_samples = (
-            None if n_samples is None else positive_int("n_samples", n_samples)
-        )
+        self.units = integer("units", units)
+        self.n_samples = None if n_samples is None else integer("n_samples", n_samples)
         if width is None and n_samples is None:
             raise ValueError(
                 "AlignmentHead must know how many training samples it has to fit. "
                 "Received: n_samples=None, width=None. Pass `n_samples=len(x)`, or "
                 "a `width`."
             )
-        self._requested_width = None if width is None else positive_int("width", width)
-        if gates not in GATES:
-            raise ValueError(f"`gates` must be one of {GATES}. Received: gates={gates}")
-        self.gates = gates
-        if not (is_finite(slope) and slope > 0):
-            raise ValueError(
-                f"`slope` must be a positive number. Received: slope={slope}"
-            )
-        self.slope = float(slope)
-        if not isinstance(share_gates, bool):
-            raise ValueError(
-                f"`share_gates` must be True or False. Received: {share_gates=}"
-            )
-        self.share_gates = share_gates and gates == "random"
+        self._requested_width = None if width is None else integer("width", width)
+        self.gates = choice("gates", gates, GATES)
+        self.slope = number("slope", slope, "a positive number", lambda v: v > 0)
+        self.share_gates = flag("share_gates", share_gates) and gates == "random"
         if gates == "learned" and dense is not None:
             raise ValueError(
                 "Learned gates have no linear part to share. Received: "
@@ -168,7 +163,7 @@ class AlignmentHead(keras.layers.Layer):
         if not isinstance(dense, (keras.layers.Dense, PointwiseDense, type(None))):
             raise ValueError(
                 "`dense` must be a keras.layers.Dense or a PointwiseDense. Received: "
-                f"dense={dense}"
+                f"dense={shown(dense)}"
             )
         if dense is not None and dense.units != units:
             raise ValueError(
@@ -479,18 +474,16 @@ class AlignmentHead(keras.layers.Layer):
                 "The head is not built, so it has no gates to set. Received: a call of "
                 "`start_exploiting` on an unbuilt head. Call it once on features."
             )
-        if not (is_finite(noise) and noise >= 0):
-            raise ValueError(
-                f"`noise` must be a non-negative number. Received: noise={noise}"
-            )
+        number("noise", noise, "a non-negative number", lambda v: v >= 0)
         if self._phase == EXPLOITING:
             raise ValueError(
                 "The head's gates are set and frozen already. Received: a call of "
                 "`start_exploiting` in the phase 'exploiting'."
             )
         if self.gates == "random":
+            width = self.default_width() if width is None else integer("width", width)
             self._replaced = replace_dense
-            self.set_width(self.default_width() if width is None else width)
+            self.set_width(width)
         else:
             self.q.assign(self.gates_at_switch(noise)[0])
             # As q holds them, which may be rounded.
@@ -525,7 +518,7 @@ class AlignmentHead(keras.layers.Layer):
                 "The width of learned gates is set when the head is built. Received: "
                 f"width={width}"
             )
-        self._make_units(positive_int("width", width))
+        self._make_units(integer("width", width))
         r, w = self.gates_at_switch(width=width)
         self.r.assign(r)
         self.w.assign(w)
@@ -746,7 +739,17 @@ class AlignmentHead(keras.layers.Layer):
         return keras.KerasTensor(spec.shape, self.output_dtype)
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments that rebuild this head (its phase is among the weights)."""
+        """The arguments that rebuild this head (its phase is among the weights).
+
+        Returns:
+            The arguments.
+
+        Raises:
+            ValueError: If Keras asks to write the legacy HDF5 format, which has no
+                place for the phase.
+        """
+        if compat.saves_as_hdf5():
+            refuse_hdf5()
         config = super().get_config()
         config.update(
             units=self.units,
@@ -814,3 +817,17 @@ def _split_shapes(input_shape: Any) -> tuple[Any, Any]:
         linear, gated = input_shape
         return linear, gated
     return input_shape, input_shape
+
+
+def refuse_hdf5() -> None:
+    """Refuses to save a whole model in Keras's legacy format.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(
+        "A model with an alignment head cannot be saved in the legacy HDF5 format, "
+        "which has no place for its phase and would not load. Received: a `filepath` "
+        "that ends in .h5 or .hdf5. Save the model as 'model.keras', or its weights as "
+        "'model.weights.h5'."
+    )

@@ -18,6 +18,7 @@ from keras_dalign.head.batch_moments import (
     moments_and_normalized,
     normalize,
 )
+from keras_dalign.numerics.arguments import integer, keras_model
 
 # Count, mean and variance.
 _Moments = tuple[np.ndarray, ...]
@@ -75,9 +76,7 @@ def reestimate_batch_norm(
     base.evaluate(x_test, y_test)
     ```
     """
-    is_int = isinstance(passes, (int, np.integer)) and not isinstance(passes, bool)
-    if not is_int or passes < 1:
-        raise ValueError(f"`passes` must be a positive int. Received: passes={passes}")
+    integer("passes", passes)
     layers = batch_norm_layers(model)
     if not layers:
         return 0
@@ -98,11 +97,7 @@ def reestimate_batch_norm(
 
 def batch_norm_layers(model: keras.Model) -> list[BatchNormalization]:
     """The normalisations that train by batch statistics, each once."""
-    if not isinstance(model, keras.Model):
-        raise ValueError(
-            f"`model` must be a keras.Model. Received: model={model} (of type "
-            f"{type(model).__name__})"
-        )
+    keras_model(model)
     layers: list[BatchNormalization] = []
     for layer in model._flatten_layers():
         if isinstance(layer, AlignmentHead) and layer.phase == EXPLOITING:
@@ -272,8 +267,8 @@ def _pool(
         if not (np.all(np.isfinite(mean)) and np.all(np.isfinite(variance))):
             raise ValueError(
                 "Batch-norm statistics came out non-finite; the model was left as it "
-                "was. Received: NaN or infinity in the inputs, or in what the model "
-                "makes of them."
+                "was. Received: NaN or infinity in `x`, or in what the model makes of "
+                "it. Check the inputs, and that training did not diverge."
             )
     return {index: (mean, variance) for index, (_, mean, variance) in pooled.items()}
 

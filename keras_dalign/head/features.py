@@ -107,6 +107,7 @@ class FeaturePass:
         *,
         batch_size: int = 256,
         steps: int | None = None,
+        name: str = "",
     ) -> FeaturePass:
         """Goes over the data once; arguments as `keras_dalign.head.data.batches`.
 
@@ -125,6 +126,7 @@ class FeaturePass:
             batch_size=batch_size,
             steps=steps,
             model=self.model,
+            name=name,
         )
         n = data.n_samples(x) if data.is_arrays(x) and steps is None else None
         try:

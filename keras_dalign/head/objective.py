@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
+from keras_dalign.numerics.arguments import keras_model
 from keras_dalign.numerics.losses import ConvexLoss, convex_loss
 
 if TYPE_CHECKING:
@@ -29,8 +30,10 @@ def loss_of(model: keras.Model, loss: Any = None) -> ConvexLoss:
         The convex loss.
 
     Raises:
-        ValueError: If there is no loss, or it is not convex in the model's outputs.
+        ValueError: If `model` is no model, there is no loss, or it is not convex in the
+            model's outputs.
     """
+    keras_model(model)
     for attribute in ("loss", "inherited_loss"):
         if loss is None:
             loss = getattr(model, attribute, None)
@@ -83,6 +86,22 @@ def check_single(n_outputs: int) -> None:
         )
 
 
+def check_targets(y: Any) -> None:
+    """Checks that there are targets.
+
+    Args:
+        y: The targets of some samples, or None.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if y is None:
+        raise ValueError(
+            "Targets are needed: pass `y`, or a stream of (x, y) batches. Received: "
+            "y=None"
+        )
+
+
 def sample_weights(sample_weight: Any, n: int) -> Array:
     """Sample weights as a vector.
 
@@ -107,9 +126,27 @@ def sample_weights(sample_weight: Any, n: int) -> Array:
     weights = weights.reshape(n).astype(np.float64)
     if not (np.isfinite(weights) & (weights >= 0)).all():
         raise ValueError(
-            "Sample weights must be finite and at least 0, or the objective is not "
+            "`sample_weight` must be finite and at least 0, or the objective is not "
             f"convex. Received: {weights[~(np.isfinite(weights) & (weights >= 0))][0]}"
         )
+    return weights
+
+
+def checked_weights(sample_weight: Any, n: int) -> Array:
+    """Sample weights as a vector, not all of them 0.
+
+    Args:
+        sample_weight: Weights, shape `(n,)` or `(n, 1)`, or None for ones.
+        n: Number of samples.
+
+    Returns:
+        Weights `(n,)`, float64.
+
+    Raises:
+        ValueError: As `sample_weights` and `check_some_weight`.
+    """
+    weights = sample_weights(sample_weight, n)
+    check_some_weight(n, float(weights.sum()))
     return weights
 
 
@@ -125,7 +162,7 @@ def check_some_weight(n: int, total_weight: float) -> None:
     """
     if total_weight <= 0:
         raise ValueError(
-            "All sample weights are 0: there is nothing to certify. Received: "
+            "All of `sample_weight` are 0: there is nothing to certify. Received: "
             f"{n} samples of weight 0"
         )
 

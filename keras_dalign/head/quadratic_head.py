@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dalign.head.arguments import is_finite, positive_int, seed_or_peeked
+from keras_dalign.numerics.arguments import choice, integer, number, seed_or_peeked
 
 if TYPE_CHECKING:
     from keras_dalign.numerics.losses import Array
@@ -98,14 +98,11 @@ class QuadraticHead(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.units = positive_int("units", units)
-        self.width = positive_int("width", width)
-        if second_derivative not in SECOND_DERIVATIVES:
-            raise ValueError(
-                f"`second_derivative` must be one of {SECOND_DERIVATIVES}. Received: "
-                f"second_derivative={second_derivative!r}"
-            )
-        self.second_derivative = second_derivative
+        self.units = integer("units", units)
+        self.width = integer("width", width)
+        self.second_derivative = choice(
+            "second_derivative", second_derivative, SECOND_DERIVATIVES
+        )
         self.penalty = penalty
         self.seed = seed_or_peeked(seed)
         self.w: Any = None
@@ -119,12 +116,8 @@ class QuadraticHead(keras.layers.Layer):
 
     @penalty.setter
     def penalty(self, value: float) -> None:
-        if not (is_finite(value) and value > 0):
-            raise ValueError(
-                "`penalty` must be a positive number: without it the objective has no "
-                f"certificate. Received: penalty={value}"
-            )
-        self._penalty = float(value)
+        wanted = "a positive number: without it the objective has no certificate"
+        self._penalty = number("penalty", value, wanted, lambda v: v > 0)
 
     def build(self, input_shape: Any) -> None:
         """Creates the weights for features of shape `(batch, d)`."""

@@ -246,14 +246,14 @@ class SoftmaxCrossEntropy(ConvexLoss):
             labels = labels[:, 0]
         if labels.ndim != 1:
             raise ValueError(
-                "Sparse labels must have shape (n,) or (n, 1). For one-hot labels use "
-                "`keras.losses.CategoricalCrossentropy(from_logits=True)`. "
+                "Sparse labels `y` must have shape (n,) or (n, 1). For one-hot labels "
+                "use `keras.losses.CategoricalCrossentropy(from_logits=True)`. "
                 f"Received: labels.shape={labels.shape}"
             )
         valid = (labels >= 0) & (labels < n_outputs) & (labels == np.floor(labels))
         if not valid.all():
             raise ValueError(
-                f"Sparse labels must be integers from 0 to {n_outputs - 1}, as the "
+                f"Sparse labels `y` must be integers from 0 to {n_outputs - 1}, as the "
                 f"model has {n_outputs} outputs. Received: label "
                 f"{labels[~valid][0]:g}"
             )
@@ -264,7 +264,7 @@ class SoftmaxCrossEntropy(ConvexLoss):
     def _distributions(self, labels: Array, n_outputs: int) -> Array:
         if labels.shape[1:] != (n_outputs,):
             raise ValueError(
-                f"One-hot or soft labels must have shape (n, {n_outputs}), as the "
+                f"One-hot or soft labels `y` must have shape (n, {n_outputs}), as the "
                 f"model has {n_outputs} outputs. For class indices use `keras.losses."
                 "SparseCategoricalCrossentropy(from_logits=True)`. "
                 f"Received: labels.shape={labels.shape}"
@@ -274,8 +274,9 @@ class SoftmaxCrossEntropy(ConvexLoss):
         if off.size and off.max() > _ROW_SUM_TOLERANCE:
             worst = int(off.argmax())
             raise ValueError(
-                "Each row of one-hot or soft labels must sum to 1. For several labels "
-                "per sample use `keras.losses.BinaryCrossentropy(from_logits=True)`. "
+                "Each row of one-hot or soft labels `y` must sum to 1. For several "
+                "labels per sample use `keras.losses.BinaryCrossentropy(from_logits="
+                "True)`. "
                 f"Received: row {worst} with sum {labels[worst].sum():g}"
             )
         return labels
@@ -545,17 +546,17 @@ def _refusal(why: str, given: Any) -> str:
 
 def _finite_float64(y: Any, noun: str) -> Array:
     array = np.asarray(y)
-    try:
-        array = array.astype(np.float64)
-    except (TypeError, ValueError):
+    # NumPy makes numbers of strings, and drops imaginary parts with a warning.
+    if array.dtype.kind in "cOSUMm":
         raise ValueError(
-            f"The {noun} must be numbers; encode names as integers first. "
-            f"Received: {noun} of dtype {array.dtype}"
-        ) from None
+            f"The {noun} `y` must be real numbers; encode names as integers first, and "
+            f"give objects a dtype. Received: {noun} of dtype {array.dtype}"
+        )
+    array = array.astype(np.float64)
     if not np.isfinite(array).all():
         row = int(np.argwhere(~np.isfinite(array))[0][0]) if array.ndim else 0
         raise ValueError(
-            f"The {noun} must be finite: remove or repair the samples with missing "
+            f"The {noun} `y` must be finite: remove or repair the samples with missing "
             f"values. Received: {array[~np.isfinite(array)][0]} in row {row}"
         )
     return array
@@ -567,7 +568,7 @@ def _as_matrix(labels: Array, n_outputs: int, noun: str) -> Array:
     if labels.ndim != 2 or labels.shape[1] != n_outputs:
         also = " or (n,)" if n_outputs == 1 else ""
         raise ValueError(
-            f"{noun} must have shape (n, {n_outputs}){also}, as the model has "
+            f"{noun} `y` must have shape (n, {n_outputs}){also}, as the model has "
             f"{n_outputs} outputs. Received: shape {labels.shape}"
         )
     return labels
@@ -577,8 +578,8 @@ def _check_unit_interval(labels: Array) -> None:
     valid = (labels >= 0) & (labels <= 1)
     if not valid.all():
         raise ValueError(
-            "Labels of a cross-entropy must be between 0 and 1; map labels such as -1 "
-            f"and 1 to 0 and 1 first. Received: label {labels[~valid][0]:g}"
+            "Labels `y` of a cross-entropy must be between 0 and 1; map labels such as "
+            f"-1 and 1 to 0 and 1 first. Received: label {labels[~valid][0]:g}"
         )
 
 

@@ -230,14 +230,15 @@ def _canonical(leaf: Any) -> np.ndarray:
     leaf = np.asarray(leaf)
     if leaf.dtype.kind in "OSTUMm":
         raise ValueError(
-            "Inputs must be numeric arrays; encode strings and objects first. "
+            "Inputs `x` must be numeric arrays; encode strings and objects first. "
             f"Received: inputs of dtype {leaf.dtype}"
         )
     if leaf.dtype.kind in "biu":
         return np.ascontiguousarray(leaf)
     if not np.isfinite(leaf).all():
         raise ValueError(
-            "Inputs must be finite: remove or repair the samples with missing values. "
+            "Inputs `x` must be finite: remove or repair the samples with missing "
+            "values. "
             f"Received: NaN or infinite inputs of dtype {leaf.dtype}"
         )
     return np.ascontiguousarray(leaf + leaf.dtype.type(0))  # -0.0 becomes 0.0.

@@ -33,10 +33,12 @@ from keras_dalign.head.features import FeatureSet, as_inputs
 from keras_dalign.head.objective import (
     check_outputs,
     check_some_weight,
+    check_targets,
     loss_of,
     sample_weights,
     single_array,
 )
+from keras_dalign.numerics.arguments import flag, number
 from keras_dalign.numerics.html_table import html_table
 from keras_dalign.numerics.repeats import PassRecord, Repeats, digests
 from keras_dalign.numerics.rounding import EPS, rounded
@@ -251,12 +253,13 @@ def certify(
     print(keras_dalign.certify(model, x, y))
     ```
     """
+    flag("gradient_bound", gradient_bound)
     convex = loss_of(model, loss)
     check_outputs(model, convex)
     regularised = None if l2 is None else _Regularised(model, convex, l2)
     if gradient_bound and not data.is_arrays(x) and isinstance(x, Iterator):
         raise ValueError(
-            "The gradient bound reads the data several times, and a generator can be "
+            "The gradient bound reads `x` several times, and a generator can be "
             "read once only. Pass arrays, a `tf.data.Dataset` or a "
             f"`keras.utils.PyDataset`. Received: x of type {type(x).__name__}"
         )
@@ -272,11 +275,7 @@ def certify(
     for x_batch, y_batch, w_batch in data.batches(
         x, y, sample_weight, batch_size=batch_size, steps=steps, model=model
     ):
-        if y_batch is None:
-            raise ValueError(
-                "Targets are needed: pass `y`, or a stream of (x, y) batches. "
-                "Received: y=None"
-            )
+        check_targets(y_batch)
         # First the inputs: what a model makes of NaN is no clear error.
         names = digests(x_batch)
         inputs = x_batch
@@ -462,17 +461,14 @@ class _Regularised:
     """The gradient of the loss with an L2 term, summed batch by batch."""
 
     def __init__(self, model: keras.Model, loss: ConvexLoss, l2: Any) -> None:
-        if not (
-            isinstance(l2, (int, float, np.floating)) and np.isfinite(l2) and l2 > 0
-        ):
-            raise ValueError(
-                "`l2` must be positive and finite: without it the loss is not strongly "
-                f"convex, and this certificate says nothing. Received: l2={l2!r}"
-            )
+        wanted = (
+            "positive and finite: without it the loss is not strongly convex, and this "
+            "certificate says nothing"
+        )
+        self.l2 = number("l2", l2, wanted, lambda v: v > 0)
         self._head = exploiting_head(model, "A certificate with `l2`")
         self._trunk = BatchPredictor(model.trunk)
         self._loss = loss
-        self.l2 = float(l2)
         self._sum = 0.0
         self._gradient: Any = 0.0
         self._rounding = 0.0

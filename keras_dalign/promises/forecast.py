@@ -32,10 +32,12 @@ from keras_dalign.head.batch_predictor import BatchPredictor
 from keras_dalign.head.features import FeatureSet
 from keras_dalign.head.objective import (
     check_some_weight,
+    check_targets,
     loss_of,
     sample_weights,
     single_array,
 )
+from keras_dalign.numerics.arguments import flag, integer, number, shown
 from keras_dalign.numerics.html_table import html_table
 from keras_dalign.numerics.repeats import Repeats, digests
 from keras_dalign.numerics.rounding import EPS, rounded
@@ -136,10 +138,13 @@ class Forecast:
         Raises:
             ValueError: If a number is negative or not finite.
         """
-        t = np.asarray(steps, dtype=np.float64)
+        given = np.asarray(steps)
+        is_real = given.dtype.kind in "iuf"
+        t = given.astype(np.float64) if is_real else np.array(np.nan)
         if not (np.isfinite(t) & (t >= 0)).all():
             raise ValueError(
-                f"`steps` must be finite numbers, at least 0. Received: steps={steps!r}"
+                "`steps` must be finite numbers, at least 0. Received: "
+                f"steps={shown(steps)}"
             )
         flat = t.reshape(-1, 1)
         found = np.full(flat.shape[0], self.loss)
@@ -168,8 +173,7 @@ class Forecast:
         Raises:
             ValueError: If `loss` is not finite.
         """
-        if not math.isfinite(loss):
-            raise ValueError(f"`loss` must be finite. Received: loss={loss}")
+        number("loss", loss, "finite: a number", lambda _: True)
         if loss >= self.loss:
             return 0
         high = 1
@@ -199,8 +203,7 @@ class Forecast:
             ValueError: If `gap` is not positive, or vanishes beside `lower_bound` in
                 float64.
         """
-        if not gap > 0:
-            raise ValueError(f"`gap` must be positive. Received: gap={gap}")
+        number("gap", gap, "positive: a number above 0", lambda v: v > 0)
         if self.lower_bound + gap == self.lower_bound:
             raise ValueError(
                 f"`gap` is below the rounding of the lower bound {self.lower_bound:.6g}"
@@ -324,6 +327,7 @@ def forecast(
     prospect.steps_to_gap(1e-3)  # steps to within 0.001 of the global minimum
     ```
     """
+    _check_arguments(step_size, exact, iterations)
     head = exploiting_head(model, "A forecast")
     convex = loss_of(model, loss)
     trunk = BatchPredictor(model.trunk)
@@ -333,11 +337,7 @@ def forecast(
     for x_batch, y_batch, w_batch in data.batches(
         x, y, sample_weight, batch_size=batch_size, steps=steps, model=model
     ):
-        if y_batch is None:
-            raise ValueError(
-                "Targets are needed: pass `y`, or a stream of (x, y) batches. "
-                "Received: y=None"
-            )
+        check_targets(y_batch)
         groups = [numbers.setdefault(name, len(numbers)) for name in digests(x_batch)]
         labels = single_array(y_batch, "y")
         convex.targets(labels, head.units)
@@ -367,6 +367,14 @@ def forecast(
     )
 
 
+def _check_arguments(step_size: Any, exact: Any, iterations: Any) -> None:
+    if step_size is not None:
+        number("step_size", step_size, "positive and finite", lambda v: v > 0)
+    if exact is not None:
+        flag("exact", exact)
+    integer("iterations", iterations)
+
+
 def forecast_problem(
     problem: ConvexProblem,
     theta: Array,
@@ -394,14 +402,7 @@ def forecast_problem(
     Raises:
         ValueError: If an argument is out of its range.
     """
-    if step_size is not None and not (math.isfinite(step_size) and step_size > 0):
-        raise ValueError(
-            f"`step_size` must be positive and finite. Received: step_size={step_size}"
-        )
-    if iterations < 1:
-        raise ValueError(
-            f"`iterations` must be at least 1. Received: iterations={iterations}"
-        )
+    _check_arguments(step_size, exact, iterations)
     if exact is None:
         exact = problem.n <= _EXACT_SAMPLES
     loss = problem.loss_of(problem.logits(theta))

@@ -16,7 +16,13 @@ import numpy as np
 
 from keras_dalign.head import data
 from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
-from keras_dalign.head.objective import check_some_weight, loss_of, sample_weights
+from keras_dalign.head.objective import (
+    check_some_weight,
+    loss_of,
+    sample_weights,
+    single_array,
+)
+from keras_dalign.numerics.arguments import integer
 from keras_dalign.numerics.gram import Array, gram_matrix
 from keras_dalign.numerics.repeats import Repeats, digests
 from keras_dalign.numerics.subspace import EPS
@@ -136,7 +142,7 @@ class AlignmentMonitor(keras.callbacks.Callback):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.every = _positive_int("every", every)
+        self.every = integer("every", every)
         if not data.is_arrays(x):
             raise ValueError(
                 "The monitor looks at the same samples again and again, so `x` must be "
@@ -144,18 +150,13 @@ class AlignmentMonitor(keras.callbacks.Callback):
                 f"Received: x of type {type(x).__name__}"
             )
         if y is None:
-            raise ValueError("The monitor needs targets. Received: y=None")
-        n = data.n_samples([x, keras.tree.map_structure(np.asarray, y)])
+            raise ValueError("The monitor needs targets `y`. Received: y=None")
+        data.check_data(x, y, sample_weight)
+        single_array(y, "y")
+        n = data.n_samples(x)
         if n_samples is not None:
-            n_samples = _positive_int("n_samples", n_samples)
-        if (
-            isinstance(seed, bool)
-            or not isinstance(seed, (int, np.integer))
-            or seed < 0
-        ):
-            raise ValueError(
-                f"`seed` must be a non-negative int. Received: seed={seed}"
-            )
+            n_samples = integer("n_samples", n_samples)
+        integer("seed", seed, 0)
         self.samples: Indices = np.arange(n)
         if n_samples is not None and n_samples < n:
             rng = np.random.default_rng(seed)
@@ -173,6 +174,7 @@ class AlignmentMonitor(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
         """Builds what is needed to look at the model, and looks at its features."""
         view = _View(self.model, self._x)
+        data.check_inputs(self.model, self._x)
         loss = loss_of(self.model)
         targets = loss.targets(self._y, view.units)
         repeats = Repeats()
@@ -505,10 +507,3 @@ def _all_finite(features: Any) -> bool:
 def _as_float(values: Any) -> np.ndarray:
     array = np.asarray(values)
     return array if array.dtype == np.float64 else array.astype(np.float32)
-
-
-def _positive_int(name: str, value: Any) -> int:
-    is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not is_int or value < 1:
-        raise ValueError(f"`{name}` must be a positive int. Received: {name}={value}")
-    return int(value)

@@ -12,7 +12,6 @@ import numpy as np
 import scipy.optimize
 
 from keras_dalign.head import data
-from keras_dalign.head.arguments import is_finite, positive_int
 from keras_dalign.head.batch_predictor import BatchPredictor
 from keras_dalign.head.objective import (
     check_some_weight,
@@ -21,6 +20,7 @@ from keras_dalign.head.objective import (
     single_array,
 )
 from keras_dalign.numerics import quadratic
+from keras_dalign.numerics.arguments import integer, number
 from keras_dalign.numerics.threads import one_blas_thread
 from keras_dalign.promises.quadratic_bound import quadratic_parts, weights_of
 
@@ -124,9 +124,8 @@ def solve_quadratic(
             f"is a keras_dalign.QuadraticHead. Received: model '{model.name}' of type "
             f"{type(model).__name__}"
         )
-    if not (is_finite(tol) and tol > 0):
-        raise ValueError(f"`tol` must be a positive number. Received: tol={tol}")
-    max_iterations = positive_int("max_iterations", max_iterations)
+    number("tol", tol, "a positive number", lambda v: v > 0)
+    max_iterations = integer("max_iterations", max_iterations)
     convex = loss_of(model, loss)
     trunk, head = parts
     u, labels, weights = _read(

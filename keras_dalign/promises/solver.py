@@ -15,13 +15,15 @@ import keras
 from keras_dalign.head import data
 from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
 from keras_dalign.head.features import FeaturePass, FeatureSet, plan_cache
-from keras_dalign.head.objective import loss_of
+from keras_dalign.head.objective import check_targets, checked_weights, loss_of
+from keras_dalign.numerics.arguments import flag, keras_model, shown
 from keras_dalign.numerics.html_table import html_table
 from keras_dalign.promises.certificate import Certificate, certify_features
 from keras_dalign.solving.head_solver import HeadSolver, first_width
 from keras_dalign.solving.options import ORIGIN, TRAINING, VALIDATION, SolveOptions
 from keras_dalign.training.processes import check_processes
 from keras_dalign.training.switch import switch
+from keras_dalign.training.training_data import VALIDATION_DATA, given_as
 
 if TYPE_CHECKING:
     from keras_dalign.numerics.losses import ConvexLoss
@@ -219,7 +221,18 @@ def solve(
         center=center,
     )
     _check(model, x)
+    flag("reestimate_batch_norm", reestimate_batch_norm)
     convex = loss_of(model, loss)
+    data.check_data(
+        x, y, sample_weight, batch_size=batch_size, steps=steps, model=model
+    )
+    if data.is_arrays(x):
+        check_targets(y)
+        checked_weights(sample_weight, data.n_samples(x))
+    judges = None
+    if validation_data is not None:
+        judges = given_as(VALIDATION_DATA, validation_data)
+        judges.check(model, convex)
     check_processes(
         model,
         x,
@@ -248,8 +261,15 @@ def solve(
             say,
         )
         validation = None
-        if validation_data is not None:
-            validation = _validation_features(model, validation_data, batch_size)
+        if judges is not None:
+            everything = FeaturePass(model, keep=True)
+            validation = everything.run(
+                judges.x,
+                judges.y,
+                judges.sample_weight,
+                batch_size=batch_size,
+                name=VALIDATION_DATA,
+            ).feature_set()
         solver = HeadSolver(
             model.head,
             features,
@@ -308,16 +328,17 @@ def _progress(iterate: Iterate, l2: float) -> str:
 
 
 def _check(model: Any, x: Any) -> None:
+    keras_model(model)
     head = getattr(model, "head", None)
     if not isinstance(head, AlignmentHead) or not hasattr(model, "trunk"):
         raise ValueError(
-            "`solve` needs a model with an alignment head. Received: "
-            f"model={model} (of type {type(model).__name__}). Pass "
+            "`solve` needs a `model` with an alignment head. Received: "
+            f"model={shown(model)} (of type {type(model).__name__}). Pass "
             "keras_dalign.align(model, n_samples=len(x))."
         )
     if isinstance(x, Iterator):
         raise ValueError(
-            "`solve` reads the data several times, and a generator can be read once. "
+            "`solve` reads `x` several times, and a generator can be read once. "
             f"Received: x of type {type(x).__name__}. Pass arrays, a tf.data.Dataset, "
             "a PyDataset or a DataLoader."
         )
@@ -325,7 +346,7 @@ def _check(model: Any, x: Any) -> None:
         n = data.n_samples(x)
         if head.n_samples is not None and n > head.n_samples:
             raise ValueError(
-                "The alignment head was made for fewer samples. Received: "
+                "The alignment head was made for fewer samples than `x` has. Received: "
                 f"{n} samples, n_samples={head.n_samples}. Call "
                 f"keras_dalign.align(model, n_samples={n})."
             )
@@ -366,16 +387,6 @@ def _features(
     if features is None:
         raise RuntimeError("The switch kept no features.")
     return features
-
-
-def _validation_features(
-    model: AlignedModel, validation_data: Any, batch_size: int
-) -> FeatureSet:
-    given = validation_data
-    parts = given if isinstance(given, (list, tuple)) else (given,)
-    x, y, weight = keras.utils.unpack_x_y_sample_weight(tuple(parts))
-    everything = FeaturePass(model, keep=True)
-    return everything.run(x, y, weight, batch_size=batch_size).feature_set()
 
 
 class _Speaker:

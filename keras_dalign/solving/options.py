@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
-import numpy as np
-
+from keras_dalign.numerics.arguments import choice, integer, number
 from keras_dalign.numerics.rounding import EPS
 
 METHODS = ("auto", "lbfgs", "direct")
@@ -45,35 +43,16 @@ class SolveOptions:
     center: str = ORIGIN
 
     def __post_init__(self) -> None:
-        if not (is_number(self.tol) and EPS <= self.tol < math.inf):
-            raise ValueError(
-                "`tol` must be a positive number, not below the machine precision of "
-                f"float64, {EPS:.2g}. Received: tol={self.tol!r}"
-            )
-        if self.method not in METHODS:
-            raise ValueError(
-                f"`method` must be one of {METHODS}. Received: method={self.method!r}"
-            )
-        auto = isinstance(self.l2, str) and self.l2 == "auto"
-        if not (auto or (is_number(self.l2) and 0 <= self.l2 < math.inf)):  # type: ignore[operator]
-            raise ValueError(
-                "`l2` must be a non-negative number or 'auto'. Received: "
-                f"l2={self.l2!r}"
-            )
-        is_int = isinstance(self.max_iterations, (int, np.integer))
-        if not is_int or self.max_iterations < 1:
-            raise ValueError(
-                "`max_iterations` must be a positive int. Received: "
-                f"max_iterations={self.max_iterations!r}"
-            )
-        if self.judge not in JUDGES:
-            raise ValueError(
-                f"`judge` must be one of {JUDGES}. Received: judge={self.judge!r}"
-            )
-        if self.center not in CENTERS:
-            raise ValueError(
-                f"`center` must be one of {CENTERS}. Received: center={self.center!r}"
-            )
+        wanted = (
+            f"a positive number, not below the machine precision of float64, {EPS:.2g}"
+        )
+        number("tol", self.tol, wanted, lambda v: v >= EPS)
+        choice("method", self.method, METHODS)
+        if not isinstance(self.l2, str) or self.l2 != "auto":
+            number("l2", self.l2, "a non-negative number or 'auto'", lambda v: v >= 0)
+        integer("max_iterations", self.max_iterations)
+        choice("judge", self.judge, JUDGES)
+        choice("center", self.center, CENTERS)
         if self.judge == VALIDATION and self.l2 == 0:
             raise ValueError(
                 "Validation samples serve to choose the L2 weight and the width. "
@@ -102,9 +81,3 @@ class SolveOptions:
         if unknown:
             raise ValueError(f"Options of the solver are {known}. Received: {unknown}")
         return cls(**options)
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a number of Python or NumPy, and no bool."""
-    is_number = isinstance(value, (int, float, np.integer, np.floating))
-    return is_number and not isinstance(value, (bool, np.bool_))

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from keras import ops
 
 from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
-from keras_dalign.head.objective import sample_weights
+from keras_dalign.head.objective import check_targets, sample_weights
 from keras_dalign.numerics.device import has_accelerator
 from keras_dalign.numerics.gram import Array, gram_matrix
 from keras_dalign.numerics.replicas import Replicas, replicas_of
@@ -150,11 +150,7 @@ class ConvexProblem:
                 f"Received: a head in the phase '{head.phase}'. Explore and switch "
                 "first (`fit` with DAlign, or `solve`)."
             )
-        if features.y is None:
-            raise ValueError(
-                "Targets are needed: pass `y`, or a stream of (x, y) batches. "
-                "Received: y=None"
-            )
+        check_targets(features.y)
         z = features.z
         linear, gated = z if isinstance(z, (list, tuple)) else (z, z)
         r, w = head.gates_in_use()

@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
+from keras_dalign import compat
+from keras_dalign.head import data
+from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead, refuse_hdf5
 from keras_dalign.head.features import as_inputs, from_inputs
+from keras_dalign.numerics.arguments import shown
 from keras_dalign.numerics.replicas import runs_on_hosts
 from keras_dalign.training.dalign import DAlign
+from keras_dalign.training.training_data import check_class_weight
 from keras_dalign.training.training_run import TrainingRun
 
 if TYPE_CHECKING:
@@ -47,10 +51,12 @@ class AlignedModel(keras.Model):
         if not isinstance(trunk, keras.Model) or not trunk.built:
             raise ValueError(
                 "`trunk` must be a built keras.Model. Received: "
-                f"trunk={trunk}. Call it once on a batch of data to build it."
+                f"trunk={shown(trunk)}. Call it once on a batch of data to build it."
             )
         if not isinstance(head, AlignmentHead):
-            raise ValueError(f"`head` must be an AlignmentHead. Received: head={head}")
+            raise ValueError(
+                f"`head` must be an AlignmentHead. Received: head={shown(head)}"
+            )
         if not head.built:
             head.build(_feature_shape(trunk))
         self.trunk = trunk
@@ -211,13 +217,16 @@ class AlignedModel(keras.Model):
             The history of the whole run.
 
         Raises:
-            ValueError: If the data are empty, non-finite or more than the head's
-                `n_samples`, if labels do not fit the loss, if the loss is not
-                convex in the logits, or if `exploit_data` is given to a model that
-                is not compiled with `DAlign`.
+            ValueError: If the data are empty, non-finite, of a shape or kind that the
+                model does not take, or more than the head's `n_samples`, if a stream
+                has no end or no batch, if labels do not fit the loss, if
+                `class_weight` is no dict or stands beside `sample_weight`, if the loss
+                is not convex in the logits, or if `exploit_data` is given to a model
+                that is not compiled with `DAlign`.
             MemoryError: If the gated units do not fit into memory: the model explores
                 on, as it was.
         """
+        check_class_weight(class_weight, sample_weight)
         arguments = {
             "batch_size": batch_size,
             "verbose": verbose,
@@ -249,6 +258,9 @@ class AlignedModel(keras.Model):
                 "`exploit_data` is for models that are compiled with DAlign. Received: "
                 f"optimizer={getattr(self, 'optimizer', None)!r}"
             )
+        if data.is_arrays(x) or isinstance(x, (list, tuple)):
+            # Keras would put all of a list into its message.
+            data.check_data(x, y, sample_weight, model=self)
         return super().fit(
             x,
             y,
@@ -379,6 +391,73 @@ class AlignedModel(keras.Model):
         trained = {id(v) for v in self.trainable_variables}
         return [v for v in self.weights if id(v) not in trained]
 
+    def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """Saves the model as a `.keras` file; arguments as in Keras.
+
+        Raises:
+            ValueError: If the file is to have Keras's legacy HDF5 format.
+        """
+        if str(filepath).endswith((".h5", ".hdf5")):
+            # Before Keras empties a file that is there.
+            refuse_hdf5()
+        super().save(filepath, *args, **kwargs)
+
+    def export(
+        self,
+        filepath: Any,
+        format: str = "tf_saved_model",  # noqa: A002  (Keras's name)
+        verbose: bool | None = None,
+        input_signature: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Exports the model in its phase for inference; arguments as in Keras.
+
+        Args:
+            filepath: Path of the artifact.
+            format: One of Keras's formats: `"tf_saved_model"`, `"onnx"`, `"litert"`,
+                ...; which of them there are depends on the backend.
+            verbose: Whether to print where it was saved.
+            input_signature: Shapes and dtypes of the inputs, as in Keras. Default:
+                those that the trunk was built with, for any number of samples.
+            **kwargs: What the format takes.
+
+        Raises:
+            ValueError: If the shapes of the inputs are not known.
+        """
+        if input_signature is None:
+            # Keras knows the inputs of graphs, and of models that were called.
+            input_signature = [self._input_specs()]
+        super().export(
+            filepath,
+            format=format,
+            verbose=verbose,
+            input_signature=input_signature,
+            **kwargs,
+        )
+
+    def _input_specs(self) -> Any:
+        """Shapes and dtypes of the inputs, in the structure that the trunk takes."""
+        trunk = self.trunk
+        ends = compat.graph_ends(trunk)
+        if ends is not None or compat.is_functional(trunk):
+            inputs = trunk.input if ends is None else ends[0]
+            return keras.tree.map_structure(
+                lambda tensor: keras.InputSpec(
+                    shape=(None, *tensor.shape[1:]),
+                    dtype=tensor.dtype,
+                    name=tensor.name,
+                ),
+                inputs,
+            )
+        shapes = list(compat.build_shapes(trunk).values())
+        if len(shapes) != 1 or not compat.is_shape(shapes[0]):
+            raise ValueError(
+                "The shapes of the model's inputs are unknown. Received: "
+                f"input_signature=None for the trunk {shown(trunk)}. Pass "
+                "input_signature=[keras.InputSpec(shape=(None, ...), dtype='float32')]."
+            )
+        return keras.InputSpec(shape=(None, *shapes[0][1:]), dtype=trunk.input_dtype)
+
     def set_weights(self, weights: list[Any]) -> None:
         """Sets all weights and, with them, the phase and the width."""
         with self.variable_scope():
@@ -479,6 +558,6 @@ def _feature_shape(trunk: keras.Model) -> Any:
     except AttributeError as error:
         raise ValueError(
             "The head cannot be built from a trunk whose output shape is unknown. "
-            f"Received: trunk={trunk}. Build the head first by calling it once: "
+            f"Received: trunk={shown(trunk)}. Build the head first by calling it once: "
             "`head(trunk(batch))`."
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,8 @@ from keras import ops
 
 from keras_dalign.head.alignment_head import EXPLOITING, EXPLORING
 from keras_dalign.head.features import DISK
-from keras_dalign.solving.options import SolveOptions, is_number
+from keras_dalign.numerics.arguments import choice, number, shown
+from keras_dalign.solving.options import SolveOptions
 from keras_dalign.training.weight_average import WeightAverage
 
 # What `exploit_optimizer` is called when it is the solver, and when it is the solver
@@ -121,25 +121,23 @@ class DAlign(keras.optimizers.Optimizer):
             if key in _ON_THE_INNER_OPTIMIZER:
                 raise ValueError(
                     f"DAlign does not take `{key}`: set it on `inner_optimizer` (and "
-                    f"on `exploit_optimizer`). Received: {key}={value}"
+                    f"on `exploit_optimizer`). Received: {key}={shown(value)}"
                 )
             raise TypeError(f"DAlign got an unexpected argument. Received: {key}=...")
         # A callable, as a number would become one more variable to carry around.
         super().__init__(learning_rate=_no_rate_of_its_own, name=name)
         self.explore = _checked_explore(explore)
-        if not is_number(noise) or not 0 <= noise < math.inf:
-            raise ValueError(
-                f"`noise` must be a non-negative number. Received: noise={noise}"
-            )
-        self.noise = float(noise)
-        if cache_features not in (True, False, "auto", DISK):
-            raise ValueError(
-                "`cache_features` must be True, False, 'disk' or 'auto'. Received: "
-                f"cache_features={cache_features}"
-            )
+        self.noise = number("noise", noise, "a non-negative number", lambda v: v >= 0)
+        if not isinstance(cache_features, bool):
+            wanted = "True, False, 'disk' or 'auto'"
+            choice("cache_features", cache_features, (AUTO, DISK), wanted)
         self.cache_features = cache_features
         self.inner_optimizer = _checked_optimizer("inner_optimizer", inner_optimizer)
-        if exploit_optimizer == AUTO and cache_features is False:
+        if (
+            isinstance(exploit_optimizer, str)
+            and exploit_optimizer == AUTO
+            and cache_features is False
+        ):
             exploit_optimizer = None
         # `"auto"`, `"solve"`, None for a copy of the inner one, or else an optimizer.
         self._exploit_by = exploit_optimizer
@@ -158,12 +156,12 @@ class DAlign(keras.optimizers.Optimizer):
                 "variables. Received: exploit_optimizer is inner_optimizer. Pass a "
                 "second optimizer, or None for a fresh copy."
             )
-        if not is_number(average_weights) or not 0 <= average_weights < 1:
-            raise ValueError(
-                "`average_weights` must be a number from 0 (no average) to below 1. "
-                f"Received: average_weights={average_weights}"
-            )
-        self.average_weights = float(average_weights)
+        self.average_weights = number(
+            "average_weights",
+            average_weights,
+            "a number from 0 (no average) to below 1",
+            lambda v: 0 <= v < 1,
+        )
         self.weight_average: WeightAverage | None = None
         self._phase = EXPLORING
         # Called before the optimizers' state is loaded: the loaded head may have
@@ -200,7 +198,8 @@ class DAlign(keras.optimizers.Optimizer):
             )
         if not isinstance(solve_options, (dict, type(None))):
             raise ValueError(
-                f"`solve_options` must be a dict. Received: {solve_options!r}"
+                "`solve_options` must be a dict. Received: "
+                f"solve_options={shown(solve_options)}"
             )
         SolveOptions.from_dict(solve_options or {})
 
@@ -562,7 +561,7 @@ def _checked_explore(explore: Any) -> float:
         return float(explore)
     raise ValueError(
         "`explore` must be a fraction of the epochs (a float above 0, at most 1.0) or "
-        f"a number of epochs (a non-negative int). Received: explore={explore}"
+        f"a number of epochs (a non-negative int). Received: explore={shown(explore)}"
     )
 
 
@@ -578,7 +577,7 @@ def _checked_optimizer(name: str, optimizer: Any) -> keras.optimizers.Optimizer:
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise ValueError(
             f"`{name}` must be a Keras optimizer or the name of one. Received: "
-            f"{name}={optimizer} (of type {type(optimizer).__name__})"
+            f"{name}={shown(optimizer)} (of type {type(optimizer).__name__})"
         )
     if isinstance(optimizer, DAlign):
         raise ValueError(f"DAlign cannot wrap DAlign. Received: {name}={optimizer}")

@@ -9,12 +9,12 @@ import warnings
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_dalign import compat
-from keras_dalign.head.alignment_head import AlignmentHead
+from keras_dalign.head.alignment_head import GATES, AlignmentHead
 from keras_dalign.head.pointwise_dense import PointwiseDense, is_pointwise
+from keras_dalign.numerics.arguments import choice, flag, integer, keras_model, shown
 from keras_dalign.numerics.losses import convex_loss
 from keras_dalign.numerics.rank import default_width
 from keras_dalign.training.aligned_model import AlignedModel
@@ -112,7 +112,9 @@ def align(
     model = keras_dalign.align(base, n_samples=len(x))
     ```
     """
-    _check_n_samples(n_samples)
+    integer("n_samples", n_samples, advice="Pass n_samples=len(x).")
+    choice("gates", gates, GATES)
+    flag("copy", copy)
     if isinstance(model, AlignedModel):
         raise ValueError(
             "The model has an alignment head already. Received: an AlignedModel. Align "
@@ -287,17 +289,6 @@ class _Output:
     dropped: tuple[str, ...] | None
 
 
-def _check_n_samples(n_samples: Any) -> None:
-    is_int = isinstance(n_samples, (int, np.integer)) and not isinstance(
-        n_samples, bool
-    )
-    if not is_int or n_samples < 1:
-        raise ValueError(
-            "`n_samples` must be the number of training samples, a positive int. "
-            f"Received: n_samples={n_samples}. Pass n_samples=len(x)."
-        )
-
-
 def _width_warnings(head: AlignmentHead, n_samples: int) -> list[str]:
     d, width = head.dim, head.requested_width
     if width is None or width * d >= n_samples:
@@ -313,11 +304,7 @@ def _width_warnings(head: AlignmentHead, n_samples: int) -> list[str]:
 
 def _as_graph(model: Any) -> keras.Model:
     """The model as a Functional (or built Sequential) model that shares weights."""
-    if not isinstance(model, keras.Model):
-        raise ValueError(
-            f"`model` must be a keras.Model. Received: model={model} (of type "
-            f"{type(model).__name__})"
-        )
+    keras_model(model)
     if isinstance(model, keras.Sequential) and not getattr(model, "inputs", None):
         raise ValueError(
             "The Sequential model is not built, so its features have no known "
@@ -351,7 +338,7 @@ def _traced(model: keras.Model) -> keras.Model:
         inputs = model.input
     else:
         shapes = compat.build_shapes(model)
-        if len(shapes) != 1 or not _is_shape(next(iter(shapes.values()))):
+        if len(shapes) != 1 or not compat.is_shape(next(iter(shapes.values()))):
             raise ValueError(
                 "The input shape of the subclassed model is unknown. Received: model "
                 f"'{model.name}'. Call it on one batch of data (a single tensor) "
@@ -396,12 +383,6 @@ def _operations(graph: keras.Model) -> list[str]:
     ]
 
 
-def _is_shape(shape: Any) -> bool:
-    return isinstance(shape, (tuple, list)) and all(
-        size is None or isinstance(size, int) for size in shape
-    )
-
-
 def _copied(graph: keras.Model) -> keras.Model:
     # Layers that draw numbers get their seeds from Python's global generator, which
     # must not move; the copy goes on with the originals' seeds.
@@ -443,6 +424,12 @@ def _find_output(graph: keras.Model, layer: Any) -> _Output:
             tensor = call.inputs[0]
         elif isinstance(operation, _RESHAPING):
             tensor = call.inputs[0]
+        elif isinstance(operation, AlignmentHead):
+            raise ValueError(
+                "`model` ends in an alignment head already. Received: "
+                f"'{operation.name}' at the end of model '{graph.name}'. Align the "
+                "base model anew."
+            )
         else:
             raise ValueError(
                 "The model does not end in a Dense layer or a convolution of kernel "
@@ -466,14 +453,15 @@ def _named_output(graph: keras.Model, layer: Any) -> _Output:
         names = [known.name for known in graph.layers]
         if layer not in names:
             raise ValueError(
-                f"The model has no such layer. Received: layer='{layer}'. Its layers "
-                f"are: {names}"
+                f"`layer`: the model has no such layer. Received: layer='{layer}'. "
+                f"Its layers are: {names}"
             )
         layer = graph.get_layer(layer)
     if not isinstance(layer, keras.layers.Dense) and not is_pointwise(layer):
         raise ValueError(
             "The output layer must be a Dense layer or a convolution of kernel size 1. "
-            f"Received: layer={layer} (of type {type(layer).__name__})"
+            f"`layer` must name it. Received: layer={shown(layer)} (of type "
+            f"{type(layer).__name__})"
         )
     call = _last_call(graph, layer)
     output = _output_at(call, [], call.outputs[0].dtype)
@@ -589,7 +577,7 @@ def _features(
     if features is None:
         return output.features, None
     names = {known.name for known in graph.layers}
-    if features != AUTO or AUTO in names:
+    if not isinstance(features, str) or features != AUTO or AUTO in names:
         return output.features, _feature_tensor(graph, features)
     if gates != "random":
         return output.features, None
@@ -601,12 +589,13 @@ def _feature_tensor(graph: keras.Model, features: Any) -> keras.KerasTensor:
         names = [known.name for known in graph.layers]
         if features not in names:
             raise ValueError(
-                f"The model has no such layer. Received: features='{features}'. Its "
-                f"layers are: {names}"
+                "`features`: the model has no such layer. Received: "
+                f"features='{features}'. Its layers are: {names}"
             )
         features = graph.get_layer(features)
     if not isinstance(features, keras.layers.Layer):
         raise ValueError(
-            f"`features` must be a layer of the model or its name. Received: {features}"
+            "`features` must be a layer of the model or its name. Received: "
+            f"features={shown(features)}"
         )
     return _last_call(graph, features).outputs[0]

@@ -28,14 +28,20 @@ from keras_dalign.head.features import (
     as_inputs,
     plan_cache,
 )
+from keras_dalign.head.objective import checked_weights
+from keras_dalign.numerics.arguments import integer, number, shown
 from keras_dalign.numerics.losses import convex_loss
 from keras_dalign.solving.head_solver import HeadSolver, first_width
 from keras_dalign.solving.options import VALIDATION, SolveOptions
-from keras_dalign.training import training_data
 from keras_dalign.training.file_batches import file_batches, needs_file_batches
 from keras_dalign.training.processes import check_batches, check_processes
 from keras_dalign.training.switch import switch
-from keras_dalign.training.training_data import TrainingData
+from keras_dalign.training.training_data import (
+    EXPLOIT,
+    VALIDATION_DATA,
+    TrainingData,
+    given_as,
+)
 
 if TYPE_CHECKING:
     from keras_dalign.solving.minimum import Iterate
@@ -45,6 +51,10 @@ logger = logging.getLogger("keras_dalign")
 
 # Logs that only epochs of the solver have.
 _OF_THE_SOLVER = ("objective", "gap")
+
+
+# Sizes that `fit` takes for the validation.
+_OF_VALIDATION = ("validation_batch_size", "validation_steps")
 
 
 class TrainingRun:
@@ -84,6 +94,11 @@ class TrainingRun:
         initial_epoch: int,
         **arguments: Any,
     ) -> None:
+        integer("epochs", epochs)
+        integer("initial_epoch", initial_epoch, 0)
+        for name in ("batch_size", "steps_per_epoch", *_OF_VALIDATION):
+            if arguments[name] is not None:
+                integer(name, arguments[name])
         self.model = model
         self.keras_fit = keras_fit
         self.epochs = epochs
@@ -92,15 +107,18 @@ class TrainingRun:
         self.batch_size = arguments["batch_size"] or 32
         self.loss = convex_loss(model.loss)
         self.switch_epoch = self._switch_epoch()
+        steps = arguments["steps_per_epoch"]
+        number("validation_split", validation_split, "from 0 to below 1", _is_share)
+        self.explored = TrainingData(x, y, sample_weight, steps)
         if validation_split and validation_data is None:
+            self.explored.check(model, self.loss)
             x, y, sample_weight, validation_data = _split(
                 x, y, sample_weight, validation_split, exploit_data
             )
-        steps = arguments["steps_per_epoch"]
-        self.explored = TrainingData(x, y, sample_weight, steps)
+            self.explored = TrainingData(x, y, sample_weight, steps)
         self.exploited = self.explored
         if exploit_data is not None:
-            self.exploited = training_data.exploit_data(exploit_data)
+            self.exploited = given_as(EXPLOIT, exploit_data)
         self.validation_data = validation_data
         self.options = SolveOptions.from_dict(model.optimizer.solve_options)
         if self.options.judge == VALIDATION and validation_data is None:
@@ -110,7 +128,10 @@ class TrainingRun:
                 "or leave `judge` out."
             )
         for each in dict.fromkeys((self.explored, self.exploited)):
-            each.check(model.head, self.loss)
+            each.check(model, self.loss)
+            each.check_number(model.head)
+            if model.optimizer.solves and each.n is not None:
+                checked_weights(each.sample_weight, each.n)
             check_processes(
                 model,
                 each.x,
@@ -119,6 +140,19 @@ class TrainingRun:
                 {"epochs": epochs, "batch_size": self.batch_size, "steps": steps},
             )
         self._check_batches()
+        if validation_data is not None:
+            validation = given_as(
+                VALIDATION_DATA,
+                validation_data,
+                arguments["validation_steps"],
+                "validation_steps",
+            )
+            validation.check(model, self.loss)
+            if not validation.is_array:
+                self.validation_data = validation.begun().x
+        shared = self.exploited is self.explored
+        self.explored = self.explored.begun()
+        self.exploited = self.explored if shared else self.exploited.begun()
         self.callbacks = _OneRun(
             model,
             callbacks,
@@ -358,8 +392,9 @@ class TrainingRun:
             return features.sample_weight
         if features.sample_weight is not None:
             raise ValueError(
-                "Class weights and sample weights cannot be given both. Received: "
-                f"class_weight={class_weight} beside `sample_weight`."
+                "`class_weight` and the sample weights of a stream cannot be given "
+                f"both. Received: class_weight={shown(class_weight)} beside them. "
+                "Leave `class_weight` out."
             )
         return class_weight_to_sample_weights(features.y, class_weight)
 
@@ -496,6 +531,10 @@ def _split(
         (x, y, sample_weight), validation_split=fraction
     )
     return x, y, sample_weight, validation_data
+
+
+def _is_share(value: float) -> bool:
+    return 0 <= value < 1
 
 
 def _as_number(value: Any) -> Any:

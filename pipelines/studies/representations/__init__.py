@@ -96,10 +96,10 @@ def measure(settings: Mapping[str, Any], cell: Mapping[str, Any]) -> list[Row]:
 
     Returns:
         Of `samples`: a row for each number of samples, up to the first whose test error
-        is below 1/2, with the `error` (mean squared, of targets with variance 1) of the
-        weight that was best on the validation draw. Of `certificate`: the `value` of
-        the objective at the minimum that L-BFGS found, and the `gap`. Of `limit`: the
-        `error`.
+        is below 1/2, with the `error` (mean squared, over the variance of the test
+        targets) of the weight that was best on the validation draw. Of `certificate`:
+        the `value` of the objective at the minimum that L-BFGS found, and the `gap`. Of
+        `limit`: the `error`.
     """
     if cell["kind"] == "samples":
         return list(_samples(settings, cell))

@@ -1,0 +1,180 @@
+"""Checks of arguments that many functions have in common, and what errors show of them.
+
+An error names the argument, shows what was received and says what to do. What it shows
+is short: of data the type and the shape, never the numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+# Characters of a value that an error shows.
+_MOST_SHOWN = 80
+
+
+def shown(value: Any) -> str:
+    """A value as errors show it.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        Of an array its type and shape, of a layer its type and name, of anything else
+        what `repr` gives, cut to 80 characters.
+    """
+    kind = type(value).__name__
+    if isinstance(value, keras.Layer):
+        return f"{kind} '{value.name}'"
+    shape = getattr(value, "shape", None)
+    if shape is not None and not isinstance(value, (np.generic, type)):
+        return f"{kind} of shape {tuple(shape)}"
+    if isinstance(value, (list, tuple, dict, set)) and len(value) > 8:
+        return f"{kind} of {len(value)} entries"
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
+
+
+def keras_model(model: Any, name: str = "model") -> keras.Model:
+    """Checks a model.
+
+    Args:
+        model: The value of the argument.
+        name: Name of the argument.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If it is no `keras.Model`.
+    """
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            f"`{name}` must be a keras.Model. Received: {name}={shown(model)} (of type "
+            f"{type(model).__name__})"
+        )
+    return model
+
+
+def integer(name: str, value: Any, least: int = 1, advice: str = "") -> int:
+    """Checks an int.
+
+    Args:
+        name: Name of the argument.
+        value: Its value.
+        least: The smallest value that it may have.
+        advice: A sentence on what to pass, for the error.
+
+    Returns:
+        The value, as a Python int.
+
+    Raises:
+        ValueError: If it is no int (a bool is none) or too small.
+    """
+    is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_int or value < least:
+        kinds = {0: "a non-negative int", 1: "a positive int"}
+        wanted = kinds.get(least, f"an int of at least {least}")
+        raise ValueError(
+            f"`{name}` must be {wanted}. Received: {name}={shown(value)}"
+            f"{advice and f'. {advice}'}"
+        )
+    return int(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number of Python or NumPy, and no bool."""
+    is_number = isinstance(value, (int, float, np.integer, np.floating))
+    return is_number and not isinstance(value, (bool, np.bool_))
+
+
+def number(name: str, value: Any, wanted: str, holds: Callable[[float], bool]) -> float:
+    """Checks a finite number.
+
+    Args:
+        name: Name of the argument.
+        value: Its value.
+        wanted: What it must be, for the error: "a positive number".
+        holds: Whether a finite number is that.
+
+    Returns:
+        The value, as a Python float.
+
+    Raises:
+        ValueError: If it is no finite number, or another one.
+    """
+    if not (is_number(value) and math.isfinite(value) and holds(value)):
+        raise ValueError(f"`{name}` must be {wanted}. Received: {name}={shown(value)}")
+    return float(value)
+
+
+def choice(
+    name: str, value: Any, choices: Sequence[str], wanted: str | None = None
+) -> str:
+    """Checks one of several words.
+
+    Args:
+        name: Name of the argument.
+        value: Its value.
+        choices: The words.
+        wanted: What it must be, for the error; by default one of the words.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(
+            f"`{name}` must be {wanted or f'one of {tuple(choices)}'}. Received: "
+            f"{name}={shown(value)}"
+        )
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    """Checks a bool.
+
+    Args:
+        name: Name of the argument.
+        value: Its value.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(
+            f"`{name}` must be True or False. Received: {name}={shown(value)}"
+        )
+    return bool(value)
+
+
+def seed_or_peeked(seed: Any) -> int:
+    """Checks a seed, or takes one from Python's global generator.
+
+    Args:
+        seed: A non-negative int, or None.
+
+    Returns:
+        The seed. The global generator is left as it was.
+
+    Raises:
+        ValueError: If the seed is no non-negative int.
+    """
+    if seed is not None:
+        return integer("seed", seed, 0)
+    # Keras shuffles some data with Python's global generator: moving it would make the
+    # exploration differ from the base model's own run.
+    state = random.getstate()
+    peeked = random.randint(0, 2**31 - 1)  # noqa: S311  (no secret)
+    random.setstate(state)
+    return peeked
