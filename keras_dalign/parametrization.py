@@ -79,10 +79,10 @@ def parametrize(
       the growth.
 
     Scale and shift of normalisations move as biases do. A size may also be smaller than
-    the base's. The theory lets all widths grow by one factor; of widths that grow by
-    different ones only the rates are the table's. What is no weight keeps its own
-    scale: attention divides by the root of the keys' length, where muP wants the length
-    itself.
+    the base's. The theory has all widths grow by one factor; where they grow by
+    different ones, the table is that of the package `mup`. What is no weight keeps its
+    own scale: attention divides by the root of the keys' length, where muP wants the
+    length itself.
 
     The multipliers are `keras.layers.Rescaling` layers in front of the layers and
     behind them (an activation that was part of the layer follows as a layer of its

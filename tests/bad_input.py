@@ -41,6 +41,7 @@ class World:
         base: A plain model, compiled.
         exploring: An aligned model, compiled with `DAlign`.
         exploiting: An aligned model whose gates are set, compiled with SGD.
+        quadratic: A quadratic head with one output.
     """
 
     def __init__(self):
@@ -52,11 +53,14 @@ class World:
         self.exploiting = kd.align(network(), n_samples=N, seed=0)
         self.exploiting.start_exploiting(width=3)
         self.exploiting.compile("sgd", cross_entropy())
+        self.quadratic = keras.Sequential(
+            [keras.Input((64,)), kd.QuadraticHead(1, width=4, seed=0)]
+        )
         self._forecast = None
 
     def weights(self):
         """All weights of all models."""
-        models = (self.base, self.exploring, self.exploiting)
+        models = (self.base, self.exploring, self.exploiting, self.quadratic)
         return [array for model in models for array in weights(model)]
 
     @property
@@ -109,6 +113,17 @@ CALLS: dict[str, Callable[..., Any]] = {
     ),
     "check_structure": lambda w, **a: kd.check_structure(
         **{"model": w.base, "x": w.x, **a}
+    ),
+    "jacobian": lambda w, **a: kd.jacobian(**{"model": w.base, "x": w.x, **a}),
+    "tangent_kernel": lambda w, **a: kd.tangent_kernel(
+        **{"model": w.base, "x": w.x, **a}
+    ),
+    "parametrize": lambda w, **a: kd.parametrize(
+        **{"model": network(), "base": network(), **a}
+    ),
+    "QuadraticHead": lambda w, **a: kd.QuadraticHead(**{"units": 1, "width": 4, **a}),
+    "solve_quadratic": lambda w, **a: kd.solve_quadratic(
+        **{"model": w.quadratic, "x": w.x, "y": w.x[:, :1], "loss": "mse", **a}
     ),
     "reestimate_batch_norm": lambda w, **a: kd.reestimate_batch_norm(
         **{"model": w.base, "x": w.x, **a}
@@ -1037,6 +1052,73 @@ FIT = [
     ),
 ]
 
+NEIGHBOURS = [
+    *values(
+        "jacobian tangent_kernel",
+        "parameters",
+        r"`parameters` must be one of.*Received: parameters=",
+        "none",
+    ),
+    *data("jacobian tangent_kernel", "x", "empty", lambda w: w.x[:0], r"empty.*Rec"),
+    *values("jacobian", "dtype", r"`dtype` must be.*Received: dtype=", "float16"),
+    *values(
+        "tangent_kernel",
+        "weights",
+        r"`weights` must be.*Received",
+        [1.0],
+        [-1.0] * 6,
+        [NAN] * 6,
+    ),
+    *values("parametrize", "kind", r"`kind` must be one of.*Received: kind=", "x", 3),
+    *values(
+        "parametrize",
+        "optimizer",
+        r"`optimizer` must be one of.*Received: optimizer=",
+        "x",
+        None,
+    ),
+    *values("parametrize", "base", r"`base` must be a built.*Received: base=", None),
+    *values(
+        "QuadraticHead",
+        "units",
+        r"`units` must be a positive int.*Received: units=",
+        0,
+        1.5,
+        "x",
+    ),
+    *values(
+        "QuadraticHead",
+        "width",
+        r"`width` must be a positive int.*Received: width=",
+        0,
+        None,
+    ),
+    *values(
+        "QuadraticHead",
+        "penalty",
+        r"`penalty` must be a positive number.*Received: penalty=",
+        0.0,
+        NAN,
+        "x",
+    ),
+    *values(
+        "QuadraticHead",
+        "second_derivative",
+        r"`second_derivative` must be one of.*Received: second_derivative=",
+        "tanh",
+    ),
+    *values(
+        "solve_quadratic", "tol", r"`tol` must be a positive.*Received: tol=", 0, NAN
+    ),
+    *values(
+        "solve_quadratic",
+        "max_iterations",
+        r"`max_iterations` must be a positive int.*Received: max_iterations=",
+        0,
+        "x",
+    ),
+]
+
 CASES = [
     *INPUTS,
     *LABELS,
@@ -1047,6 +1129,7 @@ CASES = [
     *OPTIMIZER,
     *SOLVER,
     *CHECKS,
+    *NEIGHBOURS,
     *HELD_OUT,
     *FIT,
 ]

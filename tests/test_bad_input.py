@@ -44,6 +44,9 @@ def test_every_public_function_is_in_the_table():
         "AlignmentReport",
         "Certificate",
         "Forecast",
+        "Jacobian",
+        "QuadraticBound",
+        "QuadraticSolveResult",
         "SolveResult",
         "StructureReport",
     }

@@ -356,16 +356,16 @@ def test_a_certificate_is_frozen():
 # A gap below zero --------------------------------------------------------------------
 
 
-class Predictor:
-    """The part of a model that `certify` uses, with given predictions."""
-
-    loss = SPARSE
+class Predictor(keras.Model):
+    """A model with given predictions."""
 
     def __init__(self, *outputs):
-        self.outputs_left = [np.asarray(part) for part in outputs]
+        super().__init__()
+        self.loss = SPARSE
+        self.given = iter([np.asarray(part) for part in outputs])
 
     def predict_on_batch(self, x):
-        return self.outputs_left.pop(0)
+        return next(self.given)
 
 
 def test_different_outputs_for_identical_inputs_are_an_error():
@@ -392,8 +392,11 @@ def test_replicas_that_repeat_the_batch_count_once():
     model = Predictor(np.vstack([logits, logits]))
     with pytest.raises(ValueError, match=r"one row of outputs per sample.*\(4, 2\)"):
         certify(model, x, y)
-    model = Predictor(np.vstack([logits, logits]))
-    model.distribute_strategy = type("Strategy", (), {"num_replicas_in_sync": 2})
+
+    class Replicated(Predictor):
+        distribute_strategy = type("Strategy", (), {"num_replicas_in_sync": 2})
+
+    model = Replicated(np.vstack([logits, logits]))
     assert certify(model, x, y) == certify(Predictor(logits), x, y)
 
 

@@ -89,7 +89,7 @@ def test_a_stream_is_read_once():
         ({"max_iterations": 0}, "`max_iterations` must be a positive int"),
         ({"loss": None}, "compiled without a loss"),
         ({"y": None}, "Targets are needed"),
-        ({"sample_weight": np.zeros(30)}, "All sample weights are 0"),
+        ({"sample_weight": np.zeros(30)}, "All of `sample_weight` are 0"),
         ({"y": np.full((30, 1), 1e200)}, "overflows float64 at the head's weights"),
         ({"x": np.full((30, 4), np.nan)}, "finite"),
     ],

@@ -223,6 +223,13 @@ def solve(
     _check(model, x)
     flag("reestimate_batch_norm", reestimate_batch_norm)
     convex = loss_of(model, loss)
+    check_processes(
+        model,
+        x,
+        y,
+        sample_weight,
+        {**dataclasses.asdict(options), "batch_size": batch_size, "steps": steps},
+    )
     data.check_data(
         x, y, sample_weight, batch_size=batch_size, steps=steps, model=model
     )
@@ -233,13 +240,6 @@ def solve(
     if validation_data is not None:
         judges = given_as(VALIDATION_DATA, validation_data)
         judges.check(model, convex)
-    check_processes(
-        model,
-        x,
-        y,
-        sample_weight,
-        {**dataclasses.asdict(options), "batch_size": batch_size, "steps": steps},
-    )
     say = _Speaker(verbose)
     passes: dict[str, Any] = {"batch_size": batch_size, "steps": steps}
     restore = model.snapshot()
