@@ -127,7 +127,7 @@ def measure(settings: Mapping[str, Any], cell: Row) -> list[Row]:
     )
     parts = np.stack(
         [
-            kd.tangent_kernel(network.model, pixels, pixels[:n], weights=one)
+            kd.tangent_kernel(network.model, pixels, pixels[:n], weights=list(one))
             for one in np.diag(network.variances)
         ]
     )

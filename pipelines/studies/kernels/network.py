@@ -103,7 +103,7 @@ def mlp(
 
 def of_all_outputs(kernel: Array, outputs: int) -> Array:
     """The limit for several outputs: they share no parameter's derivative."""
-    return np.kron(kernel, np.eye(outputs))
+    return np.kron(kernel, np.eye(outputs)).astype(np.float64)
 
 
 def measure(settings: Mapping[str, Any], cell: Row) -> list[Row]:
