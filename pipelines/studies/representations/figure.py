@@ -23,6 +23,16 @@ def _name(head: str, inputs: str) -> str:
 def draw(axes: Sequence[Axes], rows: Sequence[Row]) -> None:
     """Error against samples, samples against dimension, gaps against units."""
     errors, sizes, gaps = axes
+    # One order of the heads, so that a head has one colour in all panels.
+    order = list(PAIRS)
+    known = [(row["head"], row.get("input")) in PAIRS for row in rows]
+    rows = [
+        *(row for row, drawn in zip(rows, known, strict=True) if not drawn),
+        *sorted(
+            (row for row, drawn in zip(rows, known, strict=True) if drawn),
+            key=lambda row: order.index((row["head"], row["input"])),
+        ),
+    ]
     curves = [r for r in rows if r["kind"] == "samples" and r["head"] != LINEAR]
     dimensions = sorted({row["d"] for row in curves})
     middle = dimensions[len(dimensions) // 2]
@@ -63,6 +73,10 @@ def draw(axes: Sequence[Axes], rows: Sequence[Row]) -> None:
         by=("head",),
         name=str,
     )
+    for curve, band in zip(gaps.lines, gaps.collections, strict=True):
+        color = colors[str(curve.get_label()), NEURAL]
+        curve.set_color(color)
+        band.set_facecolor(color)
     gaps.set_xscale("log", base=2)
     gaps.set_yscale("log")
     gaps.set_xlabel("units of the quadratic head")

@@ -35,6 +35,7 @@ _BOUNDS = {
     "epochs": (1, 10**6),
     "batch_size": (1, 1797),
     "rates": (1e-12, 1e3),
+    "other_rates": (1e-12, 1e3),
     "rate": (1e-12, 1e3),
     "strength": (LEAST_STRENGTH, 1e6),
     "memory": (0, 10**4),
@@ -60,11 +61,12 @@ def cells(settings: Mapping[str, Any]) -> list[Row]:
     Args:
         settings: `sizes` (numbers of training images), `validation` and `test` (of
             those), `hidden` and `code` (widths of the layers), `epochs`, `batch_size`,
-            `rates` (learning rates) and the `rate` of the figure, `strength` (slimTrain
-            starts with it) and `memory` (in batches), `fixed` (values of a Lambda that
-            stays: the first for all sizes, the others for the middle one), `switches`
-            (epochs after which the head is solved, for the figure's rate; for the
-            others after the last), `seeds`.
+            `rates` (learning rates for the middle size), `other_rates` (for the other
+            sizes) and the `rate` of the figure, `strength` (slimTrain starts with it)
+            and `memory` (in batches), `fixed` (values of a Lambda that stays: the first
+            for all sizes, the others for the middle one), `switches` (epochs after
+            which the head is solved, for the figure's rate; for the others after the
+            last), `seeds`.
 
     Returns:
         The cells.
@@ -84,10 +86,11 @@ def cells(settings: Mapping[str, Any]) -> list[Row]:
             f"There are {_BOUNDS['sizes'][1]} digits. Received: {total} for training, "
             "validation and test"
         )
-    if settings["rate"] not in settings["rates"]:
+    if settings["rate"] not in {*settings["rates"]} & {*settings["other_rates"]}:
         raise ValueError(
-            "The `rate` of the figure must be one of `rates`. Received: "
-            f"rate={settings['rate']}, rates={settings['rates']}"
+            "The `rate` of the figure must be one of `rates` and of `other_rates`. "
+            f"Received: rate={settings['rate']}, rates={settings['rates']}, "
+            f"other_rates={settings['other_rates']}"
         )
     if settings["switches"][-1] != settings["epochs"]:
         raise ValueError(
@@ -107,6 +110,12 @@ def cells(settings: Mapping[str, Any]) -> list[Row]:
             ),
         ]
     ]
+
+
+def _rates(settings: Mapping[str, Any], n: int) -> list[float]:
+    """The learning rates for a number of images."""
+    key = "rates" if n == _middle(settings) else "other_rates"
+    return list(settings[key])
 
 
 def _fixed(settings: Mapping[str, Any], n: int) -> list[float]:
@@ -133,7 +142,7 @@ def measure(settings: Mapping[str, Any], cell: Row) -> list[Row]:
     )
     looked_at = network.moments(settings["epochs"], settings["switches"])
     rows = []
-    for rate in settings["rates"]:
+    for rate in _rates(settings, cell["n"]):
         model = network.autoencoder(settings["hidden"], settings["code"], seed)
         if method == ADAM:
             step = network.adam(model, rate)
@@ -238,6 +247,7 @@ def claims(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[Claim]:
             )
         )
     middle = _middle(settings)
+    kinds = [SLIMTRAIN, *map(_FIXED.format, _fixed(settings, middle))]
     spreads = {
         method: _ratio(
             *(
@@ -245,19 +255,20 @@ def claims(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[Claim]:
                 for reduce in (max, min)
             )
         )
-        for method in (SLIMTRAIN, ADAM)
+        for method in (ADAM, *kinds)
     }
-    found.append(
+    found += [
         Claim(
-            "spread",
+            f"spread_{kind.replace(' ', '_')}",
             f"{middle} images: worst over best validation loss of all rates is smaller "
-            "for slimTrain than for Adam (ratio of the two below 1)",
-            _ratio(spreads[SLIMTRAIN], spreads[ADAM]),
+            f"for {kind} than for Adam (ratio of the two below 1)",
+            _ratio(spreads[kind], spreads[ADAM]),
             high=1.0,
         )
-    )
+        for kind in kinds
+    ]
     few, large = min(settings["sizes"]), 10 * shown
-    if large in settings["rates"]:
+    if large in _rates(settings, few):
         on_the_way = by_seed(
             rows,
             "validation",
