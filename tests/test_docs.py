@@ -1,6 +1,7 @@
 """The README and the pages in docs/: their code runs, and says what they say."""
 
 import ast
+import importlib.util
 import os
 import re
 import subprocess
@@ -215,3 +216,16 @@ def test_navigation_has_every_page():
     for path in docs.rglob("*.md"):
         page = path.relative_to(docs).as_posix()
         assert page in found or f"{page.partition('/')[0]}/" in found, page
+
+
+@pytest.mark.slow
+def test_figures_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = ROOT / "docs" / "figures.py"
+    spec = importlib.util.spec_from_file_location("figures", path)
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    drawn = figures.main(tmp_path, "two-phases", "certificate", size=0.1)
+    assert all(each.stat().st_size > 5000 for each in drawn)
+    images = {each.stem for each in (ROOT / "docs" / "images").glob("*.png")}
+    assert images == set(figures.FIGURES)
