@@ -51,7 +51,8 @@ _BOUNDS = {
     "seeds": (1, 10**3),
 }
 
-# What the prototype had at the end of 300 epochs, with strong decay: NC1 and NC3.
+# NC1 and NC3 that are expected at the end of 300 epochs, with strong decay: fixed
+# before the study was run.
 _NC1 = {
     network.CROSS_ENTROPY: 7e-3,
     network.SQUARED: 1e-4,
