@@ -25,11 +25,11 @@ import scipy.linalg
 import keras_dalign as kd
 from benchmarks import common
 from benchmarks.common import Target
-from keras_dalign.conditions.alignment import check_alignment
-from keras_dalign.conditions.precision import float64_context, in_float64
+from keras_dalign.diagnostics.alignment import check_alignment
+from keras_dalign.diagnostics.precision import float64_context, in_float64
 
 if TYPE_CHECKING:
-    from keras_dalign.conditions.alignment_report import AlignmentReport
+    from keras_dalign.diagnostics.alignment_report import AlignmentReport
 
 DATA = common.ROOT.parent / "shared" / "data" / "mnist.npz"
 N_DENSE = 200

@@ -26,10 +26,10 @@ import numpy as np
 import keras_dalign as kd
 from benchmarks import common
 from benchmarks.common import RANDOM, Target
+from keras_dalign.certification.solver import solve
 from keras_dalign.head.features import FeaturePass
 from keras_dalign.numerics.gram import Array, explicit_features
 from keras_dalign.numerics.losses import SoftmaxCrossEntropy
-from keras_dalign.promises.solver import solve
 from keras_dalign.solving.minimum import minimize
 from keras_dalign.solving.problem import ConvexProblem
 from keras_dalign.solving.products import NumpyProducts, Products, SampleLoss

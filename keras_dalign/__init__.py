@@ -33,12 +33,13 @@ list.
   gated units see; `training_run` drives its phases with
   `dalign` as optimizer and `weight_average` beside it; `switch` stands between the
   phases;
-- `conditions`: `precision` makes float64 copies of models, `engines` differentiate them
-  on each backend, `jacobian` multiplies by the result (`jacobian_builder` chooses the
-  kind); on it stand `tangent_kernel`, `structure`, `alignment` and `gradient_bound`;
-- `promises`: `certificate`, `forecast` and `solver`, for models and data as users have
-  them, `quadratic_bound` and `quadratic_solver` for the quadratic head; `monitor` draws
-  it all over training.
+- `diagnostics`: the conditions of global convergence, measured on any model.
+  `precision` makes float64 copies, `engines` differentiate them on each backend,
+  `jacobian` multiplies by the result (`jacobian_builder` chooses the kind);
+  `tangent_kernel`, `structure`, `alignment` and `gradient_bound` use it;
+- `certification`: `certificate`, `forecast` and `solver` take models and data as users
+  have them; `quadratic_bound` and `quadratic_solver` are for the quadratic head;
+  `monitor` draws all of it during training.
 
 Beside them stand `models`, residual networks to begin with, and `parametrization`,
 which makes a model's width scale as muP, or another parametrisation, says (`growth`
@@ -48,22 +49,25 @@ tells how layers grow).
 from importlib.metadata import version
 
 from keras_dalign import models
-from keras_dalign.conditions.alignment import check_alignment
-from keras_dalign.conditions.alignment_report import AlignmentReport
-from keras_dalign.conditions.jacobian import Jacobian
-from keras_dalign.conditions.jacobian_builder import jacobian
-from keras_dalign.conditions.structure import StructureReport, check_structure
-from keras_dalign.conditions.tangent_kernel import tangent_kernel
+from keras_dalign.certification.certificate import Certificate, certify
+from keras_dalign.certification.forecast import Forecast, forecast
+from keras_dalign.certification.monitor import AlignmentMonitor
+from keras_dalign.certification.quadratic_bound import QuadraticBound
+from keras_dalign.certification.quadratic_solver import (
+    QuadraticSolveResult,
+    solve_quadratic,
+)
+from keras_dalign.certification.solver import SolveResult, solve
+from keras_dalign.diagnostics.alignment import check_alignment
+from keras_dalign.diagnostics.alignment_report import AlignmentReport
+from keras_dalign.diagnostics.jacobian import Jacobian
+from keras_dalign.diagnostics.jacobian_builder import jacobian
+from keras_dalign.diagnostics.structure import StructureReport, check_structure
+from keras_dalign.diagnostics.tangent_kernel import tangent_kernel
 from keras_dalign.head.alignment_head import AlignmentHead
 from keras_dalign.head.batch_norm import reestimate_batch_norm
 from keras_dalign.head.quadratic_head import QuadraticHead
 from keras_dalign.parametrization import parametrize
-from keras_dalign.promises.certificate import Certificate, certify
-from keras_dalign.promises.forecast import Forecast, forecast
-from keras_dalign.promises.monitor import AlignmentMonitor
-from keras_dalign.promises.quadratic_bound import QuadraticBound
-from keras_dalign.promises.quadratic_solver import QuadraticSolveResult, solve_quadratic
-from keras_dalign.promises.solver import SolveResult, solve
 from keras_dalign.training.aligned_model import AlignedModel
 from keras_dalign.training.dalign import DAlign
 from keras_dalign.training.surgery import align

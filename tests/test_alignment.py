@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from small import KINDS, cross_entropy, digits, gates_of, mlp
 
-from keras_dalign.conditions import alignment, alignment_route
-from keras_dalign.conditions.alignment import AlignmentReport, check_alignment
+from keras_dalign.diagnostics import alignment, alignment_route
+from keras_dalign.diagnostics.alignment import AlignmentReport, check_alignment
 from keras_dalign.numerics.gram import explicit_features
 from keras_dalign.training.surgery import align
 

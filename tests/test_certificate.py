@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import keras_dalign as kd
-from keras_dalign.conditions.gradient_bound import GradientBound
+from keras_dalign.certification.certificate import Certificate, certify
+from keras_dalign.diagnostics.gradient_bound import GradientBound
 from keras_dalign.head.features import FeaturePass
 from keras_dalign.numerics.gram import explicit_features
 from keras_dalign.numerics.losses import SoftmaxCrossEntropy, SquaredError, convex_loss
-from keras_dalign.promises.certificate import Certificate, certify
 from keras_dalign.training.switch import switch
 
 L = keras.losses

@@ -11,11 +11,11 @@ from scipy.optimize import minimize
 from small import cross_entropy, digits, mlp
 
 import keras_dalign as kd
+from keras_dalign.certification.certificate import certify
+from keras_dalign.certification.forecast import forecast, forecast_problem
+from keras_dalign.certification.forecast_candidates import _FURTHER, path_candidates
 from keras_dalign.numerics.gram import explicit_features
 from keras_dalign.numerics.target_logits import target_logits
-from keras_dalign.promises.certificate import certify
-from keras_dalign.promises.forecast import forecast, forecast_problem
-from keras_dalign.promises.forecast_candidates import _FURTHER, path_candidates
 from keras_dalign.training.switch import switch
 
 

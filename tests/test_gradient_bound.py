@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from random_problems import LOSSES, REDUCTIONS, minimised, random_case
 from scipy.optimize import minimize
 
-import keras_dalign.conditions.gradient_bound as module
-from keras_dalign.conditions.gradient_bound import gradient_bound
-from keras_dalign.conditions.jacobian import Jacobian
+import keras_dalign.diagnostics.gradient_bound as module
+from keras_dalign.certification.certificate import certify
+from keras_dalign.diagnostics.gradient_bound import gradient_bound
+from keras_dalign.diagnostics.jacobian import Jacobian
 from keras_dalign.numerics.losses import (
     BinaryCrossEntropy,
     SoftmaxCrossEntropy,
@@ -19,7 +20,6 @@ from keras_dalign.numerics.losses import (
     convex_loss,
 )
 from keras_dalign.numerics.target_logits import target_logits
-from keras_dalign.promises.certificate import certify
 
 
 class Matrix:

@@ -7,11 +7,11 @@ from keras import ops
 from small import KINDS, convnet, digit_images, digits, gates_of, mlp
 
 import keras_dalign as kd
-from keras_dalign.conditions import jacobian as jacobian_module
-from keras_dalign.conditions.determinism import check_deterministic
-from keras_dalign.conditions.engines import engine
-from keras_dalign.conditions.jacobian_builder import jacobian
-from keras_dalign.conditions.precision import float64_context, in_float64
+from keras_dalign.diagnostics import jacobian as jacobian_module
+from keras_dalign.diagnostics.determinism import check_deterministic
+from keras_dalign.diagnostics.engines import engine
+from keras_dalign.diagnostics.jacobian_builder import jacobian
+from keras_dalign.diagnostics.precision import float64_context, in_float64
 
 BACKEND = keras.backend.backend()
 L = keras.layers

@@ -5,7 +5,15 @@ import keras_dalign
 
 PACKAGE = Path(keras_dalign.__file__).parent
 # Each imports only itself and those before it; what is in no layer is on top.
-LAYERS = ["compat", "numerics", "head", "solving", "training", "conditions", "promises"]
+LAYERS = [
+    "compat",
+    "numerics",
+    "head",
+    "solving",
+    "training",
+    "diagnostics",
+    "certification",
+]
 
 
 def layer(module):

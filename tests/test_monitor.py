@@ -21,9 +21,9 @@ from small import (
 )
 
 import keras_dalign as kd
+from keras_dalign.certification import monitor as monitor_module
+from keras_dalign.certification.monitor import AlignmentMonitor
 from keras_dalign.numerics.gram import explicit_features
-from keras_dalign.promises import monitor as monitor_module
-from keras_dalign.promises.monitor import AlignmentMonitor
 
 BACKEND = keras.backend.backend()
 ENTRIES = [

@@ -85,7 +85,7 @@ def test_git_knows_the_code_of_a_commit():
         check=True,
     )
     assert set(tree) <= set(names.stdout.split())
-    assert b"def solve" in tree["keras_dalign/promises/solver.py"]
+    assert b"def solve" in tree["keras_dalign/certification/solver.py"]
     assert closure.files(tree, ["train"])
     assert repository.tree("0" * 40) is None
 

@@ -9,7 +9,7 @@ from keras import ops
 from small import assert_equal, convnet, cross_entropy, digit_images, digits, mlp
 
 import keras_dalign as kd
-from keras_dalign.conditions.precision import RebuildError, float64_context, in_float64
+from keras_dalign.diagnostics.precision import RebuildError, float64_context, in_float64
 
 BACKEND = keras.backend.backend()
 

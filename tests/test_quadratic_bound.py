@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import keras_dalign as kd
+from keras_dalign.certification import quadratic_bound
+from keras_dalign.certification.quadratic_bound import QuadraticTally, quadratic_parts
 from keras_dalign.head.objective import loss_of
 from keras_dalign.numerics import quadratic
-from keras_dalign.promises import quadratic_bound
-from keras_dalign.promises.quadratic_bound import QuadraticTally, quadratic_parts
 
 L = keras.losses
 BACKEND = keras.backend.backend()

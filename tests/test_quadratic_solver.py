@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import keras_dalign as kd
-from keras_dalign.promises.quadratic_bound import weights_of
+from keras_dalign.certification.quadratic_bound import weights_of
 
 SPARSE = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 

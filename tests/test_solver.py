@@ -552,7 +552,7 @@ def test_an_error_leaves_the_model_as_it_was(monkeypatch):
         raise ValueError("no certificate")
 
     monkeypatch.setattr(
-        "keras_dalign.promises.solver.certify_features", certify_features
+        "keras_dalign.certification.solver.certify_features", certify_features
     )
     with pytest.raises(ValueError, match="no certificate"):
         solve(model, x, y, verbose=0)

@@ -9,8 +9,8 @@ from keras import ops
 from small import digits, mlp
 
 import keras_dalign as kd
-from keras_dalign.conditions.precision import float64_context, in_float64
-from keras_dalign.conditions.structure import check_structure
+from keras_dalign.diagnostics.precision import float64_context, in_float64
+from keras_dalign.diagnostics.structure import check_structure
 
 L = keras.layers
 

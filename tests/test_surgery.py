@@ -9,7 +9,7 @@ import pytest
 from keras import layers, ops
 
 import keras_dalign as kd
-from keras_dalign.conditions.precision import float64_context, in_float64
+from keras_dalign.diagnostics.precision import float64_context, in_float64
 from keras_dalign.numerics.losses import convex_loss
 
 BACKEND = keras.backend.backend()

@@ -8,7 +8,7 @@ from scipy.sparse.linalg import lsmr
 from small import KINDS, convnet, digit_images, digits, mlp
 
 import keras_dalign as kd
-from keras_dalign.conditions import tangent_kernel as module
+from keras_dalign.diagnostics import tangent_kernel as module
 
 L = keras.layers
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
+from keras_dalign.certification.certificate import Certificate, certify_features
 from keras_dalign.head import data
 from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
 from keras_dalign.head.features import FeaturePass, FeatureSet, plan_cache
 from keras_dalign.head.objective import check_targets, checked_weights, loss_of
 from keras_dalign.numerics.arguments import flag, keras_model, shown
 from keras_dalign.numerics.html_table import html_table
-from keras_dalign.promises.certificate import Certificate, certify_features
 from keras_dalign.solving.head_solver import HeadSolver, first_width
 from keras_dalign.solving.options import ORIGIN, TRAINING, VALIDATION, SolveOptions
 from keras_dalign.training.processes import check_processes

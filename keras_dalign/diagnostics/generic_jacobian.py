@@ -9,12 +9,12 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
-from keras_dalign.conditions.jacobian import PER_PARAMETER, Jacobian, as_vector
-from keras_dalign.conditions.reread_data import RereadData, digest_of, padded
+from keras_dalign.diagnostics.jacobian import PER_PARAMETER, Jacobian, as_vector
+from keras_dalign.diagnostics.reread_data import RereadData, digest_of, padded
 from keras_dalign.head import data
 
 if TYPE_CHECKING:
-    from keras_dalign.conditions.engines import Engine
+    from keras_dalign.diagnostics.engines import Engine
 
 Array = npt.NDArray[np.float64]
 

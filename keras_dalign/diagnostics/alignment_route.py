@@ -10,7 +10,7 @@ from keras_dalign.numerics.column_space import factor_cut, gram_cut
 from keras_dalign.numerics.memory import free_gib
 
 if TYPE_CHECKING:
-    from keras_dalign.conditions.alignment_systems import System
+    from keras_dalign.diagnostics.alignment_systems import System
 
 Method = Literal["dense", "gram", "lsqr"]
 

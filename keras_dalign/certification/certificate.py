@@ -23,9 +23,15 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
-from keras_dalign.conditions.gradient_bound import GradientBound
-from keras_dalign.conditions.gradient_bound import gradient_bound as bound_by_gradient
-from keras_dalign.conditions.jacobian_builder import jacobian
+from keras_dalign.certification.exploiting_head import exploiting_head
+from keras_dalign.certification.quadratic_bound import (
+    QuadraticBound,
+    QuadraticTally,
+    quadratic_parts,
+)
+from keras_dalign.diagnostics.gradient_bound import GradientBound
+from keras_dalign.diagnostics.gradient_bound import gradient_bound as bound_by_gradient
+from keras_dalign.diagnostics.jacobian_builder import jacobian
 from keras_dalign.head import data
 from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
 from keras_dalign.head.batch_predictor import BatchPredictor
@@ -42,12 +48,6 @@ from keras_dalign.numerics.arguments import flag, number
 from keras_dalign.numerics.html_table import html_table
 from keras_dalign.numerics.repeats import PassRecord, Repeats, digests
 from keras_dalign.numerics.rounding import EPS, rounded
-from keras_dalign.promises.exploiting_head import exploiting_head
-from keras_dalign.promises.quadratic_bound import (
-    QuadraticBound,
-    QuadraticTally,
-    quadratic_parts,
-)
 from keras_dalign.solving.problem import ConvexProblem
 
 if TYPE_CHECKING:

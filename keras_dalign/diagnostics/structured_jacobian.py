@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
-from keras_dalign.conditions.jacobian import PER_PARAMETER, Jacobian, as_vector
+from keras_dalign.diagnostics.jacobian import PER_PARAMETER, Jacobian, as_vector
 
 if TYPE_CHECKING:
     from keras_dalign.solving.problem import ConvexProblem

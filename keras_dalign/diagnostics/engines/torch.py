@@ -11,7 +11,7 @@ import keras
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from keras_dalign.conditions.engines.base import Engine, sample_as_batch
+from keras_dalign.diagnostics.engines.base import Engine, sample_as_batch
 
 with warnings.catch_warnings():
     # Forward mode imports it when it is first used; it warns of what PyTorch itself

@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from keras_dalign.conditions.engines.base import Engine
+from keras_dalign.diagnostics.engines.base import Engine
 
 __all__ = ["Engine", "engine"]
 
@@ -26,6 +26,6 @@ def engine(
         The engine.
     """
     backend = keras.backend.backend()
-    module: Any = importlib.import_module(f"keras_dalign.conditions.engines.{backend}")
+    module: Any = importlib.import_module(f"keras_dalign.diagnostics.engines.{backend}")
     made: Engine = module.BackendEngine(model, variables, dtype)
     return made

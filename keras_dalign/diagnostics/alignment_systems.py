@@ -11,7 +11,7 @@ import numpy as np
 from keras_dalign.numerics.operators import DenseOperator, Operator, Products
 
 if TYPE_CHECKING:
-    from keras_dalign.conditions.jacobian import Jacobian
+    from keras_dalign.diagnostics.jacobian import Jacobian
     from keras_dalign.numerics.gram import Array
     from keras_dalign.solving.problem import ConvexProblem
 

@@ -16,7 +16,7 @@ from keras import ops
 from keras.src.backend.common import dtypes
 from keras.src.saving.serialization_lib import ObjectSharingScope
 
-from keras_dalign.conditions.determinism import no_gradients
+from keras_dalign.diagnostics.determinism import no_gradients
 from keras_dalign.numerics.arguments import shown
 
 Array = npt.NDArray[np.float64]

@@ -19,15 +19,19 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
-from keras_dalign.conditions.jacobian_builder import exploiting_head, jacobian
-from keras_dalign.conditions.output_path import OutputPath, output_path, untouched_graph
-from keras_dalign.conditions.reread_data import RereadData
+from keras_dalign.diagnostics.jacobian_builder import exploiting_head, jacobian
+from keras_dalign.diagnostics.output_path import (
+    OutputPath,
+    output_path,
+    untouched_graph,
+)
+from keras_dalign.diagnostics.reread_data import RereadData
 from keras_dalign.head.alignment_head import AlignmentHead
 from keras_dalign.numerics.arguments import number
 from keras_dalign.numerics.html_table import html_table
 
 if TYPE_CHECKING:
-    from keras_dalign.conditions.jacobian import Array, Jacobian
+    from keras_dalign.diagnostics.jacobian import Array, Jacobian
 
 _TOLERANCES = {"float64": 1e-8, "float32": 1e-4, "float16": 0.03, "bfloat16": 0.1}
 _EPSILONS = {

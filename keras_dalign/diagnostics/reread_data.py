@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
-from keras_dalign.conditions.precision import widened
+from keras_dalign.diagnostics.precision import widened
 from keras_dalign.head import data
 
 Array = npt.NDArray[np.float64]

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
-from keras_dalign.conditions.alignment_systems import checked_finite
-from keras_dalign.conditions.jacobian_builder import jacobian
+from keras_dalign.diagnostics.alignment_systems import checked_finite
+from keras_dalign.diagnostics.jacobian_builder import jacobian
 from keras_dalign.numerics.gram import gate_activations
 from keras_dalign.numerics.memory import check_memory
 
 if TYPE_CHECKING:
-    from keras_dalign.conditions.jacobian import Array, Jacobian
+    from keras_dalign.diagnostics.jacobian import Array, Jacobian
 
 # Rows of the first Jacobian that are held at a time, and of the second one.
 _HELD_BYTES = 2**29

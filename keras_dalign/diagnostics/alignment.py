@@ -23,8 +23,8 @@ import keras
 import numpy as np
 import scipy.linalg
 
-from keras_dalign.conditions.alignment_report import AlignmentReport
-from keras_dalign.conditions.alignment_route import (
+from keras_dalign.diagnostics.alignment_report import AlignmentReport
+from keras_dalign.diagnostics.alignment_route import (
     METHODS,
     WORDS,
     Plan,
@@ -32,14 +32,14 @@ from keras_dalign.conditions.alignment_route import (
     plan_route,
     size_text,
 )
-from keras_dalign.conditions.alignment_systems import (
+from keras_dalign.diagnostics.alignment_systems import (
     Deflated,
     KnownColumns,
     System,
     checked_finite,
     systems_of,
 )
-from keras_dalign.conditions.jacobian_builder import jacobian
+from keras_dalign.diagnostics.jacobian_builder import jacobian
 from keras_dalign.head import data
 from keras_dalign.head.alignment_head import EXPLOITING
 from keras_dalign.head.objective import (
@@ -56,7 +56,7 @@ from keras_dalign.numerics.subspace import EPS
 from keras_dalign.training.aligned_model import AlignedModel
 
 if TYPE_CHECKING:
-    from keras_dalign.conditions.jacobian import Jacobian
+    from keras_dalign.diagnostics.jacobian import Jacobian
     from keras_dalign.numerics.gram import Array
     from keras_dalign.numerics.losses import ConvexLoss
     from keras_dalign.numerics.operators import Products

@@ -27,6 +27,15 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
+from keras_dalign.certification.exploiting_head import exploiting_head
+from keras_dalign.certification.forecast_candidates import (
+    Modes,
+    envelope,
+    path_candidates,
+    rounding_allowances,
+    smoothness_bound,
+    spectra_of,
+)
 from keras_dalign.head import data
 from keras_dalign.head.batch_predictor import BatchPredictor
 from keras_dalign.head.features import FeatureSet
@@ -41,15 +50,6 @@ from keras_dalign.numerics.arguments import flag, integer, number, shown
 from keras_dalign.numerics.html_table import html_table
 from keras_dalign.numerics.repeats import Repeats, digests
 from keras_dalign.numerics.rounding import EPS, rounded
-from keras_dalign.promises.exploiting_head import exploiting_head
-from keras_dalign.promises.forecast_candidates import (
-    Modes,
-    envelope,
-    path_candidates,
-    rounding_allowances,
-    smoothness_bound,
-    spectra_of,
-)
 from keras_dalign.solving.problem import ConvexProblem
 
 if TYPE_CHECKING:

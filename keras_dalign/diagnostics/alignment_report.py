@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_dalign.conditions.alignment_route import WORDS, Method, size_text
+from keras_dalign.diagnostics.alignment_route import WORDS, Method, size_text
 from keras_dalign.numerics.html_table import html_table
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import keras
 
-from keras_dalign.conditions.engines.base import Engine, sample_as_batch
+from keras_dalign.diagnostics.engines.base import Engine, sample_as_batch
 
 
 class BackendEngine(Engine):

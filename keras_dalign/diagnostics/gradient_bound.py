@@ -32,7 +32,7 @@ from keras_dalign.numerics.rounding import rounded
 from keras_dalign.numerics.target_logits import TargetLogits, target_logits
 
 if TYPE_CHECKING:
-    from keras_dalign.conditions.jacobian import Jacobian
+    from keras_dalign.diagnostics.jacobian import Jacobian
     from keras_dalign.numerics.losses import Array, ConvexLoss, Indices
 
 # Up to so many rows a Gram matrix of them is decomposed (a second or two), and up to so

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops
 
-from keras_dalign.conditions.precision import float64_context
+from keras_dalign.diagnostics.precision import float64_context
 
 Array = npt.NDArray[np.float64]
 

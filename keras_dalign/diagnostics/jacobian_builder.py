@@ -10,14 +10,18 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
-from keras_dalign.conditions.determinism import check_deterministic
-from keras_dalign.conditions.engines import Engine, engine
-from keras_dalign.conditions.output_path import OutputPath, output_path, untouched_graph
-from keras_dalign.conditions.precision import (
+from keras_dalign.diagnostics.determinism import check_deterministic
+from keras_dalign.diagnostics.engines import Engine, engine
+from keras_dalign.diagnostics.output_path import (
+    OutputPath,
+    output_path,
+    untouched_graph,
+)
+from keras_dalign.diagnostics.precision import (
     RebuildError,
     float64_context,
 )
-from keras_dalign.conditions.reread_data import RereadData
+from keras_dalign.diagnostics.reread_data import RereadData
 from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
 from keras_dalign.head.features import FeatureSet
 from keras_dalign.numerics.arguments import shown
@@ -25,18 +29,18 @@ from keras_dalign.numerics.losses import SquaredError
 from keras_dalign.solving.problem import ConvexProblem
 
 if TYPE_CHECKING:
-    from keras_dalign.conditions.jacobian import Jacobian
+    from keras_dalign.diagnostics.jacobian import Jacobian
     from keras_dalign.training.aligned_model import AlignedModel
 
 
-from keras_dalign.conditions.generic_jacobian import GenericJacobian
-from keras_dalign.conditions.precision import (
+from keras_dalign.diagnostics.generic_jacobian import GenericJacobian
+from keras_dalign.diagnostics.precision import (
     agreeing_copy,
     as_float64,
     close_to,
     narrow_operations,
 )
-from keras_dalign.conditions.structured_jacobian import HeadJacobian, LastLayerJacobian
+from keras_dalign.diagnostics.structured_jacobian import HeadJacobian, LastLayerJacobian
 from keras_dalign.numerics.memory import check_memory
 
 Array = npt.NDArray[np.float64]

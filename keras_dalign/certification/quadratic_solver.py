@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import scipy.optimize
 
+from keras_dalign.certification.quadratic_bound import quadratic_parts, weights_of
 from keras_dalign.head import data
 from keras_dalign.head.batch_predictor import BatchPredictor
 from keras_dalign.head.objective import (
@@ -22,7 +23,6 @@ from keras_dalign.head.objective import (
 from keras_dalign.numerics import quadratic
 from keras_dalign.numerics.arguments import integer, number
 from keras_dalign.numerics.threads import one_blas_thread
-from keras_dalign.promises.quadratic_bound import quadratic_parts, weights_of
 
 if TYPE_CHECKING:
     from keras_dalign.numerics.losses import Array

@@ -1,0 +1,1 @@
+"""Layer 6. Certificates, forecasts and solutions of users' models."""

@@ -1,1 +1,0 @@
-"""Layer 6. What can be promised: certificates, forecasts, solutions, curves."""
