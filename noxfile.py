@@ -125,6 +125,19 @@ def reproduce(session: nox.Session) -> None:
 
 
 @nox.session
+def reliability(session: nox.Session) -> None:
+    """Measure how reliable the package is; `-- NAME [options]`, `-- --help` lists."""
+    session.install("-e", ".[repro]", *group("test", "tensorflow"))
+    session.run(
+        "python",
+        "-m",
+        "reliability",
+        *session.posargs,
+        env={"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "2"},
+    )
+
+
+@nox.session
 def lock(session: nox.Session) -> None:
     """Check that results belong to the code: `quick`; `-- --all` for all profiles."""
     session.install(*group("lock"))

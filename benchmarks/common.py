@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -288,7 +289,8 @@ def write(
         settings: With what was measured.
         measurements: Everything that was measured.
     """
-    made_with = {**provenance.environment(), **_code()}
+    today = datetime.now(UTC).date().isoformat()
+    made_with = {**provenance.environment(), **_code(), "date": today}
     text = "\n\n".join(
         [f"# {title}", *body, "Targets:", bullets(targets), _footnote(made_with)]
     )
@@ -310,7 +312,7 @@ def _footnote(made_with: Mapping[str, Any]) -> str:
     return (
         f"Measured with Python {made_with['python']}, {versions}; backend "
         f"{made_with['backend']}, {made_with['threads']} threads on "
-        f"{made_with['device']}; code: {made_with['code']}."
+        f"{made_with['device']}; code: {made_with['code']}; {made_with['date']}."
     )
 
 
@@ -318,7 +320,13 @@ def _code() -> dict[str, str]:
     """The commit, and whether the code differs from it."""
     commit = _git("rev-parse", "--short=12", "HEAD")
     changed = _git(
-        "status", "--porcelain", "--", "keras_dalign", "benchmarks/*.py", "pipelines"
+        "status",
+        "--porcelain",
+        "--",
+        "keras_dalign",
+        "benchmarks/*.py",
+        "pipelines",
+        "reliability/*.py",
     )
     if commit is None or changed:
         return {"code": "dirty" if commit is None else f"{commit}, dirty"}
