@@ -1,3 +1,7 @@
+#!/usr/bin/env -S uv run --script
+# /// script
+# dependencies = ["nox>=2025.2.9"]
+# ///
 """The project's tasks: `nox --list` names them, `nox -s NAME` runs one."""
 
 from __future__ import annotations
@@ -10,7 +14,6 @@ import nox
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["lint", "typecheck", "tests"]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 
@@ -22,8 +25,9 @@ def group(*names: str) -> list[str]:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and formatting; `-- --fix` repairs what it can."""
+    """Check style, formatting and spelling; `-- --fix` repairs what it can."""
     session.install(*group("lint"))
+    session.run("codespell")
     if "--fix" in session.posargs:
         session.run("ruff", "check", "--fix")
         session.run("ruff", "format")
@@ -47,7 +51,7 @@ def tests(session: nox.Session) -> None:
     run_pytest(session, "tensorflow")
 
 
-@nox.session
+@nox.session(default=False)
 def tests_jax(session: nox.Session) -> None:
     """Run the tests on JAX."""
     session.install("-e", ".", *group("test", "jax"))
@@ -55,14 +59,14 @@ def tests_jax(session: nox.Session) -> None:
 
 
 # pip, so that a CPU build which its configuration offers is taken.
-@nox.session(venv_backend="virtualenv")
+@nox.session(venv_backend="virtualenv", default=False)
 def tests_torch(session: nox.Session) -> None:
     """Run the tests on PyTorch."""
     session.install("-e", ".", *group("test", "torch"))
     run_pytest(session, "torch")
 
 
-@nox.session
+@nox.session(default=False)
 def minimums(session: nox.Session) -> None:
     """Run the tests with the oldest dependencies that are allowed."""
     oldest = [
@@ -98,7 +102,7 @@ def run_pytest(session: nox.Session, backend: str, *args: str) -> None:
     )
 
 
-@nox.session
+@nox.session(default=False)
 def quickstart(session: nox.Session) -> None:
     """Train, certify, and draw the digits grid."""
     session.install("-e", ".[repro]", *group("tensorflow"))
@@ -111,7 +115,7 @@ def quickstart(session: nox.Session) -> None:
     )
 
 
-@nox.session
+@nox.session(default=False)
 def reproduce(session: nox.Session) -> None:
     """Run `quick` again and compare; `-- --profile NAME --dataset NAME` of another."""
     session.install("-e", ".[repro]", *group("tensorflow"))
@@ -124,7 +128,7 @@ def reproduce(session: nox.Session) -> None:
     )
 
 
-@nox.session
+@nox.session(default=False)
 def reliability(session: nox.Session) -> None:
     """Measure how reliable the package is; `-- NAME [options]`, `-- --help` lists."""
     session.install("-e", ".[repro]", *group("test", "tensorflow"))
@@ -137,7 +141,7 @@ def reliability(session: nox.Session) -> None:
     )
 
 
-@nox.session
+@nox.session(default=False)
 def lock(session: nox.Session) -> None:
     """Check that results belong to the code: `quick`; `-- --all` for all profiles."""
     session.install(*group("lock"))
@@ -150,7 +154,7 @@ def lock(session: nox.Session) -> None:
     )
 
 
-@nox.session
+@nox.session(default=False)
 def docs(session: nox.Session) -> None:
     """Build the documentation, in build/site; `-- serve` shows it while you write."""
     session.install(*group("docs"))
@@ -158,7 +162,7 @@ def docs(session: nox.Session) -> None:
     session.run("mkdocs", *command, env={"NO_MKDOCS_2_WARNING": "1"})
 
 
-@nox.session
+@nox.session(default=False)
 def build(session: nox.Session) -> None:
     """Build the wheel and import it where nothing else is installed."""
     session.install("build")
@@ -180,3 +184,7 @@ def build(session: nox.Session) -> None:
         env={"KERAS_BACKEND": "jax"},
         external=True,
     )
+
+
+if __name__ == "__main__":
+    nox.main()
