@@ -26,7 +26,7 @@ from benchmarks.trunk_features import GRID, POOLED, Features
 from keras_dalign.solving.minimum import minimize
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.gram import Array
+    from keras_dalign.numerics import Array
     from keras_dalign.solving.problem import ConvexProblem
 
 WEIGHTS = 45

@@ -23,12 +23,13 @@ from benchmarks import common, trunk_features
 from benchmarks.common import Target
 from benchmarks.peer_worker import CYANURE, Fit, Peers, has_cyanure
 from benchmarks.trunk_features import CLASSES, GRID, POOLED, Features
-from keras_dalign.numerics.gram import Array, explicit_features
+from keras_dalign.numerics.gram import explicit_features
 from keras_dalign.numerics.losses import SoftmaxCrossEntropy
 from keras_dalign.solving.minimum import choose_method, minimize
 from keras_dalign.solving.problem import ConvexProblem
 
 if TYPE_CHECKING:
+    from keras_dalign.numerics import Array
     from keras_dalign.solving.feature_rows import FeatureRows
 
 GAP = 1e-6

@@ -18,7 +18,7 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
@@ -28,11 +28,14 @@ from benchmarks import common
 from benchmarks.common import RANDOM, Target
 from keras_dalign.certification.solver import solve
 from keras_dalign.head.features import FeaturePass
-from keras_dalign.numerics.gram import Array, explicit_features
+from keras_dalign.numerics.gram import explicit_features
 from keras_dalign.numerics.losses import SoftmaxCrossEntropy
 from keras_dalign.solving.minimum import minimize
 from keras_dalign.solving.problem import ConvexProblem
 from keras_dalign.solving.products import NumpyProducts, Products, SampleLoss
+
+if TYPE_CHECKING:
+    from keras_dalign.numerics import Array
 
 DIGITS_GAP = 1e-10
 MNIST_GAP = 1e-6

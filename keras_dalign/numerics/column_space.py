@@ -27,10 +27,10 @@ import scipy.linalg
 
 from keras_dalign.numerics.lsqr import by_iteration
 from keras_dalign.numerics.projection import Projection, product_rounding
-from keras_dalign.numerics.subspace import EPS
+from keras_dalign.numerics.rounding import EPS
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.gram import Array
+    from keras_dalign.numerics import Array
     from keras_dalign.numerics.operators import Operator
 
 # Corrections by the residual: each gains as many digits as the first solution had.

@@ -12,10 +12,10 @@ import scipy.linalg
 import scipy.sparse.linalg
 
 from keras_dalign.numerics.projection import Projection, product_rounding
-from keras_dalign.numerics.subspace import EPS
+from keras_dalign.numerics.rounding import EPS
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.gram import Array
+    from keras_dalign.numerics import Array
     from keras_dalign.numerics.operators import Products
 
 # LSQR is started again, from where it was, if its own estimates stopped it too early.

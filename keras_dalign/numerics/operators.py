@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.gram import Array
+    from keras_dalign.numerics import Array
 
 # Rows formed at a time where nothing else says how many.
 _BLOCK_ROWS = 256

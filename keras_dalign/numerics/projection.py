@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.gram import Array
+    from keras_dalign.numerics import Array
 
 # The rounding of a product, in units of eps * sigma_max * ||beta||.
 _PRODUCT_ROUNDING = 4.0

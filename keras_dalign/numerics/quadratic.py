@@ -32,7 +32,8 @@ import scipy.linalg
 from keras_dalign.numerics.threads import over_rows
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.losses import Array, ConvexLoss
+    from keras_dalign.numerics import Array
+    from keras_dalign.numerics.losses import ConvexLoss
 
 # So many products of weights and features are held at once: they stay in the cache.
 _PRODUCTS_AT_ONCE = 2**17

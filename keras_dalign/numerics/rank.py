@@ -1,23 +1,25 @@
-"""Can the alignment head fit any labels on these samples? The rank, and why it fails.
+"""Checks whether the alignment head can fit any labels on given samples.
 
-The gated features `Phi` (`n x (m * d)`, see `gram.py`) separate every sample from the
-others exactly when their rank is `n`. `union.py` has the rank that exact arithmetic
-gives for almost every choice of gates; `check_rank` asks the gates themselves.
+The head separates every sample from the others exactly when its gated features `Phi`
+(`n x (m * d)`, see `gram.py`) have rank `n`. `check_rank` measures that rank for given
+gates. `union.py` has the rank that exact arithmetic gives for almost every choice of
+gates; `check_rank` uses it to find the samples that cause a failure.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import scipy.special
 
-from keras_dalign.numerics.gram import Array, gram_matrix
+from keras_dalign.numerics.default_width import default_width
+from keras_dalign.numerics.gram import gram_matrix
+from keras_dalign.numerics.rank_check import Pairs, RankCheck, Reason
+from keras_dalign.numerics.rounding import EPS
 from keras_dalign.numerics.subspace import (
-    EPS,
     finite_matrix,
     first_equal,
     visible,
@@ -25,273 +27,20 @@ from keras_dalign.numerics.subspace import (
 )
 from keras_dalign.numerics.union import union_rank
 
-# `union_rank` takes about rows * width * rank^2 multiply-adds. Beyond this many
-# (some five seconds on two cores) a failed check looks for no culprit set.
+if TYPE_CHECKING:
+    from keras_dalign.numerics import Array, Indices
+
+# `union_rank` takes about rows * width * rank^2 multiply-adds. Above this number, some
+# five seconds on two cores, a failed check does not search for the samples that cause
+# the failure.
 _UNION_BUDGET = 1e10
 
-# Indices, groups or pairs listed in a check, and those that its sentence names.
+# Indices, groups or pairs listed in a check.
 _MAX_LISTED = 20
-_MAX_NAMED = 5
 
-# Features that agree up to this much are the same up to the rounding of a float32
-# trunk, where their normalised rows agree up to rounding.
+# Features that agree up to this relative size are the same up to the rounding of a
+# float32 trunk.
 _SAME_FEATURES = 1e-5
-
-# A gate below 1e-3 counts as closed: `s(t) = 1e-3` at `t = -log(999)`.
-_LOGIT_OF_CLOSED = math.log(999.0)
-
-Indices = npt.NDArray[np.intp]
-Pairs = tuple[tuple[int, int], ...]
-
-Reason = Literal["width", "subset", "near", "conditioning"]
-
-
-def closed_share(slope: float) -> float:
-    """The probability that a random gate is closed for a sample.
-
-    A gate `s(slope * r . v)` with `r ~ N(0, I / d)` and `||v||^2 = d` has
-    `r . v ~ N(0, 1)`. It counts as closed below 1e-3, so with probability
-    `Phi(-log(999) / slope)`: 0.365 for a slope of 20.
-
-    Args:
-        slope: Slope of the gates' sigmoid, positive.
-
-    Returns:
-        The probability, in (0, 1/2).
-    """
-    return math.exp(_log_closed_share(slope))
-
-
-def least_gates(n_samples: int, slope: float) -> int:
-    """The number of random gates that leaves no sample without an open one.
-
-    With `m` gates a sample has none that is open with probability
-    `closed_share(slope)^m`. The number returned makes the expected number of such
-    samples among `n_samples` at most 0.01.
-
-    Args:
-        n_samples: Number of training samples, at least 1.
-        slope: Slope of the gates' sigmoid, positive.
-
-    Returns:
-        `ceil(log(100 n_samples) / -log(closed_share(slope)))`: 12 for 1,000 samples
-        and a slope of 20.
-    """
-    needed = math.log(100 * n_samples) / -_log_closed_share(slope)
-    return max(1, math.ceil(needed))
-
-
-def _log_closed_share(slope: float) -> float:
-    return float(scipy.special.log_ndtr(-_LOGIT_OF_CLOSED / slope))
-
-
-def default_width(n_samples: int, rank: int, slope: float) -> int:
-    """The number of gated units that can separate `n_samples`, with room to spare.
-
-    The larger of two numbers. `ceil(2 * n_samples / rank)` is twice the least that
-    counting allows (`m * rank >= n`); the factor 2 pays for features that die or
-    collapse while the trunk trains and so cost rank, and it keeps the Gram matrix well
-    conditioned. `least_gates` matters for features as many as the samples: a sample
-    for which every gate is closed cannot be fitted.
-
-    Args:
-        n_samples: Number of training samples.
-        rank: Rank of their normalised features, constant column included.
-        slope: Slope of the gates' sigmoid, positive.
-
-    Returns:
-        The width `m`, at least 1.
-
-    Raises:
-        ValueError: If a number is out of its range.
-    """
-    if n_samples < 1:
-        raise ValueError(
-            f"`n_samples` must be at least 1. Received: n_samples={n_samples}"
-        )
-    if rank < 1:
-        raise ValueError(f"`rank` must be at least 1. Received: rank={rank}")
-    if not (math.isfinite(slope) and slope > 0):
-        raise ValueError(
-            f"`slope` must be positive and finite. Received: slope={slope}"
-        )
-    # In integers: a float quotient can round a whole number upwards.
-    by_rank = -(-2 * int(n_samples) // int(rank))
-    return max(by_rank, least_gates(n_samples, slope))
-
-
-@dataclasses.dataclass(frozen=True)
-class RankCheck:
-    """Outcome of `check_rank`; prints as a sentence with the numbers and the remedy.
-
-    Attributes:
-        n: Number of samples.
-        n_given: Number of them whose features were given.
-        rows_checked: Number of distinct rows whose Gram matrix was decomposed.
-        rank: Numerical rank of that Gram matrix.
-        full: Whether nothing was found that costs rank. Where `complete` is false, this
-            is necessary for full rank, and not sufficient.
-        feature_rank: Numerical rank of the normalised features, constant included.
-        feature_dim: Number of columns of the normalised features, `d`.
-        width: Number of gated units whose output weight is not zero, `m`.
-        needed_width: A width that mends what a width can mend: `width` where nothing
-            of that kind failed, else the default width for the rank of the features
-            or, if that asks for more, of the samples crowded into a subspace. It is
-            right for exact arithmetic. Check again with it: float64 may want more, or
-            a steeper slope, where many samples share very few dimensions. An
-            estimate if `reason` is `"conditioning"` or the check is not `complete`.
-        n_duplicates: Number of samples whose features repeat those of an earlier one.
-        n_near: Number of the rows checked that lie, without being equal, within
-            rounding of an earlier one. Counted only if the rank falls short.
-        n_parallel: Number of the samples counted in `n_duplicates` or `n_near` whose
-            features were not the same before normalisation: standardised, they only
-            differ in length. None if the features before normalisation were not given.
-        n_dead: Number of features that are constant over the samples, without the
-            constant column itself.
-        subset_size: Number of the rows checked that share too small a subspace, 0 if
-            none were found.
-        subset_rank: Dimension of that subspace.
-        sigma_min: Smallest singular value of the features `Phi` of the rows checked.
-        sigma_max: Largest singular value of the same.
-        tolerance: Singular values up to this one count as zero.
-        dtype: The precision in which all this was judged.
-        output: The output whose gates have the least rank, to which the numbers belong;
-            None if all outputs share their gates.
-        reason: What costs rank among distinct samples, if anything does: `"width"`
-            (fewer than `n` features, whatever the gates), `"subset"` (too many samples
-            in one subspace), `"near"` (samples too close for float64),
-            `"conditioning"` (none of these, or too many samples and features for a
-            search of some seconds).
-        duplicates: The samples with one and the same features, group by group, those
-            that repeat an earlier sample's.
-        near: Pairs of a sample counted in `n_near` and an earlier one.
-        parallel: Pairs of a sample counted in `n_parallel` and an earlier one.
-        dead: Columns of the features counted in `n_dead`.
-        subset: The samples that share too small a subspace.
-
-    The last five list the first 20 at most (of a group, the first 20 samples), by the
-    positions of the samples that `check_rank` was given, whichever rows it checked.
-    """
-
-    n: int
-    n_given: int
-    rows_checked: int
-    rank: int
-    full: bool
-    feature_rank: int
-    feature_dim: int
-    width: int
-    needed_width: int
-    n_duplicates: int
-    n_near: int
-    n_parallel: int | None
-    n_dead: int
-    subset_size: int
-    subset_rank: int
-    sigma_min: float
-    sigma_max: float
-    tolerance: float
-    dtype: str
-    output: int | None
-    reason: Reason | None
-    duplicates: tuple[tuple[int, ...], ...]
-    near: Pairs
-    parallel: Pairs
-    dead: tuple[int, ...]
-    subset: tuple[int, ...]
-
-    @property
-    def complete(self) -> bool:
-        """Whether all distinct samples were in the Gram matrix that was decomposed."""
-        return self.rows_checked == self.n - self.n_duplicates
-
-    def to_dict(self) -> dict[str, Any]:
-        """The attributes as a dictionary that `json.dumps` accepts."""
-        fields = dataclasses.asdict(self)
-        for name in ("dead", "subset"):
-            fields[name] = list(fields[name])
-        for name in ("duplicates", "near", "parallel"):
-            fields[name] = [list(samples) for samples in fields[name]]
-        return fields
-
-    def __str__(self) -> str:
-        """One sentence on the outcome, then the cause and the remedy if it failed."""
-        numbers = (
-            f"rank {self.rank} of {self.rows_checked}, "
-            f"sigma_min {self.sigma_min:.2g}, sigma_max {self.sigma_max:.2g}, "
-            f"tolerance {self.tolerance:.2g}, {self.dtype}; width {self.width}, "
-            f"feature rank {self.feature_rank} of {self.feature_dim}"
-        )
-        if self.output is not None:
-            numbers += f"; least of all outputs, output {self.output}"
-        if self.full and self.complete:
-            return f"Full rank: the head separates all {self.n} samples ({numbers})."
-        scope = (
-            f"{self.rows_checked} randomly chosen samples of {self.n}"
-            if not self.complete
-            else f"{self.rows_checked} distinct samples of {self.n}"
-        )
-        if self.full:
-            return (
-                f"No rank deficiency found in {scope}, which is necessary and not "
-                f"sufficient for full rank ({numbers})."
-            )
-        parts = [f"Rank deficient, checked on {scope} ({numbers})."]
-        parts.extend(self._causes())
-        if self.n_duplicates:
-            parts.append(
-                f"{self.n_duplicates} samples have exactly the features of another one "
-                f"({_groups(self.duplicates)}): identical inputs, or inputs that the "
-                "features do not tell apart, cost rank, and no width helps."
-            )
-        if self.n_parallel:
-            parts.append(
-                f"Of these, {self.n_parallel} differ from the other one before "
-                f"normalisation ({_groups(self.parallel)}): their standardised "
-                "features are positive multiples of one another. Richer features, from "
-                "an earlier layer for instance, tell them apart."
-            )
-        return " ".join(parts)
-
-    def _causes(self) -> list[str]:
-        causes = []
-        use = f"Use a width of {self.needed_width} or more."
-        if self.reason == "width":
-            dead = ""
-            if self.n_dead:
-                columns = _listing(self.dead, self.n_dead)
-                dead = f" ({self.n_dead} features are constant: {columns})"
-            scope = (
-                "whatever the gates"
-                if self.n_given == self.n
-                else "unless the samples not given add directions"
-            )
-            causes.append(
-                f"Width times feature rank is {self.width * self.feature_rank}{dead}, "
-                f"less than the {self.n - self.n_duplicates} distinct samples, so the "
-                f"rank is deficient, {scope}. {use}"
-            )
-        elif self.reason == "subset":
-            causes.append(
-                f"{self.subset_size} of the samples lie in a subspace of dimension "
-                f"{self.subset_rank}, where this width separates only "
-                f"{self.width * self.subset_rank}: samples "
-                f"{_listing(self.subset, self.subset_size)}. {use}"
-            )
-        elif self.reason == "conditioning":
-            causes.append(
-                "No set of samples was identified as the cause; most likely these "
-                "gates and features are too ill-conditioned for float64. Try a larger "
-                f"width ({self.needed_width}), or another slope: a steeper one tells "
-                "close samples apart, a gentler one opens gates that are all closed."
-            )
-        if self.n_near:
-            causes.append(
-                f"{self.n_near} samples differ from another one by no more than "
-                f"rounding ({_groups(self.near)}): such inputs cost rank in float64, "
-                "and no width helps."
-            )
-        return causes
 
 
 def check_rank(
@@ -538,25 +287,6 @@ def _named_pairs(samples: Indices, others: Indices, names: Indices) -> Pairs:
 
 def _listed(indices: Indices) -> tuple[int, ...]:
     return tuple(int(index) for index in indices[:_MAX_LISTED])
-
-
-def _listing(indices: tuple[int, ...], total: int) -> str:
-    """Some of the indices in words, and how many more there are."""
-    shown = [str(index) for index in indices[:_MAX_NAMED]]
-    if total > len(shown):
-        return f"{', '.join(shown)} and {total - len(shown)} more"
-    return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
-
-
-def _groups(groups: tuple[tuple[int, ...], ...]) -> str:
-    """Some of the groups of samples in words."""
-    shown = [
-        ", ".join(map(str, group[:_MAX_NAMED])) + (", ..." * (len(group) > _MAX_NAMED))
-        if len(group) > 2
-        else _listing(group, len(group))
-        for group in groups[:_MAX_NAMED]
-    ]
-    return f"samples {'; '.join(shown)}{'; ...' * (len(groups) > _MAX_NAMED)}"
 
 
 def _raw_features(u: npt.ArrayLike | None, given: int) -> np.ndarray | None:

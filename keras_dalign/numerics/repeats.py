@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.losses import Array, ConvexLoss, Indices
+    from keras_dalign.numerics import Array, Indices
+    from keras_dalign.numerics.losses import ConvexLoss
 
 # Conflicts listed, and samples listed in a conflict.
 _MAX_LISTED = 20

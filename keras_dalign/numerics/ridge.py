@@ -14,7 +14,7 @@ import numpy as np
 import scipy.linalg
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.losses import Array
+    from keras_dalign.numerics import Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -17,7 +17,8 @@ import numpy as np
 from keras_dalign.numerics.losses import BinaryCrossEntropy, SoftmaxCrossEntropy
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.losses import Array, ConvexLoss, Indices
+    from keras_dalign.numerics import Array, Indices
+    from keras_dalign.numerics.losses import ConvexLoss
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

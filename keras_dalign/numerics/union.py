@@ -30,7 +30,7 @@ from keras_dalign.numerics.subspace import (
 )
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.gram import Array
+    from keras_dalign.numerics import Array
 
 # Subsets of n rows in `union_rank_exact`: 2^n rank computations.
 _EXACT_LIMIT = 16

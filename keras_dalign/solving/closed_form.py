@@ -11,7 +11,7 @@ import scipy.linalg
 from keras_dalign.numerics.rounding import EPS
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.gram import Array
+    from keras_dalign.numerics import Array
     from keras_dalign.solving.problem import ConvexProblem, Evaluation
 
 

@@ -15,8 +15,9 @@ from keras_dalign.numerics.replicas import Replicas
 from keras_dalign.solving.products import Products, SampleLoss
 
 if TYPE_CHECKING:
+    from keras_dalign.numerics import Array
     from keras_dalign.numerics.losses import ConvexLoss
-    from keras_dalign.solving.feature_rows import Array, FeatureRows
+    from keras_dalign.solving.feature_rows import FeatureRows
     from keras_dalign.solving.gates import Gates
 
 logger = logging.getLogger("keras_dalign")

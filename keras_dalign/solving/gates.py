@@ -13,7 +13,8 @@ from keras_dalign.numerics import threads
 from keras_dalign.numerics.gram import gate_activations
 
 if TYPE_CHECKING:
-    from keras_dalign.solving.feature_rows import Array, FeatureRows
+    from keras_dalign.numerics import Array
+    from keras_dalign.solving.feature_rows import FeatureRows
 
 # A block of rows, with what is computed from it, fits into the caches.
 _BLOCK_BYTES = 2**22

@@ -11,29 +11,25 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import scipy.linalg
 
-from keras_dalign.numerics.rank import RankCheck, check_rank
 from keras_dalign.numerics.repeats import Repeats
-from keras_dalign.numerics.subspace import first_equal
 from keras_dalign.solving.held_out import HeldOut, hold_out
 from keras_dalign.solving.l2_path import WEAKEST_BY_SEEN, L2Trial, choose_l2
 from keras_dalign.solving.minimum import Iterate, OnIterate, choose_method, minimize
 from keras_dalign.solving.own_loss import OwnLoss, OwnMeasure
+from keras_dalign.solving.principal_components import principal_components
 from keras_dalign.solving.problem import ConvexProblem
+from keras_dalign.solving.solve_message import solve_message
 from keras_dalign.solving.width import FIRST_WIDTH, WidthTrial, choose_width
 
 if TYPE_CHECKING:
     from keras_dalign.head.alignment_head import AlignmentHead
     from keras_dalign.head.features import FeatureSet
-    from keras_dalign.numerics.gram import Array
+    from keras_dalign.numerics import Array
     from keras_dalign.numerics.losses import ConvexLoss
+    from keras_dalign.numerics.rank_check import RankCheck
     from keras_dalign.solving.feature_rows import FeatureRows
     from keras_dalign.solving.options import SolveOptions
-
-_MAX_LISTED = 10
-_CHECKED_ROWS = 1024
-_ROWS_SEARCHED = 8192
 
 # From so many features on, weights and widths are tried on principal components of
 # them. These hold so much of their squares: what is left over, an L2 term that the
@@ -47,15 +43,6 @@ _RIDGE_TOLERANCE = 1e-4
 # Rounding spoils the solution if it costs this part of what was gained.
 _SPOILT_PART = 1e-4
 _RIDGE_ITERATIONS = 200
-
-_METHOD_NAMES = {"lbfgs": "L-BFGS", "direct": "the closed form"}
-_ENDS = {
-    "gap": "The gap is small enough",
-    "stalled": "Progress stalled",
-    "max_iterations": "The iterations were used up (max_iterations)",
-    "stopped": "It was stopped",
-    "rounding": "The rounding of the head's weights and outputs keeps the gap up",
-}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -240,7 +227,7 @@ class HeadSolver:
         converged = gap <= tol + own.outputs
         if reason == "gap" and not converged:
             reason = "rounding"
-        message = self._message(last, value, gap, reason, rank)
+        message = solve_message(self, last, value, gap, reason, rank)
         if self.l2:
             message += (
                 f" The plain loss is {own.loss:.6g}, at most "
@@ -385,121 +372,3 @@ class HeadSolver:
     def _l2_term(self, theta: Array) -> float:
         change = theta - self.problem.center
         return 0.5 * self.l2 * float(change @ change)
-
-    def _message(
-        self,
-        last: Iterate,
-        value: float,
-        gap: float,
-        reason: str,
-        rank: RankCheck | None,
-    ) -> str:
-        """How it ended, and if it failed, what probably happened and what to change."""
-        with_l2 = f" with its L2 term ({self.l2:.3g})" if self.l2 else ""
-        head = (
-            f"{_ENDS[reason]} after {last.iteration} iterations of "
-            f"{_METHOD_NAMES[self.method]} ({self.why}): the loss{with_l2} is "
-            f"{value:.6g}, at most {gap:.3g} above its infimum (asked for: "
-            f"{self.options.tol:.3g}), by the model's own outputs in "
-            f"{self.head.compute_dtype}."
-        )
-        if reason in {"gap", "stopped"}:
-            return head
-        return " ".join([head, *self._remedies(last, reason, rank)])
-
-    def _remedies(
-        self, last: Iterate, reason: str, rank: RankCheck | None
-    ) -> list[str]:
-        if reason == "rounding":
-            text = (
-                f"In float64 the gap is {last.gap:.3g}. Solve with a small `l2`, which "
-                "bounds the weights, accept a larger `tol`, or make the model in "
-                "float64."
-            )
-            return [text]
-        remedies = []
-        if last.dropped:
-            counted = np.count_nonzero(self.problem.weights)
-            remedies.append(
-                f"The Gram matrix of the head's features is singular: {last.dropped} "
-                f"of {counted} eigenvalues count as zero, being at most "
-                f"{last.cutoff:.2g} of the largest one. The solution is that of its "
-                "pseudo-inverse: no number of iterations changes what it leaves."
-            )
-        if reason == "max_iterations":
-            remedies.append("Raise `max_iterations`, or accept a larger `tol`.")
-        if self.l2:
-            remedies.append("A larger `l2` makes the problem better conditioned.")
-            return remedies
-        known = len(remedies)
-        remedies.extend(self._coinciding())
-        problem = self.problem
-        if rank is None:
-            rows = problem.rows.block(slice(_ROWS_SEARCHED))
-            rank = check_rank(
-                rows,
-                problem.gates.r,
-                problem.gates.w,
-                problem.slope,
-                n_samples=problem.n,
-                max_rows=_CHECKED_ROWS,
-            )
-        if rank.reason is not None:
-            remedies.append(f"The head may be unable to fit the labels. {rank}")
-        if len(remedies) == known:
-            remedies.append(
-                "No sample was found that the head cannot fit, so the problem is "
-                "probably ill-conditioned: align with a larger `width` or another "
-                f"`slope` (it is {problem.slope:g}), or solve with a small `l2`, "
-                "whose optimum is certified as well."
-            )
-        return remedies
-
-    def _coinciding(self) -> list[str]:
-        """Samples whose features are equal, although their inputs differ."""
-        problem = self.problem
-        groups = first_equal(problem.rows.raw)
-        members, index = np.unique(groups, return_inverse=True)
-        bounds = problem.loss.lower_bound(
-            problem.targets, problem.weights, index, len(members)
-        )
-        least = float(bounds.sum()) / problem.normalizer
-        if least - self.lower_bound <= self.options.tol:
-            return []
-        # A group of several whose bound is above what its samples have each on its own.
-        own = np.arange(problem.n)
-        each = problem.loss.lower_bound(
-            problem.targets, problem.weights, own, problem.n
-        )
-        excess = bounds - np.bincount(index, each, len(members))
-        worst = members[excess > 1e-12 * max(float(excess.max()), 1e-300)]
-        listed = np.flatnonzero(np.isin(groups, worst))
-        shown = ", ".join(str(i) for i in listed[:_MAX_LISTED])
-        more = ", ..." if len(listed) > _MAX_LISTED else ""
-        text = (
-            f"The trunk gives {len(listed)} samples features that coincide with those "
-            f"of another one with another target (positions {shown}{more}), so no head "
-            f"can bring the loss below {least:.3g}. Train the trunk for longer, or "
-            "feed the head other features (`align(features=...)`)."
-        )
-        return [text]
-
-
-def principal_components(rows: FeatureRows, hold: float) -> Array:
-    """Directions that hold most of the features' squares, not centred.
-
-    Args:
-        rows: The features, `(n, d)`.
-        hold: The share of the squares to hold, at most 1.
-
-    Returns:
-        Orthonormal columns, as few as it takes, `(d, k)`.
-    """
-    moments = np.zeros((rows.d, rows.d))
-    for part in rows.blocks(8 * rows.d, 2**24):
-        block = rows.block(part, np.float32)
-        moments += block.T @ block
-    values, vectors = scipy.linalg.eigh(moments, driver="evd")
-    left_out = np.cumsum(np.maximum(values, 0.0))
-    basis: Array = vectors[:, left_out > (1.0 - hold) * left_out[-1]]
-    return basis

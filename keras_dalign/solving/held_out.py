@@ -10,7 +10,7 @@ import numpy as np
 from keras_dalign.numerics.losses import SoftmaxCrossEntropy, SquaredError
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.gram import Array
+    from keras_dalign.numerics import Array
     from keras_dalign.solving.minimum import Iterate
     from keras_dalign.solving.problem import ConvexProblem
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from keras_dalign.solving.minimum import Iterate, minimize
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.gram import Array
+    from keras_dalign.numerics import Array
     from keras_dalign.solving.held_out import HeldOut
 
 # From strong to weak, for a loss that is a mean; for a sum they are as many times

@@ -23,7 +23,7 @@ from keras_dalign.numerics.threads import one_blas_thread
 from keras_dalign.solving.closed_form import ClosedForm
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.gram import Array
+    from keras_dalign.numerics import Array
     from keras_dalign.solving.problem import ConvexProblem, Evaluation
     from keras_dalign.solving.products import Products
 

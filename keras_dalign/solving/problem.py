@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,16 +28,18 @@ from keras import ops
 from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
 from keras_dalign.head.objective import check_targets, sample_weights
 from keras_dalign.numerics.device import has_accelerator
-from keras_dalign.numerics.gram import Array, gram_matrix
+from keras_dalign.numerics.gram import gram_matrix
 from keras_dalign.numerics.replicas import Replicas, replicas_of
 from keras_dalign.numerics.rounding import EPS
 from keras_dalign.solving.device_products import DeviceProducts
 from keras_dalign.solving.feature_rows import FeatureRows
 from keras_dalign.solving.gates import Gates
+from keras_dalign.solving.gradient_rounding import GradientRounding
 from keras_dalign.solving.products import NumpyProducts, Products, SampleLoss
 
 if TYPE_CHECKING:
     from keras_dalign.head.features import FeatureSet
+    from keras_dalign.numerics import Array
     from keras_dalign.numerics.losses import ConvexLoss
 
 # From so many multiply-adds on, a product is worth a call of a compiled function, and
@@ -47,7 +48,7 @@ _LARGE = 2e7
 
 
 # Properties that are computed once.
-_CACHED = ("exact", "fast", "samples", "_gradient_rounding")
+_CACHED = ("exact", "fast", "samples", "_rounding")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -296,48 +297,25 @@ class ConvexProblem:
         return lengths
 
     def gradient_rounding(self, at: Evaluation, l2: float = 0.0) -> float:
-        """Bound on the norm of what rounding adds to a gradient computed in float64.
-
-        To first order in the unit roundoff `eps`, by the standard bounds on inner
-        products and Cauchy-Schwarz, with `||phi_i||^2 <= ||v_i||^2 sum_k G_ik^2 + 1`:
-        a logit is off by `(d + m + 8) eps (|F0| + ||phi_i|| ||theta||)`; its cotangent
-        by the curvature of the loss times that, and by 16 eps of itself; and the sum
-        over samples by `(n + d + m) eps` of the sum of sizes. Cotangents are bounded by
-        those at `F0` and the curvature, so that the bound is linear in `||theta||`.
+        """Bound on the norm of the rounding error of a gradient computed in float64.
 
         Args:
             at: The evaluation.
             l2: Weight of the L2 term.
 
         Returns:
-            The bound.
+            The bound, to first order in the unit roundoff.
         """
         size = float(np.linalg.norm(at.theta))
-        constant, slope = self._gradient_rounding
-        bound = constant + slope * size
+        bound = self._rounding.bound(size)
         if l2:
             change = at.theta - self.center
             bound += 4 * EPS * l2 * (size + float(np.linalg.norm(change)))
         return bound
 
     @functools.cached_property
-    def _gradient_rounding(self) -> tuple[float, float]:
-        """Constant and slope of the bound without an L2 term."""
-        curvature = self.loss.max_curvature(self.units)
-        inner = (self.d + self.width + 12) * EPS
-        summed = (self.n + self.d + self.width + 16) * EPS
-        lengths = self.row_lengths()
-        constant = slope = 0.0
-        for part in self.rows.blocks(64 * self.units, 2**22):
-            offset, targets = self.offset[part], self.targets[part]
-            offsets = np.linalg.norm(offset, axis=1)
-            # Targets and logits that cancel were rounded at their own size.
-            sizes = inner * offsets + 4 * EPS * np.linalg.norm(targets, axis=1)
-            cotangents = np.linalg.norm(self.loss.gradient(offset, targets), axis=1)
-            shares = lengths[part] * self.samples.shares[part]
-            constant += float(shares @ (curvature * sizes + summed * cotangents))
-            slope += float(shares @ lengths[part])
-        return constant, slope * curvature * (math.sqrt(2.0) * inner + summed)
+    def _rounding(self) -> GradientRounding:
+        return GradientRounding.of_problem(self)
 
     def gram(self, output: int) -> Array:
         """`K_c + 1`: the Gram matrix of one output, bias included, `(n, n)`."""

@@ -26,8 +26,9 @@ import numpy.typing as npt
 from keras_dalign.numerics import threads
 
 if TYPE_CHECKING:
+    from keras_dalign.numerics import Array
     from keras_dalign.numerics.losses import ConvexLoss
-    from keras_dalign.solving.feature_rows import Array, FeatureRows
+    from keras_dalign.solving.feature_rows import FeatureRows
     from keras_dalign.solving.gates import Gates
 
 Result = TypeVar("Result")

@@ -18,7 +18,7 @@ from keras_dalign.solving.l2_path import PATH_TOLERANCE
 from keras_dalign.solving.minimum import Iterate, minimize
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.gram import Array
+    from keras_dalign.numerics import Array
     from keras_dalign.solving.held_out import HeldOut
 
 # Where the doubling starts.
