@@ -27,9 +27,9 @@ def closed_share(slope: float) -> float:
 
 
 def least_gates(n_samples: int, slope: float) -> int:
-    """The number of random gates that leaves no sample without an open one.
+    """The number of random gates so that, very likely, every sample has an open one.
 
-    With `m` gates a sample has none that is open with probability
+    With `m` gates, all gates of a sample are closed with probability
     `closed_share(slope)^m`. The number returned makes the expected number of such
     samples among `n_samples` at most 0.01.
 
@@ -50,13 +50,15 @@ def _log_closed_share(slope: float) -> float:
 
 
 def default_width(n_samples: int, rank: int, slope: float) -> int:
-    """The number of gated units that can separate `n_samples`, with room to spare.
+    """The number of gated units that separates `n_samples`, with a margin.
 
-    The larger of two numbers. `ceil(2 * n_samples / rank)` is twice the least that
-    counting allows (`m * rank >= n`); the factor 2 pays for features that die or
-    collapse while the trunk trains and so cost rank, and it keeps the Gram matrix well
-    conditioned. `least_gates` matters for features as many as the samples: a sample
-    for which every gate is closed cannot be fitted.
+    It is the larger of two numbers:
+
+    - `ceil(2 * n_samples / rank)`, twice the least width with `m * rank >= n`. The
+      factor 2 makes up for features that become constant or dependent while the trunk
+      trains, and it keeps the Gram matrix well conditioned.
+    - `least_gates(n_samples, slope)`, which is larger where there are about as many
+      features as samples: a sample for which every gate is closed cannot be fitted.
 
     Args:
         n_samples: Number of training samples.

@@ -57,39 +57,43 @@ def check_rank(
 ) -> RankCheck:
     """Check whether a head's gates separate the samples.
 
-    In this order: (a) the rank of `Zh` and the condition `m * rank(Zh) >= n`, without
-    which the rank is deficient whatever the gates; (b) samples with identical features,
-    which no head separates; (c) in float64, the eigenvalues of the Gram matrix of the
-    distinct samples, or of `max_rows` of them chosen at random if there are more.
-    Where each output has gates of its own, (c) is done for all of them, and the check
-    is of the output whose rank is least. If (a) or (c) fails, the set of samples that
-    causes it is looked for.
+    The steps are:
+
+    1. The rank of `Zh`, and the condition `m * rank(Zh) >= n`. Without it the rank is
+       deficient whatever the gates.
+    2. Samples with identical features, which no head separates.
+    3. The eigenvalues of the Gram matrix, in float64, of the distinct samples, or of
+       `max_rows` of them chosen at random if there are more. If each output has its own
+       gates, this is done for every output, and the result is for the output of least
+       rank.
+    4. If step 1 or 3 fails, a search for the set of samples that causes it.
 
     An eigenvalue of the Gram matrix counts as zero up to
-    `max(rows, d, m) * eps * lambda_max`, the usual bound on what rounding leaves of a
-    zero, so a singular value of `Phi` does up to the square root of that, some
-    `1e-6 * sigma_max` or less. The check therefore errs on the safe side: it can call
-    deficient what has full rank in exact arithmetic, hardly the reverse. The
-    rank of `Zh` uses the same cut-off, `sqrt(max(n, d) * eps)`, because the
-    directions below it, rounding noise of a float32 trunk among them, do not
-    show in the Gram matrix.
+    `max(rows, d, m) * eps * lambda_max`, the usual bound on the rounding error of a
+    zero eigenvalue. A singular value of `Phi` thus counts as zero up to the square root
+    of that, some `1e-6 * sigma_max` or less. The check errs on the safe side: it may
+    report a deficiency where exact arithmetic has full rank, and hardly ever the
+    reverse. The rank of `Zh` uses the same cut-off, `sqrt(max(n, d) * eps)`. Directions
+    below it, such as the rounding noise of a float32 trunk, do not show in the Gram
+    matrix.
 
     Takes about half a second for 2048 rows and shared gates on two cores, and some
-    seconds more if it fails and has to look for the cause.
+    seconds more for the search of step 4.
 
     Args:
         Zh: Normalised features, shape `(n, d)`, last column 1.
-        R: Gates, shape `(d, m)`, or `(d, C, m)` where each of `C` outputs has its own.
+        R: Gates, shape `(d, m)`, or `(d, C, m)` if each of `C` outputs has its own.
         w: Output weights of the gated units, shape `(m,)` or `(C, m)`.
         slope: Slope of the sigmoid, positive.
         n_samples: Number of training samples, if `Zh` holds only some of them. The
             ranks and repetitions are then those of the rows given.
         max_rows: Number of rows up to which the Gram matrix is decomposed.
         seed: Seed for the choice of rows.
-        u: The features before standardisation and normalisation, shape `(n, ...)`, to
-            tell samples that are the same from samples that normalisation makes so.
-        positions: What to call the samples, shape `(n,)`: their positions in the data
-            set, if `Zh` holds only some of them. Defaults to `0..n - 1`.
+        u: The features before standardisation and normalisation, shape `(n, ...)`. They
+            distinguish samples that are equal from samples that only normalisation
+            makes equal.
+        positions: Positions of the samples in the data set, shape `(n,)`, to name them
+            by, if `Zh` holds only some of them. Defaults to `0..n - 1`.
 
     Returns:
         A `RankCheck`.
@@ -110,8 +114,8 @@ def check_rank(
 
     cut = visible(features)
     feature_rank = visible_rank(features)
-    # Samples that are not here may add directions. The rank is evidence about them only
-    # if those that are here are already dependent.
+    # Samples that were not given may add directions, unless those given are already
+    # linearly dependent.
     rank_bound = feature_rank if feature_rank < given or given == n else min(n, dim)
     first = first_equal(features)
     distinct = np.flatnonzero(first == np.arange(given))
@@ -184,7 +188,7 @@ def check_rank(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Spectrum:
-    """Eigenvalues of a Gram matrix, ascending, and how many of them are not zero."""
+    """Eigenvalues of a Gram matrix, ascending, the cut-off of zeros, and the rank."""
 
     eigenvalues: Array
     zero: float
@@ -194,7 +198,7 @@ class _Spectrum:
 def _weakest_output(
     rows: Array, gates: Array, weights: Array, slope: float
 ) -> tuple[int, _Spectrum]:
-    """The output whose Gram matrix has the least rank, and the spectrum of that."""
+    """The output whose Gram matrix has the least rank, and its spectrum."""
     spectra = []
     for output, output_weights in enumerate(weights):
         gram = gram_matrix(rows, gates[:, output], output_weights, slope)
@@ -209,7 +213,7 @@ def _weakest_output(
 
 
 def _gates_by_output(R: npt.ArrayLike, w: npt.ArrayLike) -> tuple[Array, Array]:
-    """Gates `(d, G, m)` and weights `(G, m)` for what `check_rank` accepts."""
+    """The arguments `R` and `w` as gates `(d, G, m)` and weights `(G, m)`."""
     gates, weights = (np.asarray(array, dtype=np.float64) for array in (R, w))
     if gates.ndim == 2:
         gates = finite_matrix(gates, "R")[:, None]
@@ -229,14 +233,15 @@ def _gates_by_output(R: npt.ArrayLike, w: npt.ArrayLike) -> tuple[Array, Array]:
 
 
 def _crowding(rows: Array, width: int, rtol: float) -> tuple[Indices, int, float]:
-    """The rows too many for the width, their rank, and the worst size / rank.
+    """Finds the set of rows with too low a rank for the width, and the ratio needed.
 
-    The width has to reach the worst ratio. It is found, up to less than 1, by raising
-    the width to the ratio of the set that fails it, until none does.
+    A set of rows needs a width of at least size / rank. The largest such ratio is found
+    up to less than 1: the width is raised to the ratio of a set that fails, until no
+    set fails.
 
     Returns:
-        The indices and the rank of the set that fails `width`, and the ratio; empty
-        and 0 if none does, or if the search would take too long.
+        The indices and the rank of the set that fails `width`, and the largest ratio.
+        Empty and 0 if no set fails, or if the search would take too long.
     """
     subset, rank, ratio = np.zeros(0, np.intp), 0, 0.0
     trial = max(width, 1)
@@ -253,7 +258,7 @@ def _crowding(rows: Array, width: int, rtol: float) -> tuple[Indices, int, float
 
 
 def _near_pairs(rows: Array) -> tuple[Indices, Indices]:
-    """Rows whose distance from an earlier one is lost in the Gram matrix, and that."""
+    """Rows that the Gram matrix does not separate from an earlier row, and that row."""
     gram = rows @ rows.T
     norms = np.diagonal(gram).copy()
     squares = norms[:, None] + norms[None, :] - 2 * gram
@@ -265,7 +270,7 @@ def _near_pairs(rows: Array) -> tuple[Indices, Indices]:
 def _differing(
     raw: np.ndarray | None, samples: Indices, others: Indices
 ) -> tuple[Indices, Indices]:
-    """The pairs whose features differ by more than a float32 trunk's rounding."""
+    """The pairs whose raw features differ by more than rounding in float32."""
     if raw is None:
         return samples[:0], others[:0]
     left, right = raw[samples].astype(np.float64), raw[others].astype(np.float64)

@@ -16,55 +16,55 @@ Reason = Literal["width", "subset", "near", "conditioning"]
 
 @dataclasses.dataclass(frozen=True)
 class RankCheck:
-    """Outcome of `check_rank`; prints as a sentence with the numbers and the remedy.
+    """Outcome of `check_rank`. `str` gives the numbers, the cause and the remedy.
 
     Attributes:
         n: Number of samples.
-        n_given: Number of them whose features were given.
+        n_given: Number of samples whose features were given.
         rows_checked: Number of distinct rows whose Gram matrix was decomposed.
         rank: Numerical rank of that Gram matrix.
-        full: Whether nothing was found that costs rank. Where `complete` is false, this
-            is necessary for full rank, and not sufficient.
+        full: Whether no loss of rank was found. If `complete` is false, this is
+            necessary for full rank, and not sufficient.
         feature_rank: Numerical rank of the normalised features, constant included.
         feature_dim: Number of columns of the normalised features, `d`.
         width: Number of gated units whose output weight is not zero, `m`.
-        needed_width: A width that mends what a width can mend: `width` where nothing
-            of that kind failed, else the default width for the rank of the features
-            or, if that asks for more, of the samples crowded into a subspace. It is
-            right for exact arithmetic. Check again with it: float64 may want more, or
-            a steeper slope, where many samples share very few dimensions. An
-            estimate if `reason` is `"conditioning"` or the check is not `complete`.
+        needed_width: A width that removes every failure that a width can remove. It is
+            `width` if there is none. Otherwise it is the larger of two default widths:
+            for the rank of all features, and for the rank of the samples in too small
+            a subspace. It is right for exact arithmetic; check again with it. In
+            float64, many samples in very few dimensions may need a larger width or a
+            steeper slope. It is an estimate if `reason` is `"conditioning"` or the
+            check is not `complete`.
         n_duplicates: Number of samples whose features repeat those of an earlier one.
-        n_near: Number of the rows checked that lie, without being equal, within
-            rounding of an earlier one. Counted only if the rank falls short.
+        n_near: Number of the rows checked that differ from an earlier one by no more
+            than rounding, and are not equal to it. Counted only if the rank is too low.
         n_parallel: Number of the samples counted in `n_duplicates` or `n_near` whose
-            features were not the same before normalisation: standardised, they only
-            differ in length. None if the features before normalisation were not given.
+            features differed before normalisation: after standardisation they differ
+            in length alone. None if the features before normalisation were not given.
         n_dead: Number of features that are constant over the samples, without the
             constant column itself.
-        subset_size: Number of the rows checked that share too small a subspace, 0 if
+        subset_size: Number of the rows checked that lie in too small a subspace, 0 if
             none were found.
         subset_rank: Dimension of that subspace.
         sigma_min: Smallest singular value of the features `Phi` of the rows checked.
-        sigma_max: Largest singular value of the same.
+        sigma_max: Largest singular value of these features.
         tolerance: Singular values up to this one count as zero.
-        dtype: The precision in which all this was judged.
-        output: The output whose gates have the least rank, to which the numbers belong;
-            None if all outputs share their gates.
-        reason: What costs rank among distinct samples, if anything does: `"width"`
-            (fewer than `n` features, whatever the gates), `"subset"` (too many samples
-            in one subspace), `"near"` (samples too close for float64),
-            `"conditioning"` (none of these, or too many samples and features for a
-            search of some seconds).
-        duplicates: The samples with one and the same features, group by group, those
-            that repeat an earlier sample's.
-        near: Pairs of a sample counted in `n_near` and an earlier one.
-        parallel: Pairs of a sample counted in `n_parallel` and an earlier one.
+        dtype: The precision of the computation.
+        output: The output whose gates have the least rank. The numbers are for this
+            output. None if all outputs share their gates.
+        reason: The cause of a rank deficiency among distinct samples, None if there is
+            no deficiency: `"width"` (fewer than `n` columns in `Phi`, whatever the
+            gates), `"subset"` (too many samples in one subspace), `"near"` (samples too
+            close for float64), `"conditioning"` (none of these, or too many samples and
+            features for a search of some seconds).
+        duplicates: The groups of samples with identical features.
+        near: Pairs of a sample counted in `n_near` and the earlier one.
+        parallel: Pairs of a sample counted in `n_parallel` and the earlier one.
         dead: Columns of the features counted in `n_dead`.
-        subset: The samples that share too small a subspace.
+        subset: The samples that lie in too small a subspace.
 
-    The last five list the first 20 at most (of a group, the first 20 samples), by the
-    positions of the samples that `check_rank` was given, whichever rows it checked.
+    The last five list at most the first 20 entries (and 20 samples of a group). Samples
+    are named by their positions in the arguments of `check_rank`.
     """
 
     n: int
@@ -189,7 +189,7 @@ class RankCheck:
 
 
 def _listing(indices: tuple[int, ...], total: int) -> str:
-    """Some of the indices in words, and how many more there are."""
+    """The first indices in words, and the number of the others."""
     shown = [str(index) for index in indices[:_MAX_NAMED]]
     if total > len(shown):
         return f"{', '.join(shown)} and {total - len(shown)} more"
@@ -197,7 +197,7 @@ def _listing(indices: tuple[int, ...], total: int) -> str:
 
 
 def _groups(groups: tuple[tuple[int, ...], ...]) -> str:
-    """Some of the groups of samples in words."""
+    """The first groups of samples in words."""
     shown = [
         ", ".join(map(str, group[:_MAX_NAMED])) + (", ..." * (len(group) > _MAX_NAMED))
         if len(group) > 2
