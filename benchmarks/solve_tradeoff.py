@@ -58,8 +58,8 @@ ABOUT = (
     "base's at its best. Digits: MLP 64-64; MNIST and CIFAR-10: ResNet-8, 5,000 "
     "training and 5,000 test images, one seed; on CIFAR-10 15 epochs with a cosine "
     "schedule from 3e-3. The gap is that of the objective with its L2 term; m is the "
-    "width that `solve` takes, and what is tried to choose it or the weight is not in "
-    "the curves."
+    "width that `solve` chooses. The curves do not include the trials of widths and L2 "
+    "weights."
 )
 
 Run = dict[str, Any]

@@ -206,7 +206,7 @@ def main() -> None:
         f"{steps} for each model. Ratios are medians over pairs of blocks, with "
         "the standard error of that median and the quartiles of the ratios; the "
         "last column compares the fast blocks (10 % quantiles). Where the control, a "
-        "copy of the bare model, is far from 1, the machine was too busy to tell."
+        "copy of the bare model, is far from 1, the machine was too busy."
     )
     common.write(
         options.out,
