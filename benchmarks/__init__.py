@@ -1,7 +1,7 @@
 """The figures that the package must show, each a program that measures them.
 
-`python -m benchmarks.NAME` from the repository's root; README.md says what each shows.
-Nothing here is a test: the programs take minutes, and they measure time.
+Run `python -m benchmarks.NAME` from the repository's root. README.md has the list. The
+programs are not tests: they take minutes, and they measure time.
 """
 
 import os

@@ -1,11 +1,11 @@
-"""Alignment of ResNet-8 on MNIST: the report against a dense answer, and at full size.
+"""Alignment of ResNet-8 on MNIST: against a dense reference, and at full size.
 
-ResNet-8 in all its parameters, as it is initialised and after some epochs of Adam, on
-the first MNIST images, in float64. (1) On 200 images, 2,000 rows, the residual and the
-rank of the report against those of a dense Jacobian, made by the backend's own
-derivatives one row at a time, and its singular value decomposition. (2) On 10,000
-images, 100,000 rows, by LSQR on products: what was reached in so many steps, in which
-time and memory. No matrix of that side is held.
+All parameters of ResNet-8, at initialisation and after some epochs of Adam, on the
+first MNIST images, in float64. (1) On 200 images (2,000 rows), residual and rank of the
+report are compared with a dense reference: a Jacobian computed row by row with the
+backend's derivatives, and its singular value decomposition. (2) On 10,000 images
+(100,000 rows), LSQR on products: the residual after a number of steps, with time and
+memory. No matrix of that side is stored.
 """
 
 from __future__ import annotations
@@ -147,10 +147,10 @@ def dense_answer(J: np.ndarray, y: np.ndarray) -> tuple[float, int]:
 
 
 class PeakMemory:
-    """The most memory that the process held within a block, above what it held before.
+    """Peak of the process's memory within a `with` block, above that at its start.
 
     Attributes:
-        gib: That, in GiB, after the block.
+        gib: The peak in GiB, after the block.
     """
 
     def __enter__(self) -> Self:
@@ -183,8 +183,8 @@ def measure(
     Args:
         state: One of `STATES`.
         report: The report.
-        memory: The memory that it took.
-        **more: What else was measured.
+        memory: The memory used for it.
+        **more: Further measurements.
 
     Returns:
         The run.
@@ -200,7 +200,7 @@ def measure(
 
 
 def small(model: keras.Model, state: str, x: np.ndarray, y: np.ndarray) -> list[Run]:
-    """The routes on 2,000 rows, against the dense answer.
+    """The routes on 2,000 rows, against the dense reference.
 
     Args:
         model: The model.
@@ -269,8 +269,8 @@ def main() -> None:
         f"{side:.0f} GiB:"
     )
     note = (
-        "The residual by LSQR is attained, hence an upper bound, and was still falling:"
-        " a step goes over the data twice, and the seconds bound their number."
+        "The residual by LSQR is an upper bound, and was still falling. A step takes "
+        "two passes over the data, so the time limits the number of steps."
     )
     common.write(
         options.out,

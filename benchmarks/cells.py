@@ -1,9 +1,9 @@
-"""The cells of the profile `cpu`: gates that outputs share against gates of their own.
+"""Shared gates against separate gates for each output, on the profile `cpu`.
 
-For each data set, with and without augmentation, and seed: the base model is trained
-for the part of its epochs that is explored, with the recipe of the profile, and solved
-from there with `l2="auto"` twice, with both kinds of gates. Test error, test negative
-log likelihood, width and number of gradients are compared in pairs.
+For each data set, with and without augmentation, and each seed, the base model is
+trained with the profile's recipe for the epochs of exploration. From there it is solved
+with `l2="auto"` twice, with both kinds of gates. Test error, test negative log
+likelihood, width and number of gradients are compared in pairs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pipelines.stream import FollowEpoch
 PARAMS = common.ROOT / "profiles" / "cpu" / "params.yaml"
 EXPLORE = 0.6
 SHARED, OWN = "shared", "own"
-# Standard errors that a mean difference may be above 0 by chance.
+# A mean difference of this many standard errors above 0 is allowed as chance.
 _ERRORS = 2.0
 
 ABOUT = "Means over {seeds} seeds. Gradients are those of the last minimisation."
@@ -43,7 +43,7 @@ Measured = dict[str, Any]
 
 
 def read(folder: Path, name: str, params: Params) -> Dataset:
-    """A data set's samples as the profile's sizes say, drawn at random."""
+    """Random samples of a data set, as many as the profile has."""
     with np.load(folder / f"{name}.npz") as arrays:
         parts = {key: arrays[key] for key in arrays.files}
     size = params.prepare[name]
@@ -70,7 +70,7 @@ def read(folder: Path, name: str, params: Params) -> Dataset:
 
 
 def explored(job: Job, folder: Path) -> keras.Model:
-    """The base model after the part of its epochs that is explored."""
+    """The base model after the epochs of exploration, from the cache if it is there."""
     file = folder / f"keras-dalign-{job.run.name}.weights.h5"
     model = job.base()
     if file.exists():
@@ -131,12 +131,12 @@ def measure(options: argparse.Namespace) -> list[Measured]:
 
 
 def differences(cells: list[Measured], key: str) -> list[float]:
-    """What shared gates have more than own ones, cell by cell and seed by seed."""
+    """The value with shared gates minus that with separate ones, for each cell."""
     return [cell[SHARED][key] - cell[OWN][key] for cell in cells]
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean, and its standard error; NaN for a single value."""
+    """Mean and its standard error, which is NaN for a single value."""
     error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return fmean(values), error
 

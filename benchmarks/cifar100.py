@@ -1,8 +1,9 @@
 """CIFAR-100, 5,000 samples: two phases against all epochs of the base model.
 
-The cell of the profile `cpu` without augmentation, with its recipe: the base model's 12
-epochs, and two phases, of which the second is solved with `l2="auto"`, in turn, each as
-one call of `fit`. The figure is the median over the seeds of the ratio of their times.
+The cell of the profile `cpu` without augmentation, with its recipe. The base model's 12
+epochs and a two-phase run, whose second phase is solved with `l2="auto"`, follow each
+other. Each is one call of `fit`. The figure is the median over the seeds of the ratio
+of their times.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ BASE, TWO_PHASES = "base", "two phases, solved with L2"
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Seconds and test errors of both."""
+    """Seconds and test errors of the base and of the two-phase run."""
     data, train = job.data, job.train
     found: dict[str, Any] = {"seed": job.run.seed}
     for name in (BASE, TWO_PHASES):
@@ -59,7 +60,7 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def ratio(found: dict[str, Any]) -> float:
-    """The time of two phases over the base's."""
+    """The time of the two-phase run divided by the base's."""
     return float(found[TWO_PHASES]["seconds"] / found[BASE]["seconds"])
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: models, data, measurements, targets and result files."""
+"""Models, data, measurements, targets and result files that the benchmarks share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pipelines.params import DataParams
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-# Where the data are looked for by default.
+# The default folder of the data sets.
 DATA = ROOT.parent / "shared" / "data"
 
 BASE = "base"
@@ -34,7 +34,7 @@ GATES = {RANDOM: "random", LEARNED: "learned"}
 
 BATCH_SIZE = 64
 LEARNING_RATE = 1e-3
-# Of the epochs of a two-phase run.
+# The share of the epochs of a two-phase run that is exploration.
 EXPLORE = 0.6
 
 
@@ -57,13 +57,13 @@ class Data:
 
 @dataclass(frozen=True)
 class Target:
-    """A figure that must be shown, beside what was measured.
+    """A figure that the package must show, and the number measured.
 
     Attributes:
-        claim: What is measured, in words.
-        measured: The number.
-        bound: What it must not pass.
-        at_least: Whether the bound is a lower one; an upper one otherwise.
+        claim: A description of the figure.
+        measured: The number measured.
+        bound: The bound on it.
+        at_least: Whether the bound is a lower bound; otherwise it is an upper bound.
     """
 
     claim: str
@@ -73,7 +73,7 @@ class Target:
 
     @property
     def met(self) -> bool:
-        """Whether the target is met; NaN never is."""
+        """Whether the target is met; NaN never meets it."""
         if self.at_least:
             return bool(self.measured >= self.bound)
         return bool(self.measured <= self.bound)
@@ -128,11 +128,12 @@ def compiled(
     seed: int,
     learning_rate: Any = LEARNING_RATE,
 ) -> keras.Model:
-    """What a method makes of a base model, compiled with Adam.
+    """The model that a method trains, compiled with Adam.
 
     Args:
         method: `BASE`, `RANDOM` or `LEARNED`.
-        base: The base model, which is trained itself or shares its weights.
+        base: The base model. It is trained itself, or shares its weights with the
+            aligned model.
         n_samples: Number of training samples.
         seed: Seed of the gates.
         learning_rate: Float, or a schedule over all steps of the run.
@@ -193,7 +194,7 @@ def evaluation(model: keras.Model, data: Data) -> dict[str, float]:
 
 
 def warm_up() -> None:
-    """Fits a throwaway model, so that no run pays for the framework's first step."""
+    """Fits a small model, so that no measured run includes the framework's start."""
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer="adam", loss=loss, metrics=["accuracy"])
@@ -219,7 +220,7 @@ def plus_minus(runs: Sequence[Mapping[str, Any]], key: str) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, its columns aligned by the first row of `header`."""
+    """A Markdown table."""
     lines = [list(header), ["---"] * len(header), *map(list, rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -286,7 +287,7 @@ def write(
         title: The title of the Markdown file.
         body: Its paragraphs and tables.
         targets: The targets, met or missed.
-        settings: With what was measured.
+        settings: The settings of the measurement.
         measurements: Everything that was measured.
     """
     today = datetime.now(UTC).date().isoformat()

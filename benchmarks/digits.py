@@ -1,8 +1,8 @@
 """Digits: training loss and test error of the two-phase run and of the base run.
 
-An MLP 64-64 on 1,200 of scikit-learn's digits, 40 epochs, batch size 64, Adam 1e-3:
-the base model as Keras trains it, and the two-phase runs with random and with learned
-gates, at the same number of epochs.
+An MLP 64-64 on 1,200 of scikit-learn's digits, 40 epochs, batch size 64, Adam 1e-3.
+The base model as Keras trains it is compared with the two-phase runs with random and
+with learned gates, at the same number of epochs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def measure(data: Data, method: str, seed: int, epochs: int) -> Run:
         epochs: Number of epochs.
 
     Returns:
-        Method, seed, seconds, and what `common.evaluation` says.
+        Method, seed, seconds, and the results of `common.evaluation`.
     """
     keras.utils.clear_session()
     model = common.compiled(method, common.mlp(seed), len(data.x), seed)
@@ -41,7 +41,7 @@ def measure(data: Data, method: str, seed: int, epochs: int) -> Run:
 
 
 def targets(by_method: dict[str, list[Run]]) -> list[Target]:
-    """What must be shown.
+    """The figures that must be shown.
 
     Args:
         by_method: The runs of each method, seed by seed.

@@ -1,9 +1,10 @@
 """A million samples: `fit` with features in a file, within 2 GiB of resident memory.
 
-A stream of synthetic inputs, a network that ends in 127 features and 10 outputs, one
-epoch of exploration, then the solver with an L2 term and 16 gates. The features go to a
-temporary file (`cache_features="disk"`). The peak of the resident memory is that of a
-process of its own, with Keras, its backend and the pages of the file.
+A network that ends in 127 features and 10 outputs is trained on a stream of synthetic
+inputs: one epoch of exploration, then the solver with an L2 term and 16 gates. The
+features go to a temporary file (`cache_features="disk"`). The run has a separate
+process. The peak of its resident memory includes Keras, the backend and the pages of
+the file.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ L2 = 1e-3
 WIDTH = 16
 BATCH_SIZE = 1024
 ABOUT = (
-    f"Batch size {BATCH_SIZE}, L2 weight {L2:g}. Losses: of the epoch of exploration, "
-    "and of the model at the end."
+    f"Batch size {BATCH_SIZE}, L2 weight {L2:g}. The losses are those of the epoch of "
+    "exploration and of the final model."
 )
 GIB = 2.0
 
 
 class Samples(keras.utils.PyDataset):
-    """Inputs and labels of a random network, drawn again whenever they are read.
+    """Random inputs, labelled by a random network with a fifth of the labels random.
 
-    A fifth of the labels is random.
+    Batches are computed each time they are read.
     """
 
     def __init__(self, n: int) -> None:

@@ -1,10 +1,10 @@
 """MNIST: time, training loss and test error of the two-phase run and of the base run.
 
-ResNet-8 on the first 5,000 training images, tested on the 10,000 test images, 10
-epochs, batch size 64, Adam 1e-3, with a constant learning rate and with a cosine
-schedule over all steps. The base run is shown as Keras trains it and with its
-batch-norm statistics re-estimated as at the switch. For each seed, the base run and
-the two-phase runs follow one another in one process.
+ResNet-8 is trained on the first 5,000 training images and tested on the 10,000 test
+images: 10 epochs, batch size 64, Adam 1e-3, with a constant learning rate and with a
+cosine schedule over all steps. The base run is shown as Keras trains it, and with its
+batch-norm statistics re-estimated as at the switch. For each seed, the base run and the
+two-phase runs follow each other in one process.
 """
 
 from __future__ import annotations
@@ -123,18 +123,18 @@ def measure(
 
 
 class _Clock(keras.callbacks.Callback):
-    """Takes the time of each epoch."""
+    """Measures the time of each epoch."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seconds: list[float] = []
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
-        """An epoch begins."""
+        """Starts the clock."""
         self._begin = time.perf_counter()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
-        """An epoch ends."""
+        """Stores the time of the epoch."""
         self.seconds.append(time.perf_counter() - self._begin)
 
 
@@ -146,21 +146,21 @@ def select(runs: list[Run], method: str, schedule: str) -> list[Run]:
 
 
 def time_ratio(runs: list[Run], base: list[Run]) -> float:
-    """The median over the seeds of a run's time over that of the base run beside it."""
+    """Median over the seeds of a run's time divided by that of its base run."""
     pairs = zip(runs, base, strict=True)
     return median(run["seconds"] / other["seconds"] for run, other in pairs)
 
 
 def steady_ratio(runs: list[Run], base: list[Run]) -> float:
-    """`time_ratio`, if every epoch that trains the whole model took the same time.
+    """`time_ratio` with equal times for all epochs that train the whole model.
 
-    On a machine that others use, an epoch can take twice the time of the next, which
-    computes the same. The epochs of the base run and of exploration do; each counts
-    with their median here, the first ones (which compile) with their mean.
+    On a busy machine, an epoch can take twice the time of another that computes the
+    same. The epochs of the base run and of exploration compute the same, so each counts
+    with their median time. First epochs, which compile, count with their mean time.
 
     Args:
         runs: Runs of one method, seed by seed.
-        base: The base runs beside them.
+        base: The base runs of the same seeds.
 
     Returns:
         The median of the ratios.
@@ -186,7 +186,7 @@ def _whole_epochs(run: Run) -> list[float]:
 
 
 def rows(runs: list[Run]) -> list[list[str]]:
-    """The table's rows: schedules and methods, over all seeds."""
+    """The table's rows, one for each schedule and method, over all seeds."""
     found = []
     for schedule in SCHEDULES:
         base = select(runs, BASE, schedule)
@@ -208,12 +208,12 @@ def rows(runs: list[Run]) -> list[list[str]]:
 
 
 def targets(runs: list[Run], schedule: str, method: str = RANDOM) -> list[Target]:
-    """What must be shown with a schedule.
+    """The figures that must be shown with a schedule.
 
     Args:
         runs: All runs.
         schedule: One of `SCHEDULES`.
-        method: The two-phase run in question.
+        method: The two-phase run.
 
     Returns:
         The targets, against the base run and the re-estimated one.
@@ -239,7 +239,7 @@ def targets(runs: list[Run], schedule: str, method: str = RANDOM) -> list[Target
 
 
 def time_targets(runs: list[Run], method: str = RANDOM) -> list[Target]:
-    """The time that must be shown, over both schedules, which do not bear on it."""
+    """The times that must be shown, over both schedules, which take the same time."""
     own = [run for run in runs if run["method"] == method]
     base = [run for run in runs if run["method"] == BASE]
     return [
@@ -253,7 +253,7 @@ def time_targets(runs: list[Run], method: str = RANDOM) -> list[Target]:
 
 
 def better_bases(runs: list[Run]) -> list[str]:
-    """Where a base run has the lower test error, or loss: it is to be said as well.
+    """Comparisons in which a base run has the lower test error or loss.
 
     Args:
         runs: All runs.
@@ -317,8 +317,8 @@ def main() -> None:
         "float64; mean ± standard deviation of test error and of the wall time of "
         "`fit`; median over the seeds of the ratio of times, the runs of one seed one "
         "after the other; the same with every epoch at the median time of its kind "
-        "(machines that others use, too, are not steady). The re-estimated base is the "
-        "base run with its batch-norm statistics set as at the switch."
+        "(times vary on a busy machine). The re-estimated base is the base run with "
+        "its batch-norm statistics set as at the switch."
     )
     common.write(
         options.out,

@@ -1,10 +1,10 @@
-"""What leaving `AlignmentMonitor` on costs, as a share of an epoch.
+"""The cost of `AlignmentMonitor`, as a share of an epoch.
 
-Fits with the monitor at its default settings, first in the list of callbacks, and times
-what it does after each epoch against the epoch itself: its training steps, from the
-epoch's begin to the monitor's turn. An MLP on digits, whose epochs take so little that
-nothing may be added to them, and ResNet-8 on the first 5,000 training images of MNIST;
-each as a plain model, while random gates explore, and in exploitation.
+The monitor runs with its default settings as the first callback. Its time after each
+epoch is compared with the time of the epoch's training steps. The models are an MLP on
+digits, whose epochs are very short, and ResNet-8 on the first 5,000 training images of
+MNIST. Each is measured as a plain model, in exploration with random gates, and in
+exploitation.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Case:
         name: The name.
         build: Builds the base model.
         data: The data.
-        epochs: Epochs of the plain run and of each phase of the other, at least 3.
+        epochs: Epochs of the plain run, and of exploitation in the two-phase run; at
+            least 3.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Case:
 
 
 class _TimedMonitor(kd.AlignmentMonitor):
-    """Notes what each epoch, and the monitor after it, took in seconds."""
+    """Records the seconds of each epoch and of the monitor after it."""
 
     def __init__(self, data: Data) -> None:
         super().__init__(data.x, data.y)
@@ -53,17 +54,17 @@ class _TimedMonitor(kd.AlignmentMonitor):
         self._begin = 0.0
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Builds what is needed."""
+        """Times the monitor's set-up."""
         begin = time.perf_counter()
         super().on_train_begin(logs)
         self.set_up = time.perf_counter() - begin
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
-        """An epoch begins."""
+        """Starts the clock."""
         self._begin = time.perf_counter()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Adds the entries to the logs."""
+        """Times the epoch and the monitor."""
         begin = time.perf_counter()
         super().on_epoch_end(epoch, logs)
         phase = PLAIN
@@ -85,8 +86,8 @@ def measure(case: Case) -> dict[str, Any]:
         case: The model and its data.
 
     Returns:
-        For each method the seconds of `fit`, of the monitor's beginning, and of each
-        epoch and the monitor after it.
+        For each method the seconds of `fit`, of the monitor's set-up, and of each epoch
+        and the monitor after it.
     """
     found = {}
     for method in (BASE, RANDOM):
@@ -105,7 +106,7 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def summary(runs: dict[str, Any], phase: str) -> dict[str, float]:
-    """What the monitor takes in one phase.
+    """The monitor's time in one phase.
 
     Args:
         runs: From `measure`.
@@ -127,7 +128,7 @@ def summary(runs: dict[str, Any], phase: str) -> dict[str, float]:
 
 
 def whole_share(run: dict[str, Any]) -> float:
-    """The monitor's share of the rest of a whole `fit`, compilation and all."""
+    """The monitor's time in a whole `fit` divided by the rest, compilation included."""
     own = run["set_up"] + sum(one["monitor"] for one in run["epochs"])
     return own / (run["fit"] - own)
 
@@ -177,10 +178,10 @@ def main() -> None:
     ]
     about = (
         f"Default settings, batch size {common.BATCH_SIZE}. Medians over the epochs of "
-        "a phase but the first, after which the monitor compiles what it looks with, "
-        "and in exploitation computes what stays the same from there. An epoch of the "
-        "MLP takes some hundredths of a second: no look at a model is a small part of "
-        "that, and `every` is for such cases."
+        "a phase but the first. After the first one the monitor compiles its "
+        "functions and, in exploitation, computes what does not change later. An epoch "
+        "of the MLP takes some hundredths of a second, so the monitor's share is "
+        "large. Its option `every` is for such cases."
     )
     common.write(
         options.out,

@@ -1,13 +1,12 @@
-"""What batch-norm statistics and features cost, in inference passes of the trunk.
+"""The cost of batch-norm statistics and features, in inference passes of the trunk.
 
-At the switch the trunk goes over the data twice: once to re-estimate its batch-norm
-statistics, once to compute the features. The unit is one pass of the trunk's own
-inference over the same data in the same batches. A trunk at the switch has yet to be
-traced and compiled for each of the three, which counts for all of them; beside that
-stands the cost in passes of a trunk that is compiled already. The passes follow one
-another, round by round, and the figure is the median over the rounds of the ratio of
-their times. Processor time is shown beside wall time, as other work on the machine
-disturbs it less.
+At the switch the trunk makes two passes over the data: one to re-estimate its
+batch-norm statistics, one to compute the features. The unit is one inference pass of
+the trunk over the same data in the same batches. Each of the three times includes
+tracing and compilation, as at a switch. The cost in inference passes of a compiled
+trunk is shown as well. The passes follow each other in rounds, and the figure is the
+median over the rounds of the ratio of their times. CPU time is shown as well as wall
+time, since other work on the machine affects it less.
 
 `KERAS_BACKEND` chooses the backend; each writes its own files.
 """
@@ -34,7 +33,7 @@ from keras_dalign.head.features import FeaturePass
 BATCH_SIZE = 256
 UNIT, COMPILED = "inference", "inference, compiled"
 STATISTICS, FEATURES = "statistics", "features"
-# Their cost together, in inference passes.
+# The target for the sum of both, in inference passes.
 MOST = 2.2
 
 Seconds = tuple[float, float]
@@ -44,12 +43,12 @@ def images(path: Path, n: int) -> np.ndarray:
     """Images like CIFAR-10's.
 
     Args:
-        path: An `.npz` file with the array `x_train`, or one that is not there.
+        path: An `.npz` file with the array `x_train`. It need not exist.
         n: Number of images.
 
     Returns:
-        Images `(n, 32, 32, 3)` in [0, 1], float32: of the file, from its beginning and
-        as often as needed, or noise where there is no file.
+        Images `(n, 32, 32, 3)` in [0, 1], float32: the first ones of the file, repeated
+        if it has too few, or noise if there is no file.
     """
     if not path.exists():
         return np.random.default_rng(0).random((n, 32, 32, 3), dtype="float32")
@@ -59,7 +58,7 @@ def images(path: Path, n: int) -> np.ndarray:
 
 
 def timed(function: Callable[[], Any]) -> Seconds:
-    """Wall time and processor time of a call, in seconds."""
+    """Wall time and CPU time of a call, in seconds."""
     wall, processor = time.perf_counter(), time.process_time()
     function()
     return time.perf_counter() - wall, time.process_time() - processor
@@ -79,14 +78,14 @@ def measure(x: np.ndarray, rounds: int) -> dict[str, list[Seconds]]:
         rounds: Number of rounds.
 
     Returns:
-        Wall time and processor time of each pass, by its name, one for each round.
+        Wall time and CPU time of each pass in every round, by name.
     """
     base = kd.models.resnet(8, x.shape[1:])
 
     def fresh() -> kd.AlignedModel:
         return kd.align(base, n_samples=len(x), seed=0, copy=True)
 
-    # What a process does only once is done.
+    # Before measuring, run what a process does only once.
     infer(BatchPredictor(fresh().trunk), x[: 2 * BATCH_SIZE])
     found: dict[str, list[Seconds]] = {
         name: [] for name in (UNIT, COMPILED, STATISTICS, FEATURES)
@@ -107,15 +106,15 @@ def measure(x: np.ndarray, rounds: int) -> dict[str, list[Seconds]]:
 def ratios(
     seconds: dict[str, list[Seconds]], *names: str, unit: str = UNIT
 ) -> tuple[float, float]:
-    """Medians over the rounds of passes' times over those of inference.
+    """Medians over the rounds of the time of some passes in inference passes.
 
     Args:
         seconds: From `measure`.
-        *names: The passes, taken together.
+        *names: The passes, whose times are added.
         unit: `UNIT` or `COMPILED`.
 
     Returns:
-        The ratio of wall times and that of processor times.
+        The ratio of wall times and that of CPU times.
     """
     passes = np.sum([seconds[name] for name in names], axis=0)
     wall, processor = np.median(passes / np.asarray(seconds[unit]), axis=0)
@@ -127,7 +126,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=Path,
         default=common.DATA / "cifar10.npz",
-        help="npz file with x_train; noise of the same shape if it is not there",
+        help="npz file with x_train; without the file, noise of the same shape",
     )
     parser.add_argument(
         "--samples", type=int, nargs="+", default=[5000, 50000], help="data sizes"

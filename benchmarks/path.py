@@ -1,10 +1,10 @@
-"""A linear probe's path of 45 L2 weights, warm-started, beside scikit-learn's fits.
+"""A linear probe's path of 45 L2 weights: warm starts against scikit-learn's fits.
 
-DINOv2's protocol for a linear probe: `C` from 1e-6 to 1e5 in 45 steps, a tenth of the
-samples held out, the best `C` by held-out accuracy, a fit on all samples with it.
-scikit-learn's L-BFGS fits each weight anew. Ours goes from strong to weak, each weight
-from the minimum of the one before, until its certified gap is no worse than
-scikit-learn's at this weight.
+DINOv2's protocol for a linear probe: 45 values of `C` from 1e-6 to 1e5, a tenth of the
+samples held out, the best `C` by held-out accuracy, and a fit with it on all samples.
+scikit-learn's L-BFGS fits each weight from zero. Our solver goes from strong to weak
+weights. Each starts at the minimum of the weight before, and ends when its certified
+gap is at most that of scikit-learn at this weight.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.trunk_features import GRID, POOLED, Features
 from keras_dalign.solving.minimum import minimize
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.gram import Array
+    from keras_dalign.numerics import Array
     from keras_dalign.solving.problem import ConvexProblem
 
 WEIGHTS = 45
@@ -53,21 +53,21 @@ Measured = dict[str, Any]
 
 
 def split(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Positions to train on, and those that are held out."""
+    """Positions of the samples to train on, and of those held out."""
     order = np.random.default_rng(seed).permutation(n)
     held_out = round(HELD_OUT * n)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
 class Ours:
-    """Our side: a problem, and where the last weight ended."""
+    """Our solver's path: a problem, and the parameters after the last weight."""
 
     def __init__(self, problem: ConvexProblem) -> None:
         self.problem = problem
         self.theta = np.zeros(problem.size)
 
     def fit(self, l2: float, gap: float) -> Measured:
-        """Goes on to another weight, until its gap is as small as asked for."""
+        """Minimises with another weight until the gap is at most `gap`."""
         begin = time.perf_counter()
         last = minimize(
             self.problem,
@@ -87,7 +87,7 @@ class Ours:
 
 
 def theirs(case: Case, problem: ConvexProblem, peers: Peers, l2: float) -> Any:
-    """A cold fit of scikit-learn's, and its parameters."""
+    """A cold fit of scikit-learn, and its parameters."""
     fit = peers.fit("lbfgs", l2, PEER_TOL, None, max_iter=ITERATIONS)
     if fit is None:
         raise RuntimeError("A fit without a limit was cut off.")
@@ -103,13 +103,13 @@ def theirs(case: Case, problem: ConvexProblem, peers: Peers, l2: float) -> Any:
 
 
 def accuracy(problem: ConvexProblem, theta: Array) -> float:
-    """The fraction of a problem's samples that is classified right."""
+    """The fraction of a problem's samples that is classified correctly."""
     right = problem.logits(theta).argmax(axis=1) == problem.targets.argmax(axis=1)
     return float(right.mean())
 
 
 def measure(features: Features, kind: str, n: int) -> Measured:
-    """Both paths on one kind of features.
+    """Measures both paths on one kind of features.
 
     Args:
         features: The features.
@@ -117,7 +117,7 @@ def measure(features: Features, kind: str, n: int) -> Measured:
         n: Number of samples.
 
     Returns:
-        Both sides' numbers at each weight, and those of the fits on all samples.
+        The numbers of both solvers for each weight, and for the fits on all samples.
     """
     case = Case(LINEAR, kind, features.rows(kind, n), features.labels[:n], 0.0)
     trained, held_out = split(n)
@@ -160,14 +160,14 @@ def measure(features: Features, kind: str, n: int) -> Measured:
 
 
 def total(measured: Measured, side: str) -> float:
-    """Seconds of one side's path and last fit, what was set up for it included."""
+    """Seconds of one solver's path and last fit, set-up included."""
     fits = [*measured["weights"], measured["refit"]]
     seconds = sum(fit[side]["seconds"] for fit in fits)
     return float(seconds + (measured["set up"] if side == "ours" else 0.0))
 
 
 def worst_gap(measured: Measured) -> float:
-    """The largest of our gaps as a multiple of scikit-learn's at the same weight."""
+    """The largest ratio of our gap to scikit-learn's gap at the same weight."""
     ratios = [fit["ours"]["gap"] / fit["theirs"]["gap"] for fit in measured["weights"]]
     return max(ratios, default=math.nan)
 

@@ -1,8 +1,8 @@
-"""A process that fits scikit-learn's and Cyanure's softmax regressions when asked to.
+"""A process that fits the softmax regressions of scikit-learn and Cyanure.
 
-Peers have a process of their own, so that one which takes too long can be ended, and
-neither side shares threads with the other. It reads a line of JSON for each request
-from its standard input and answers with one. This file imports no Keras.
+Peers run in a separate process, so that a fit that takes too long can be stopped, and
+the solvers do not share threads. The process reads a line of JSON for each request from
+its standard input, and answers with a line of JSON. This file does not import Keras.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ CYANURE = "Cyanure"
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """What a peer found.
+    """A fit of a peer.
 
     Attributes:
         coefficients: Shape `(C, columns)`, float64.
-        iterations: As the peer counts them.
+        iterations: Number of iterations, as the peer counts them.
         seconds: Wall time of its `fit`.
-        warnings: The first lines of what it warned of.
+        warnings: The first lines of its warnings.
     """
 
     coefficients: np.ndarray
@@ -78,11 +78,11 @@ class Peers:
             solver: One of scikit-learn's `LogisticRegression`, or `CYANURE`.
             l2: Weight of the L2 term.
             tol: The peer's own tolerance.
-            limit: Seconds that the fit may take; None for any.
-            max_iter: Most iterations.
+            limit: Time limit in seconds; None for no limit.
+            max_iter: Largest number of iterations.
 
         Returns:
-            The fit; None if it took too long.
+            The fit; None if it took longer than the limit.
 
         Raises:
             MemoryError: If the peer needs more memory than there is.
@@ -190,7 +190,7 @@ def _fit(x: np.ndarray, labels: np.ndarray, request: dict[str, Any]) -> Any:
 
 
 def _serve(folder: Path) -> None:
-    # What libraries print goes elsewhere than the answers.
+    # Output of libraries goes to standard error, apart from the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     labels = np.load(folder / "labels.npy")
@@ -208,8 +208,8 @@ def _serve(folder: Path) -> None:
                 answers.write(json.dumps({"too large": str(error)}) + "\n")
                 continue
         np.save(folder / "coefficients.npy", np.asarray(found, dtype=np.float64))
-        told = [str(each.message).partition("\n")[0] for each in caught]
-        reply = {"iterations": iterations, "seconds": seconds, "warnings": told}
+        lines = [str(each.message).partition("\n")[0] for each in caught]
+        reply = {"iterations": iterations, "seconds": seconds, "warnings": lines}
         answers.write(json.dumps(reply) + "\n")
 
 

@@ -1,8 +1,8 @@
 """scikit-learn and Cyanure on the same convex problem, to the same certified gap.
 
-Softmax cross-entropy with an L2 term on features of a trained ResNet-8: the linear
-head, and gated units whose features are written out for the peers. Each peer runs with
-its own tolerance, loosened as far as the gap allows, and only that run counts; the gap
+The problem is softmax cross-entropy with an L2 term on features of a trained ResNet-8:
+a linear head, and gated units, whose features are written out for the peers. Each peer
+runs with the loosest tolerance that reaches the gap, and only that run counts. The gap
 of every result is computed by the same float64 certificate.
 """
 
@@ -23,12 +23,13 @@ from benchmarks import common, trunk_features
 from benchmarks.common import Target
 from benchmarks.peer_worker import CYANURE, Fit, Peers, has_cyanure
 from benchmarks.trunk_features import CLASSES, GRID, POOLED, Features
-from keras_dalign.numerics.gram import Array, explicit_features
+from keras_dalign.numerics.gram import explicit_features
 from keras_dalign.numerics.losses import SoftmaxCrossEntropy
 from keras_dalign.solving.minimum import choose_method, minimize
 from keras_dalign.solving.problem import ConvexProblem
 
 if TYPE_CHECKING:
+    from keras_dalign.numerics import Array
     from keras_dalign.solving.feature_rows import FeatureRows
 
 GAP = 1e-6
@@ -37,7 +38,8 @@ LINEAR, GATED = "linear", "gated"
 WIDTH = 8
 SLOPE = 20.0
 SIZES = (5_000, 50_000)
-# What a peer's tolerance is divided by until its result is good enough, and how often.
+# A peer's tolerance is divided by this factor until its gap is small enough, and at
+# most this many times.
 _STEP = 10**0.5
 _STEPS = 10
 # Runs that take longer than this are not repeated.
@@ -66,10 +68,10 @@ class Peer:
     """A solver of scikit-learn or Cyanure.
 
     Attributes:
-        name: In the tables.
-        solver: For `Peers.fit`.
-        first_tol: The tolerance to begin with: of the gradient's largest entry, or for
-            Cyanure of the relative duality gap.
+        name: Its name in the tables.
+        solver: Its name for `Peers.fit`.
+        first_tol: The first tolerance tried: for the gradient's largest entry, or for
+            the relative duality gap of Cyanure.
     """
 
     name: str
@@ -78,8 +80,8 @@ class Peer:
 
 
 def peers_at(l2: float, gap: float) -> list[Peer]:
-    """The peers, each with a tolerance that is probably too loose."""
-    # The gradient's norm that the gap needs; its largest entry may not exceed it.
+    """The peers, each with a first tolerance that is probably too loose."""
+    # The norm of the gradient at this gap, an upper bound of its largest entry.
     norm = math.sqrt(2.0 * l2 * gap)
     found = [
         Peer(f"scikit-learn {solver}", solver, norm / _STEP)
@@ -125,12 +127,12 @@ class Case:
         return r, w
 
     def problem(self) -> ConvexProblem:
-        """The problem as our solver takes it."""
+        """The problem for our solver."""
         loss = SoftmaxCrossEntropy()
         targets = loss.targets(self.labels, CLASSES)
         r, w = self.gates()
         offset = np.zeros_like(targets)
-        # A copy, so that no run finds what an earlier one has computed.
+        # A copy, so that no run reuses cached results of an earlier one.
         rows = dataclasses.replace(self.rows)
         return ConvexProblem(rows, r, w, SLOPE, offset, targets, None, loss)
 
@@ -158,7 +160,7 @@ def gap_at(problem: ConvexProblem, theta: Array, l2: float) -> tuple[float, floa
 
 
 def ours(case: Case, gap: float) -> Measured:
-    """One run of our solver, from the features on."""
+    """One run of our solver, starting with the features."""
     begin = time.perf_counter()
     problem = case.problem()
     method, _ = choose_method(problem, "auto")
@@ -197,7 +199,7 @@ def loosest(
     gap: float,
     limit: float,
 ) -> Measured:
-    """A peer's first run that reaches the gap, its tolerance tightened step by step."""
+    """The first run of a peer that reaches the gap, as its tolerance is tightened."""
     tol, best = peer.first_tol, math.inf
     for _ in range(_STEPS):
         try:
@@ -225,16 +227,16 @@ def _without(peer: Peer, gap: float, note: str) -> Measured:
 
 
 def measure(case: Case, gap: float, limit: float, repeats: int) -> Measured:
-    """All solvers on one problem.
+    """Runs all solvers on one problem.
 
     Args:
         case: The problem.
-        gap: To reach.
-        limit: Seconds for a run of a peer.
-        repeats: Runs of each.
+        gap: The gap to reach.
+        limit: Time limit in seconds for a run of a peer.
+        repeats: Number of runs of each solver.
 
     Returns:
-        What the problem is, and for each solver its runs.
+        The description of the problem, and the median run of each solver.
     """
     problem = case.problem()
     runs: dict[str, list[Measured]] = {OURS: [ours(case, gap)]}
@@ -243,7 +245,7 @@ def measure(case: Case, gap: float, limit: float, repeats: int) -> Measured:
         for peer in tried:
             runs[peer.name] = [loosest(case, problem, peers, peer, gap, limit)]
             print(runs[peer.name][0], flush=True)
-        # From here on in turns; what came before warmed both sides up.
+        # The runs before were for warm-up. From here on the solvers take turns.
         runs[OURS] = []
         firsts = {name: of_name[0] for name, of_name in runs.items() if of_name}
         repeated = [p for p in tried if firsts[p.name]["seconds"] < _SLOW_SECONDS]
@@ -279,7 +281,7 @@ def best_peer(measured: Measured) -> Measured:
 
 
 def ratio(measured: Measured) -> float:
-    """Our time over the best peer's; NaN, which meets no target, if none ended."""
+    """Our time over the best peer's; NaN, which meets no target, if no peer ended."""
     ours_run = measured["solvers"][OURS]
     if ours_run["note"]:
         return math.inf

@@ -1,10 +1,11 @@
 """Products with the gated features, against the machine's matrix multiplications.
 
-For several shapes: the loss and its gradient (`Phi theta`, softmax, `Phi^T u`) in
-NumPy float64, in NumPy float32 and in float32 on the device of Keras's backend, and
-two plain multiplications of the same shapes by NumPy in float32. `solve` takes NumPy's
-float32 on processors and the device's on accelerators. They alternate, some in a row of
-each; each number is the median over the rounds. Run it once for each backend.
+For several shapes, the loss and its gradient (`Phi theta`, softmax, `Phi^T u`) are
+timed in NumPy float64, in NumPy float32 and in float32 on the device of Keras's
+backend. They are compared with two plain matrix multiplications of the same shapes in
+NumPy float32. `solve` uses NumPy float32 on CPUs, and the device on accelerators. The
+kinds take turns, each with a few calls in a row, and each number is the median over the
+rounds. Run it once for each backend.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from keras_dalign.solving.feature_rows import FeatureRows, Normalisation
 from keras_dalign.solving.gates import Gates
 from keras_dalign.solving.products import NumpyProducts, SampleLoss
 
-# Samples, features without the constant, outputs, width; and what they are.
+# Samples, features without the constant, outputs and width, by description.
 SHAPES = {
     "grid of a ResNet-8, narrow": (20_000, 1024, 10, 8),
     "grid of a ResNet-8, wide": (20_000, 1024, 10, 64),
@@ -77,9 +78,9 @@ def measure(shape: tuple[int, int, int, int], rounds: int) -> dict[str, float]:
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for round_ in range(rounds + 1):
         for name, run in kinds.items():
-            # Until threads of the one before no longer wait busily.
+            # Wait until threads of the kind before are no longer busy waiting.
             time.sleep(0.2)
-            # In a row, as in a solve, where the features may stay in a cache.
+            # Several calls in a row, as in a solve: the features may stay in a cache.
             run()
             begin = time.perf_counter()
             for _ in range(IN_A_ROW):

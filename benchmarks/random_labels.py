@@ -1,8 +1,8 @@
-"""Random labels: the two-phase run's loss keeps falling whatever the labels are.
+"""Random labels: the two-phase run's loss keeps falling, whatever the labels are.
 
-The MLP 64-64 on 1,200 of scikit-learn's digits whose labels are drawn at random, batch
-size 64, Adam 1e-3. All runs are compared after 40 epochs and are then continued, the
-base run for as many epochs as the others.
+An MLP 64-64 is trained on 1,200 of scikit-learn's digits with random labels: batch size
+64, Adam 1e-3. All runs are compared after 40 epochs. Then they are continued for the
+same number of epochs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import keras_dalign as kd
 from benchmarks import common
 from benchmarks.common import BASE, LEARNED, RANDOM, Data, Target
 
-# The two-phase run explores for a share of the first number, and then exploits.
+# Numbers of epochs. The two-phase run explores for a share of the first, then exploits.
 TRACE = (40, 80, 160, 320, 640)
 METHODS = (BASE, RANDOM, LEARNED)
 
@@ -33,7 +33,7 @@ def random_labels(data: Data, seed: int) -> Data:
 
 
 def measure(data: Data, method: str, seed: int, trace: tuple[int, ...]) -> Run:
-    """Trains one model and looks at its loss now and then.
+    """Trains one model and measures its loss after some epochs.
 
     Args:
         data: The data.
@@ -50,7 +50,7 @@ def measure(data: Data, method: str, seed: int, trace: tuple[int, ...]) -> Run:
     losses: list[float] = []
     seconds: list[float] = []
     for index, (begin, end) in enumerate(pairwise((0, *trace))):
-        # Continued runs need shuffles of their own.
+        # Continued runs need other shuffles.
         elapsed = common.timed_fit(
             model, labelled, seed=seed + 1000 * index, initial_epoch=begin, epochs=end
         )
@@ -60,7 +60,7 @@ def measure(data: Data, method: str, seed: int, trace: tuple[int, ...]) -> Run:
 
 
 def targets(by_method: dict[str, list[Run]], trace: tuple[int, ...]) -> list[Target]:
-    """What must be shown.
+    """The figures that must be shown.
 
     Args:
         by_method: The runs of each method, seed by seed.
@@ -98,14 +98,14 @@ def targets(by_method: dict[str, list[Run]], trace: tuple[int, ...]) -> list[Tar
 
 
 def overtaken(by_method: dict[str, list[Run]], trace: tuple[int, ...]) -> list[str]:
-    """Where the base run, continued, has the lower loss: it is to be said as well.
+    """Numbers of epochs after which the continued base run has the lower loss.
 
     Args:
         by_method: The runs of each method, seed by seed.
         trace: Where the losses were measured.
 
     Returns:
-        A sentence for each such place.
+        A sentence for each of them.
     """
     losses = {
         method: np.mean([run["losses"] for run in runs], axis=0)

@@ -1,10 +1,10 @@
-"""Repeated images: `certify` finds them, and bounds the loss by their conflicts.
+"""Repeated images: `certify` finds them, and their conflicts give a lower bound.
 
 The training images of CIFAR-100 contain repeats. They are counted in three ways: by
-`certify`, by the bytes of whole images sorted, and by pairwise comparison of images
-with equal sums. Then some of them get labels that conflict, and the lower bound of the
-loss is compared with its closed form: `k` samples of one input, of which `k_c` have
-label `c`, add `sum_c k_c log(k / k_c)`.
+`certify`, by sorting the bytes of whole images, and by comparing images with equal sums
+in pairs. Then some of them get conflicting labels, and the lower bound of the loss is
+compared with its closed form: `k` samples of one input, of which `k_c` have label `c`,
+add `sum_c k_c log(k / k_c)`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ CLASSES = 100
 
 
 def groups_by_bytes(images: np.ndarray) -> np.ndarray:
-    """The number of each image's content, shape `(n,)`, by sorting whole images."""
+    """The group of each image, equal for equal images, `(n,)`, by sorting images."""
     rows = images.reshape(len(images), -1)
     packed = np.ascontiguousarray(rows).view(np.dtype((np.void, rows.shape[1])))
     return np.unique(packed.ravel(), return_inverse=True)[1]
 
 
 def pairs_by_sums(images: np.ndarray) -> set[tuple[int, int]]:
-    """Pairs of identical images, each compared pixel by pixel with those of its sum."""
+    """Pairs of identical images, found by comparing images with equal pixel sums."""
     by_sum = defaultdict(list)
     rows = images.reshape(len(images), -1)
     for index, total in enumerate(rows.sum(axis=1, dtype=np.int64).tolist()):
@@ -49,7 +49,7 @@ def pairs_by_sums(images: np.ndarray) -> set[tuple[int, int]]:
 
 
 def label_entropy(groups: np.ndarray, y: np.ndarray) -> float:
-    """Mean over the samples of the entropy of the labels that share their input."""
+    """Mean over the samples of the entropy of the labels of their input."""
     total = 0.0
     members = defaultdict(list)
     for group, label in zip(groups.tolist(), y.tolist(), strict=True):
@@ -71,7 +71,7 @@ def with_conflicts(groups: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def tiny_model(shape: tuple[int, ...]) -> keras.Model:
-    """Any model will do: the lower bound is about the data."""
+    """A small model. The lower bound does not depend on the model."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [
@@ -91,12 +91,12 @@ def measure(name: str, images: np.ndarray, y: np.ndarray) -> dict[str, Any]:
     """Counts the repeats of some images, with labels as they are and in conflict.
 
     Args:
-        name: What they are.
+        name: Name of the set of images.
         images: Images, uint8.
         y: Labels.
 
     Returns:
-        The counts and bounds, each as `certify` has it and as it should be.
+        The counts and bounds of `certify`, and the expected ones.
     """
     groups = groups_by_bytes(images)
     found: dict[str, Any] = {
@@ -132,7 +132,7 @@ def measure(name: str, images: np.ndarray, y: np.ndarray) -> dict[str, Any]:
 
 
 def targets(measured: list[dict[str, Any]]) -> list[Target]:
-    """What must be shown.
+    """The figures that must be shown.
 
     Args:
         measured: From `measure`.
@@ -223,8 +223,8 @@ def main() -> None:
     ]
     about = (
         "CIFAR-100 (a class-balanced half of it). `distinct`, `conflicts`, `lower "
-        "bound` and `seconds` are `certify`'s; beside them the same found in another "
-        "way."
+        "bound` and `seconds` are those of `certify`; the other columns have the same "
+        "numbers, computed in another way."
     )
     common.write(
         options.out,

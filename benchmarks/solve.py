@@ -1,10 +1,10 @@
-"""Full-batch solve: what its products save, and its time and memory.
+"""Full-batch solve: time with different products, and time and memory on MNIST.
 
 Digits, with true, partly random and random labels: from the explored model to a gap of
-1e-10 by L-BFGS, which is SciPy's L-BFGS-B each time, on explicit features, on
-structured products in float64, and on these in float32 until float64 is needed, as
-`solve` does where problems are large. MNIST: the features of a trained ResNet-8, to a
-gap of 1e-6, with the peak of the memory. `benchmarks.peers` compares with others.
+1e-10 by SciPy's L-BFGS-B. It uses explicit features, structured products in float64, or
+structured products in float32 until float64 is needed, as `solve` does for large
+problems. MNIST: the features of a trained ResNet-8, to a gap of 1e-6, with the peak of
+the memory. `benchmarks.peers` compares with other solvers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
@@ -28,11 +28,14 @@ from benchmarks import common
 from benchmarks.common import RANDOM, Target
 from keras_dalign.certification.solver import solve
 from keras_dalign.head.features import FeaturePass
-from keras_dalign.numerics.gram import Array, explicit_features
+from keras_dalign.numerics.gram import explicit_features
 from keras_dalign.numerics.losses import SoftmaxCrossEntropy
 from keras_dalign.solving.minimum import minimize
 from keras_dalign.solving.problem import ConvexProblem
 from keras_dalign.solving.products import NumpyProducts, Products, SampleLoss
+
+if TYPE_CHECKING:
+    from keras_dalign.numerics import Array
 
 DIGITS_GAP = 1e-10
 MNIST_GAP = 1e-6
@@ -46,21 +49,21 @@ LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 def relabelled(y: np.ndarray, part: float, seed: int) -> np.ndarray:
-    """Labels of which a part is replaced by random ones."""
+    """Labels with a fraction `part` replaced by random ones."""
     rng = np.random.default_rng([seed, 7])
     chosen = rng.random(len(y)) < part
     return np.where(chosen, rng.integers(0, 10, len(y)), y)
 
 
 def explored(part: float, seed: int) -> tuple[ConvexProblem, Array]:
-    """The problem of a digits model at its switch, and where it starts."""
+    """The problem of a digits model at its switch, and its starting point."""
     data = common.digits()
     y = relabelled(data.y, part, seed)
     model = common.compiled(RANDOM, common.mlp(seed), len(data.x), seed)
     model.optimizer.explore = EPOCHS_EXPLORED
     keras.utils.set_random_seed(seed)
     model.fit(data.x, y, batch_size=64, epochs=EPOCHS_EXPLORED, verbose=0)
-    # To the switch and no further.
+    # With this tolerance, `solve` switches and takes no step.
     solve(model, data.x, y, tol=1e6, l2=0, verbose=0)
     features = FeaturePass(model, keep=True).run(data.x, y).feature_set()
     problem = ConvexProblem.from_head(model.head, features, SoftmaxCrossEntropy())
@@ -110,7 +113,7 @@ class ExplicitFeatures(Products):
 
 
 def with_products(problem: ConvexProblem, fast: Products) -> ConvexProblem:
-    """The problem, minimised with other products; float64 ones measure the end."""
+    """A copy of the problem with other products for the iterations."""
     other = copy.copy(problem)
     vars(other)["fast"] = fast
     if fast.dtype == np.float64:
@@ -131,7 +134,7 @@ def run(problem: ConvexProblem, start: Array) -> dict[str, Any]:
 
 
 def measure_digits(part: float, seed: int, repeats: int) -> dict[str, Any]:
-    """One set of labels: the three ways, in turn, medians of the times."""
+    """Measures the three kinds of products on one set of labels."""
     problem, start = explored(part, seed)
     rough = NumpyProducts(problem.rows, problem.gates, problem.units, np.float32)
     kinds = {
@@ -147,7 +150,7 @@ def measure_digits(part: float, seed: int, repeats: int) -> dict[str, Any]:
 
 
 def in_turn(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Any]:
-    """Runs the ways one after the other, several times, and takes median times."""
+    """Runs the ways in turns, several times, and takes the median times."""
     runs = [{name: way() for name, way in ways.items()} for _ in range(repeats)]
     return {
         name: {**runs[0][name], "seconds": median(run[name]["seconds"] for run in runs)}
@@ -274,10 +277,10 @@ def main() -> None:
             )
     about = (
         "Digits, 1,200 images, MLP 64-64 after 24 epochs, random gates that the 10 "
-        f"outputs share: iterations and seconds to a gap of {DIGITS_GAP:g} by L-BFGS, "
-        f"with its products in different ways; medians of {options.repeats} runs in "
-        "turn. The first way compiles once, and then as `solve` does it goes on in "
-        "float64 where float32 does not get any further."
+        f"outputs share: iterations and seconds to a gap of {DIGITS_GAP:g} by L-BFGS "
+        f"with three kinds of products; medians of {options.repeats} runs in turns. "
+        "The first kind is that of `solve` for large problems: it continues in float64 "
+        "when float32 makes no further progress."
     )
     header = ["random labels", "products", "iterations", "gap", "seconds", "/ first's"]
     body = [about, common.table(header, rows)]

@@ -1,9 +1,9 @@
-"""What solving to the minimum costs and gains: loss, gap and test error on the way.
+"""The effect of solving to the minimum on loss and test error.
 
-For each start (random gates from the trained base model, learned gates from the
-explored one), slope of the gates and L2 weight: training loss, gap and test error
-against iterations, on digits, MNIST and CIFAR-10. The defaults of `solve` are chosen by
-it.
+Training loss, gap and test error against iterations, on digits, MNIST and CIFAR-10, for
+each start (random gates from the trained base model, learned gates from the explored
+model), slope of the gates and L2 weight. The defaults of `solve` are chosen by these
+results.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ L2_WEIGHTS: tuple[float | str, ...] = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, "auto")
 SLOPES = (4.0, 20.0, 100.0)
 DEFAULT_SLOPE = 20.0
 EPOCHS = {DIGITS: 40, MNIST: 6, CIFAR: 15}
-# Networks whose learning rate falls along a cosine: a constant one flatters solving.
+# First learning rates of cosine schedules. A constant rate would make solving look
+# better than it is.
 COSINE = {CIFAR: 0.003}
 TOLERANCE = {0.0: 1e-8}
 DEFAULT_TOLERANCE = 1e-6
 MAX_ITERATIONS = 150
-# What a default may cost on average, in points of test error over the base's.
+# The mean increase of test error over the base's that a default may have, in points.
 ALLOWED = 0.3
 
 ABOUT = (
@@ -57,8 +58,8 @@ ABOUT = (
     "base's at its best. Digits: MLP 64-64; MNIST and CIFAR-10: ResNet-8, 5,000 "
     "training and 5,000 test images, one seed; on CIFAR-10 15 epochs with a cosine "
     "schedule from 3e-3. The gap is that of the objective with its L2 term; m is the "
-    "width that `solve` takes, and what is tried to choose it or the weight is not in "
-    "the curves."
+    "width that `solve` chooses. The curves do not include the trials of widths and L2 "
+    "weights."
 )
 
 Run = dict[str, Any]
@@ -94,7 +95,7 @@ def trained(
 ) -> keras.Model:
     """An aligned model before its switch, from the cache if it is there."""
     # Random gates: on the fully trained base model. Learned gates: explored for the
-    # usual part of the epochs, with the head that will exploit.
+    # usual share of the epochs, with the head that is solved.
     key = f"{name}-{gates}-{seed}" + (f"-{slope:g}" if gates == "learned" else "")
     file = cache / f"keras_dalign-tradeoff-{key.replace(' ', '_')}.weights.h5"
     base = fresh(name, seed)
@@ -130,7 +131,7 @@ def measure(
     weights: Sequence[float | str],
     cache: Path,
 ) -> Iterator[Run]:
-    """One start: the L2 weights from there, iterate by iterate.
+    """Solves with each L2 weight from one start, and measures every iterate.
 
     Yields:
         A run for each weight.
@@ -198,7 +199,7 @@ def measure(
 
 
 def draw(runs: list[Run], file: Path) -> None:
-    """Loss, test error and gap against iterations; the first seed."""
+    """Draws loss, test error and gap against iterations, for the first seed."""
     names = list(dict.fromkeys(run["data"] for run in runs))
     first = [run for run in runs if run["seed"] == 0]
     figure, axes = plt.subplots(
@@ -271,7 +272,7 @@ def summary(runs: list[Run]) -> list[list[str]]:
 
 
 def excess(runs: list[Run], **wanted: Any) -> float:
-    """Mean points of test error over that at the start, for the runs wanted."""
+    """Mean increase of test error from the start, in points, of the selected runs."""
     found = [
         run["test error"] - run["start error"]
         for run in runs
@@ -285,7 +286,7 @@ def _weight(text: str) -> float | str:
 
 
 def latest(runs: list[Run]) -> list[Run]:
-    """Of runs of the same thing the last one, in the order of first appearance."""
+    """The last run of each setting, in the order of first appearance."""
     keys = ("data", "seed", "gates", "slope", "l2")
     return list({tuple(run[key] for key in keys): run for run in runs}.values())
 

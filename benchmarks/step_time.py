@@ -1,10 +1,10 @@
 """Step time of `DAlign(Adam())` while exploring, against bare `Adam()`.
 
-The same model with the same weights twice, once as Keras trains it and once aligned
-with random gates, whose exploration is the base run. Short blocks of steps alternate
-between the two; the figure is the median over all pairs of blocks of the ratio of their
-times. Beside it stands a control, the bare model against a copy of itself, which shows
-what the machine's noise alone does to such a ratio.
+The same model with the same weights is trained twice: by Keras alone, and aligned with
+random gates, whose exploration equals the base run. Short blocks of steps alternate
+between the two. The figure is the median over all pairs of blocks of the ratio of their
+times. A control, the bare model against a copy of itself, shows the effect of the
+machine's noise on such a ratio.
 
 `KERAS_BACKEND` chooses the backend; each writes its own files.
 """
@@ -31,7 +31,7 @@ WRAPPED = "DAlign(Adam)"
 
 @dataclass(frozen=True)
 class Case:
-    """A model, and how long its blocks are.
+    """A model, and the length of its blocks.
 
     Attributes:
         name: Its name.
@@ -51,7 +51,7 @@ CASES = (
 
 
 class _Stopwatch(keras.callbacks.Callback):
-    """Times an epoch from its first step on, so that the set-up does not count."""
+    """Times an epoch from its first step, without the set-up before."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class _Stopwatch(keras.callbacks.Callback):
             self.begin = time.perf_counter()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
-        """Stops, after the metrics were read: no step is under way any more."""
+        """Stops after the metrics were read, when all steps have finished."""
         self.seconds = time.perf_counter() - self.begin
 
 
@@ -86,7 +86,7 @@ def models(case: Case, n_samples: int) -> dict[str, keras.Model]:
     for name, model in found.items():
         optimizer = keras.optimizers.Adam(common.LEARNING_RATE)
         if name == WRAPPED:
-            # All epochs of a block are exploration, with nothing behind them.
+            # All epochs of a block are exploration, and no phase follows.
             optimizer = kd.DAlign(optimizer, None, explore=1)
         model.compile(
             optimizer=optimizer,
@@ -114,7 +114,8 @@ def measure(case: Case, pairs: int) -> dict[str, list[float]]:
     y = rng.integers(10, size=n)
     seconds: dict[str, list[float]] = {name: [] for name in found}
     stopwatch = _Stopwatch()
-    # The first two blocks of each model are for compilation and caches.
+    # The first two blocks of each model are for compilation and caches, and do not
+    # count.
     for index in range(-2, pairs):
         order = list(found)
         order = order[index % 3 :] + order[: index % 3]
@@ -137,7 +138,7 @@ def summary(seconds: dict[str, list[float]], name: str) -> dict[str, float]:
 
     Args:
         seconds: Seconds per step of each block, by the model's name.
-        name: The model to be compared with the bare one.
+        name: The model to compare with the bare one.
 
     Returns:
         `ratio` (median), `lower` and `upper` (quartiles), `error` (the standard
@@ -205,7 +206,7 @@ def main() -> None:
         f"{steps} for each model. Ratios are medians over pairs of blocks, with "
         "the standard error of that median and the quartiles of the ratios; the "
         "last column compares the fast blocks (10 % quantiles). Where the control, a "
-        "copy of the bare model, is far from 1, the machine was too busy to tell."
+        "copy of the bare model, is far from 1, the machine was too busy."
     )
     common.write(
         options.out,

@@ -1,4 +1,4 @@
-"""The table of all targets, from the results that are there."""
+"""The table of all targets, from the recorded results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks import common
 
 
 def table(folder: Path) -> str:
-    """One line for every target of every benchmark, with what was measured."""
+    """One line for every target of every benchmark, with the number measured."""
     rows = []
     for file in sorted(folder.glob("*.json")):
         record = json.loads(file.read_text(encoding="utf-8"))

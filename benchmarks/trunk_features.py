@@ -1,4 +1,4 @@
-"""Features of a trained ResNet-8, for benchmarks of what is fitted on them."""
+"""Features of a trained ResNet-8, for benchmarks of solvers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Features:
     """Features as the trunk gives them, and labels.
 
     Attributes:
-        name: Whose they are.
+        name: The data set and network.
         pooled: `(n, 64)`, float32: the features of the base model's output layer.
         grid: `(n, 1024)`, float32: the last feature map in a 4x4 grid, as `align` takes
             it by default.
@@ -93,7 +93,7 @@ def synthetic(n: int, seed: int = 0) -> Features:
 
     def drawn(p: int) -> np.ndarray:
         means = rng.standard_normal((CLASSES, p))
-        # Variances that fall as those of a trained network's features do.
+        # Variances fall as those of a trained network's features.
         sizes = 3.0 * np.arange(1, p + 1) ** -0.5
         mixing = np.linalg.qr(rng.standard_normal((p, p)))[0]
         raw = rng.standard_normal((n, p)) * sizes @ mixing

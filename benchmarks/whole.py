@@ -1,11 +1,15 @@
 """`solve(l2="auto")` on whole data sets: time, growth with the samples, memory.
 
 Trains ResNet-8 on all of CIFAR-10 (20 epochs, crops and flips, Adam with a cosine
-schedule from 5e-3, batch 128) and on all of MNIST (10 epochs), or takes networks that
-an earlier run left in `--cache`. On each: all of `solve(l2="auto")` over the training
-time, the test error beside that of a head of the width that fits any labels, the time
-without the trunk's passes, and that time for growing parts of the samples. The training
-time is the number of epochs times the median of four that are timed before each solve.
+schedule from 5e-3, batch 128) and on all of MNIST (10 epochs), or reads networks that
+an earlier run stored in `--cache`. For each network it measures
+
+- the time of `solve(l2="auto")` divided by the training time,
+- the test error, and that of a head with the width that fits any labels,
+- the time without the trunk's passes, for all samples and for parts of them.
+
+The training time is the number of epochs times the median time of four epochs, which
+are timed before each solve.
 """
 
 from __future__ import annotations
@@ -54,7 +58,7 @@ def read(folder: Path, name: str) -> Data:
 
 
 def compiled(name: str, data: Data, seed: int) -> tuple[Any, Stream]:
-    """A fresh base model, compiled, and what it is trained on."""
+    """A new base model, compiled, and its stream of training data."""
     keras.utils.set_random_seed(seed)
     base = kd.models.resnet(8, data.x.shape[1:], 10)
     stream = Stream(data.x, data.y, BATCH_SIZE, seed, AUGMENT[name])
@@ -77,9 +81,10 @@ def trained(name: str, data: Data, seed: int, cache: Path) -> Any:
 
 
 def training_seconds(name: str, data: Data, seed: int) -> float:
-    """Seconds that the training takes: its epochs times the median of a few.
+    """Seconds of the training: its number of epochs times the median of a few epochs.
 
-    They are measured right before the solve, so that both see the same machine.
+    The epochs are timed right before the solve, so that the load of the machine is
+    about the same for both.
 
     Returns:
         The seconds.
@@ -104,7 +109,7 @@ def scores(logits: np.ndarray, y: np.ndarray) -> dict[str, float]:
 
 
 def solved(base: Any, data: Data, width: int | None = None) -> dict[str, Any]:
-    """Everything that `solve` does, as a user calls it."""
+    """Time and results of a whole call of `solve`."""
     model = kd.align(base, n_samples=len(data.x), seed=0, width=width, copy=True)
     begin = time.perf_counter()
     result = kd.solve(model, data.x, data.y, l2="auto", loss=LOSS, verbose=0)
@@ -147,7 +152,7 @@ def part_of(features: FeatureSet, rows: np.ndarray) -> FeatureSet:
 
 
 def solve_features(model: Any, features: FeatureSet) -> dict[str, Any]:
-    """The path, the widths and the minimum, without the trunk."""
+    """Times the L2 path, the widths and the minimum, without the trunk."""
     model.set_width(8)
     begin = time.perf_counter()
     solver = HeadSolver(
@@ -168,7 +173,7 @@ def solve_features(model: Any, features: FeatureSet) -> dict[str, Any]:
 
 
 def growth(model: Any, features: FeatureSet, repeats: int) -> dict[str, Any]:
-    """Seconds for growing parts of the samples, and the fitted exponent."""
+    """Seconds for larger and larger parts of the samples, and the fitted exponent."""
     order = np.random.default_rng(0).permutation(len(features.y))
     runs = []
     for size in SIZES:
@@ -184,7 +189,7 @@ def growth(model: Any, features: FeatureSet, repeats: int) -> dict[str, Any]:
 
 
 def memory(model: Any, features: FeatureSet) -> dict[str, float]:
-    """Peak of what NumPy allocates beyond the features, in float64 numbers `n m`."""
+    """Peak of NumPy's memory beyond the features, in units of `n m` float64 numbers."""
     tracemalloc.start()
     found = solve_features(model, features)
     peak = tracemalloc.get_traced_memory()[1]

@@ -1,10 +1,10 @@
-"""Two workers share a grid: what it saves, and that the results are those of one.
+"""Two workers share a grid: the time saved, and equal results.
 
 A part of the digits grid (`dvc.yaml`, without augmentation, one seed for each worker)
-runs in a clone of its own, and once more in two clones at the same time, which share a
-cache and take a seed each. A fourth clone with their cache must then have nothing left
-to run, and all metrics must be those of one worker, byte for byte. Clones are of the
-last commit.
+runs in one clone, and again in two clones at the same time, which share a cache and run
+one seed each. A fourth clone with their cache must then have no stage left to run, and
+all metrics must equal those of one worker, byte for byte. Clones are of the last
+commit.
 """
 
 from __future__ import annotations
@@ -87,10 +87,10 @@ def main() -> None:
 
 
 class Clone:
-    """A clone of the repository with a cache of its own, or a shared one.
+    """A clone of the repository with its own cache, or a shared one.
 
     Args:
-        path: Where it goes.
+        path: The folder of the clone.
         cache: The folder of its DVC cache.
     """
 
@@ -105,12 +105,12 @@ class Clone:
             elapsed([self._dvc(*words)])
 
     def repro(self, seeds: Sequence[int]) -> subprocess.Popen[bytes]:
-        """Begins to reproduce all runs of these seeds."""
+        """Starts to reproduce all runs of these seeds."""
         targets = [f"dvc.yaml:evaluate@{_GRID}{seed}" for seed in seeds]
         return self._dvc("repro", "--glob", *targets)
 
     def stages_run(self) -> int:
-        """The number of stages that were run, not found done or in the cache."""
+        """The number of stages that were run, rather than found done or cached."""
         return self.log.read_text(encoding="utf-8").count("Running stage")
 
     def metrics(self) -> dict[str, bytes]:
@@ -120,7 +120,7 @@ class Clone:
             The bytes of each file by its name.
 
         Raises:
-            RuntimeError: If there are none: nothing would be compared.
+            RuntimeError: If there are none to compare.
         """
         folder = self.path / "results" / "metrics"
         found = {
@@ -148,7 +148,7 @@ def elapsed(running: Sequence[subprocess.Popen[bytes]]) -> float:
     """Seconds until all have ended.
 
     Args:
-        running: Processes that were just begun.
+        running: Processes that were just started.
 
     Returns:
         Wall time.

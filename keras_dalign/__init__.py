@@ -19,16 +19,19 @@ Data flow one way: the subpackages are layers, and import only those above them 
 list.
 
 - `compat`: the private names of Keras that the others rely on;
-- `numerics`: losses, Gram matrices, subspaces, ranks (`union` is the matroid union that
-  explains them), column spaces (by factors, Gram matrices or `lsqr`), the `quadratic`
-  model and its relaxation: arrays, and no model;
+- `numerics`: functions of arrays that use no model: `losses` (`keras_losses` finds the
+  one of a Keras loss, `labels` checks its targets), Gram matrices, subspaces, the
+  `rank` check (`rank_check` is its result; `union` is the matroid union that explains a
+  failure), the `default_width`, column spaces (by factors, Gram matrices or `lsqr`),
+  the `quadratic` model and its relaxation;
 - `head`: the `alignment_head` (and `pointwise_dense`, its linear part where that is a
   convolution), `batch_norm`, `features` and the `objective`; the `quadratic_head`, an
   output layer of its own;
 - `solving`: `problem` is the convex problem of a head on kept features, and `products`
   multiply by them (in NumPy, or as `device_products`); `minimum` minimises it, by
   L-BFGS or in `closed_form`; `held_out` samples choose the L2 weight (`l2_path`) and
-  the `width`; `head_solver` does it in order and says how it went;
+  the `width`; `head_solver` calls these in order, and `solve_message` describes the
+  outcome;
 - `training`: `surgery` builds an `aligned_model`, and `feature_map` chooses what its
   gated units see; `training_run` drives its phases with
   `dalign` as optimizer and `weight_average` beside it; `switch` stands between the
@@ -41,9 +44,9 @@ list.
   have them; `quadratic_bound` and `quadratic_solver` are for the quadratic head;
   `monitor` draws all of it during training.
 
-Beside them stand `models`, residual networks to begin with, and `parametrization`,
-which makes a model's width scale as muP, or another parametrisation, says (`growth`
-tells how layers grow).
+Outside the layers are `models` (residual networks) and `parametrization`, which makes
+a new model's width scale by muP or another parametrisation (`growth` has the rules for
+each layer).
 """
 
 from importlib.metadata import version

@@ -1,4 +1,4 @@
-"""How the weights of a layer grow with the width, and what a parametrisation says."""
+"""How the weights of a layer grow with the width, and the rules of parametrisations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NORMALIZATIONS = (
     layers.LayerNormalization,
     layers.RMSNormalization,
 )
-# Weights that act on one unit each, and move as biases do.
+# Weights that act on one unit each. They are scaled as biases are.
 VECTORS = ("bias", "gamma", "beta", "scale")
 
 _CONVOLUTIONS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
@@ -33,12 +33,12 @@ _FIXED_DEVIATION = (
 
 
 class UnknownRoleError(ValueError):
-    """A layer of which it is unknown how it should grow.
+    """The role of a layer, input, hidden or output, cannot be determined.
 
     Args:
         layer: The layer.
         base: The same layer of another width.
-        reason: Why it is unknown.
+        reason: Why it cannot be determined.
     """
 
     def __init__(
@@ -53,13 +53,14 @@ class UnknownRoleError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Growth:
-    """The weights of a layer, and how they grow.
+    """The weights of a layer, and their growth from the base's layer.
 
     Attributes:
         kernel: The variable that mixes units, or None.
-        vectors: Those that act on one unit each, such as the bias.
-        r_in: The fan-in over that of the base's layer.
-        r_out: The fan-out over that of the base's layer; vectors grow as it does.
+        vectors: The variables that act on one unit each, such as the bias.
+        r_in: Fan-in divided by the fan-in of the base's layer.
+        r_out: Fan-out divided by the fan-out of the base's layer. Vectors grow by the
+            same factor.
     """
 
     kernel: keras.Variable | None
@@ -68,7 +69,7 @@ class Growth:
     r_out: float
 
     def multipliers(self, kind: str, optimizer: str) -> tuple[float, float]:
-        """By what stored weights are multiplied.
+        """The multipliers of stored weights.
 
         Args:
             kind: One of `KINDS`.
@@ -89,13 +90,13 @@ class Growth:
         return 1.0 / self.r_in, 1.0
 
     def spread(self, kind: str) -> float:
-        """The deviation of the effective initial kernel over that of the base's.
+        """Standard deviation of the effective initial kernel, relative to the base's.
 
         Args:
-            kind: One of `KINDS`, but for `"standard"`, which leaves kernels alone.
+            kind: One of `KINDS` but `"standard"`, which does not change kernels.
 
         Returns:
-            The quotient.
+            The ratio.
         """
         is_output = self.r_out == 1.0
         if kind == "mean_field" or (kind == "mup" and is_output):
@@ -104,7 +105,7 @@ class Growth:
 
 
 def growth(layer: keras.layers.Layer, base: keras.layers.Layer) -> Growth:
-    """How the weights of a layer grow.
+    """The growth of a layer's weights from the base's layer.
 
     Args:
         layer: A built layer.
@@ -114,7 +115,7 @@ def growth(layer: keras.layers.Layer, base: keras.layers.Layer) -> Growth:
         The growth.
 
     Raises:
-        UnknownRoleError: If it cannot be told what is fan-in and what is fan-out.
+        UnknownRoleError: If fan-in and fan-out cannot be determined.
     """
     kernel, vectors = _own_weights(layer, base)
     if kernel is None:
@@ -144,18 +145,18 @@ def growth(layer: keras.layers.Layer, base: keras.layers.Layer) -> Growth:
 
 
 def to_base_size(layer: keras.layers.Layer, base: keras.layers.Layer) -> float:
-    """What makes an initial kernel as large, entry by entry, as the base's.
+    """The factor that gives an initial kernel the standard deviation of the base's.
 
     Args:
         layer: A layer with a kernel.
         base: The same layer of another width.
 
     Returns:
-        The factor: the deviation of the layer's initializer at the base's shape, over
-        that at the layer's own.
+        The standard deviation of the layer's initializer at the base's shape, divided
+        by that at the layer's own shape.
 
     Raises:
-        ValueError: If the initializer's deviation is unknown.
+        ValueError: If the standard deviation of the initializer is unknown.
     """
     is_embedding = isinstance(layer, layers.Embedding)
     initializer = (
@@ -179,14 +180,14 @@ def to_base_size(layer: keras.layers.Layer, base: keras.layers.Layer) -> float:
 
 
 def _fan(layer: keras.layers.Layer, initializer: Any, shape: tuple[int, ...]) -> float:
-    """What an initializer divides the variance by, but for a constant factor."""
+    """The divisor of an initializer's variance, up to a constant factor."""
     rank = len(shape)
     inputs, outputs = [rank - 2], [rank - 1]
     if isinstance(layer, layers.EinsumDense):
         if hasattr(initializer, "input_axes"):
             inputs, outputs = _axes(layer)
         else:
-            # Older versions of Keras take every kernel for a convolution's.
+            # Older versions of Keras treat every kernel as that of a convolution.
             inputs, outputs = [*range(rank - 1)], [*range(rank - 2), rank - 1]
     if getattr(initializer, "input_axes", None) is not None:
         inputs, outputs = initializer.input_axes, initializer.output_axes
@@ -229,7 +230,7 @@ def _own_weights(
 def _vectors(layer: keras.layers.Layer) -> list[keras.Variable]:
     """The weights of a layer that act on one unit each."""
     found = [getattr(layer, name, None) for name in VECTORS]
-    # Some layers have a flag of the same name.
+    # In some layers the name belongs to a flag.
     return [value for value in found if isinstance(value, keras.Variable)]
 
 
@@ -243,7 +244,7 @@ def _kernel_shape(layer: keras.layers.Layer) -> tuple[int, ...]:
 
 
 def _axes(layer: keras.layers.Layer) -> tuple[list[int], list[int]]:
-    """The axes of a layer's kernel that make its fan-in, and its fan-out."""
+    """The axes of a layer's kernel for its fan-in, and those for its fan-out."""
     if isinstance(layer, layers.EinsumDense):
         left, output = layer.equation.replace(" ", "").split("->")
         inputs, kernel = left.split(",")
@@ -252,6 +253,6 @@ def _axes(layer: keras.layers.Layer) -> tuple[list[int], list[int]]:
             [i for i, k in enumerate(kernel) if k in output and k not in inputs],
         )
     rank = len(_kernel_shape(layer))
-    # Rows of an embedding are looked up, and not summed over.
+    # Rows of an embedding are looked up and not summed, so it has no fan-in.
     is_embedding = isinstance(layer, layers.Embedding)
     return ([] if is_embedding else [rank - 2]), [rank - 1]

@@ -14,9 +14,9 @@ import keras
 
 __all__ = ["resnet"]
 
-# He et al. train with their framework's defaults, an average over about ten
-# steps. The default of Keras, 0.99, still carries a tenth of the initial
-# statistics after 200 steps, which is more than a small run has.
+# He et al. use their framework's default, an average over about ten steps. With
+# Keras's default, 0.99, a tenth of the initial statistics remains after 200
+# steps, which is more than a small run has.
 _BN_MOMENTUM = 0.9
 _BN_EPSILON = 1e-5
 
@@ -33,7 +33,7 @@ def resnet(
 ) -> keras.Model:
     """Builds a residual network for small images.
 
-    Two families, told apart by `depth`:
+    There are two families, chosen by `depth`:
 
     - `depth = 6 n + 2` (8, 14, 20, 26, 32, ...): three stages of `n` basic
       blocks with 16, 32 and 64 channels, the networks of He et al. for
@@ -76,15 +76,16 @@ def resnet(
             Defaults to `keras.config.dtype_policy()`. The pooled features and
             the logits are float32 under every policy but `"float64"`.
         name: Name of the model. Defaults to `"resnet<depth>"`, with
-            `"_preactivation"` behind it where that was asked for.
+            `"_preactivation"` appended if `preactivation` is true.
 
     Returns:
         A Functional `keras.Model` from images `(batch, *input_shape)` to logits
         `(batch, classes)`.
 
     Raises:
-        ValueError: If `depth` is not one of those above, `input_shape` is not
-            that of an image, or `classes` or `width` is not a positive integer.
+        ValueError: If `depth` is not one of the values above, `input_shape` is
+            not the shape of an image, or `classes` or `width` is not a positive
+            integer.
     """
     blocks = _blocks_per_stage(depth)
     shape = _image_shape(input_shape)
@@ -95,8 +96,8 @@ def resnet(
     policy = keras.dtype_policies.get(
         keras.config.dtype_policy() if dtype is None else dtype
     )
-    # Half precision is for the convolutions; in the features it would merge
-    # inputs that differ, and in the logits it would round the loss.
+    # Only the convolutions use half precision. It would make features of
+    # different inputs equal, and add rounding to the loss.
     wide = "float64" if policy.variable_dtype == "float64" else "float32"
     if name is None:
         name = f"resnet{depth}" + ("_preactivation" if preactivation else "")
@@ -159,8 +160,8 @@ def _preactivation_block(
     shortcut = x
     x = _bn_relu(x, policy, f"{name}_1")
     if stride != 1 or _channels(x) != channels:
-        # As in the second paper's networks, a projection shares the first
-        # normalisation; an identity does not pass through it.
+        # As in the second paper, a projection takes the normalised input. An
+        # identity takes the input itself.
         shortcut = _conv(
             x, channels, policy, f"{name}_shortcut_conv", size=1, stride=stride
         )

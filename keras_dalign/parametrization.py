@@ -1,16 +1,15 @@
-"""Parametrisations of a network's width: which limit a wider model tends to.
+"""Parametrisations: how initial weights and steps scale with a network's width.
 
-How large initial weights are, and how far a step of the optimizer moves them, may
-depend on the width in many ways. The choice decides what a wide network does: whether
-its features move, and whether they stay linearly independent. It is made here by
-multipliers of the stored weights and factors of their initial values. There are no
-learning rates per variable, so any optimizer can be used.
+The choice decides the behaviour of a wide network: whether its features move, and
+whether they stay linearly independent. It is implemented by multipliers of the stored
+weights and factors of their initial values. There are no learning rates per variable,
+so any optimizer can be used.
 
 Sources: G. Yang, E. J. Hu, "Tensor Programs IV: feature learning in infinite-width
 neural networks", ICML 2021; G. Yang et al., "Tensor Programs V", 2022, table 8, and the
 authors' package `mup`; for `"ntk"` A. Jacot, F. Gabriel, C. Hongler, NeurIPS 2018. Its
-form for Adam is derived here, from the wish that a step change the outputs by as much
-at every width.
+form for Adam is derived here from the condition that a step changes the outputs by the
+same amount at every width.
 """
 
 from __future__ import annotations
@@ -48,15 +47,15 @@ def parametrize(
     kind: str = "mup",
     optimizer: str = "sgd",
 ) -> keras.Model:
-    """Rewrites a new model so that its width scales as a parametrisation says.
+    """Rewrites a new model so that its width scales by a parametrisation.
 
     Hyper-parameters are tuned on a small base model. The model is the same network with
-    other widths; it is given initial weights and multipliers with which the base's
-    learning rate is right for it, too. At the base's widths nothing changes, bit for
-    bit.
+    other widths. It gets initial weights and multipliers for which the base's learning
+    rate is right, too. At the base's widths it does not change, bit for bit.
 
-    With `r_in` and `r_out`, the fan-in and the fan-out of a layer over those of the
-    same layer of the base, an effective weight is its multiplier times the stored one:
+    Let `r_in` and `r_out` be the fan-in and the fan-out of a layer, divided by those of
+    the same layer of the base. An effective weight is its multiplier times the stored
+    weight:
 
     | kind | multiplier, SGD | multiplier, Adam | bias, SGD | bias, Adam |
     |---|---|---|---|---|
@@ -64,59 +63,58 @@ def parametrize(
     | `"ntk"` | `r_in^-1/2` | `r_in^-1 r_out^-1/2` | 1 | `r_out^-1/2` |
     | `"standard"` | 1 | 1 | 1 | 1 |
 
-    A size that does not grow has `r = 1`. It tells the role of a layer: *input* if only
-    the fan-out grows, *output* if only the fan-in does, *hidden* if both do. The
-    deviation of the effective initial kernel is that of the initializer at the base's
-    shape, times `r_in^-1/2`; for the output layers of `"mup"`, and for all layers of
-    `"mean_field"`, times `1 / r_in`. `"standard"` is a copy of the model as Keras
-    initialises it. Effective biases begin where the model's do.
+    A size that does not grow has `r = 1`. A layer is an *input* layer if only its
+    fan-out grows, an *output* layer if only its fan-in grows, and a *hidden* layer if
+    both grow. The standard deviation of the effective initial kernel is that of the
+    initializer at the base's shape times `r_in^-1/2`. For the output layers of `"mup"`,
+    and for all layers of `"mean_field"`, it is times `1 / r_in`. `"standard"` is a copy
+    of the model as Keras initialises it. Effective initial biases are the model's.
 
     - `"mup"`, the maximal update parametrisation: features move as much at every width.
-    - `"ntk"`: features stand still in the limit, and training is that of a kernel.
-    - `"mean_field"`: as `"mup"`, with hidden kernels that begin smaller by
-      `r_in^-1/2`.
-    - `"standard"`: a constant learning rate diverges as the width grows; divide it by
-      the growth.
+    - `"ntk"`: features do not move in the limit, and training is kernel regression.
+    - `"mean_field"`: as `"mup"`, with initial hidden kernels smaller by `r_in^-1/2`.
+    - `"standard"`: training with a constant learning rate diverges as the width grows;
+      divide the rate by the growth.
 
-    Scale and shift of normalisations move as biases do. A size may also be smaller than
-    the base's. The theory has all widths grow by one factor; where they grow by
-    different ones, the table is that of the package `mup`. What is no weight keeps its
-    own scale: attention divides by the root of the keys' length, where muP wants the
-    length itself.
+    Scale and shift of normalisations are treated as biases. A size may also be smaller
+    than the base's. In the theory all widths grow by one factor; for different factors,
+    the table follows the package `mup`. Constants that are no weights are not changed:
+    attention divides by the root of the keys' length, where muP needs the length
+    itself.
 
-    The multipliers are `keras.layers.Rescaling` layers in front of the layers and
-    behind them (an activation that was part of the layer follows as a layer of its
-    own). So the saved model has no layers of this package, and `align` takes it.
+    The multipliers are `keras.layers.Rescaling` layers before and after the layers. (An
+    activation of the layer becomes a separate layer after them.) So the saved model has
+    no layers of this package, and `align` accepts it.
 
-    **Optimizers.** Choose `"sgd"` for SGD, with momentum or without, and `"adam"` for
-    what divides gradients by their size, entry by entry: Adam, AdamW, RMSprop, Adamax,
-    Nadam, Lion, Adagrad. The gradient of a stored weight is the multiplier times that
-    of the effective one, so Adam's epsilon counts as epsilon divided by the multiplier.
-    Under muP, gradients of hidden kernels fall as the width grows, and this makes
-    epsilon larger by `r_in` on top: choose it far below the gradients, say 1e-12.
-    Decoupled weight decay, and L2 regularizers under SGD, shrink stored and so also
-    effective weights by the same factor at every width. Clipping by norm sees the
-    gradients of stored weights.
+    **Optimizers.** Choose `"sgd"` for SGD, with momentum or without. Choose `"adam"`
+    for optimizers that divide gradients by their size, entry by entry: Adam, AdamW,
+    RMSprop, Adamax, Nadam, Lion, Adagrad. The gradient of a stored weight is the
+    multiplier times that of the effective weight, so Adam's epsilon acts as epsilon
+    divided by the multiplier. Under muP, gradients of hidden kernels fall as the width
+    grows, and the multiplier adds a factor of `r_in` to the effective epsilon. Choose
+    epsilon far below the gradients, such as 1e-12. Decoupled weight decay, and L2
+    regularizers under SGD, shrink stored weights, and so effective weights, by the same
+    factor at every width. Clipping by norm uses the gradients of stored weights.
 
     Args:
         model: A built Functional or Sequential model, freshly initialised, whose layers
             with growing kernels are `Dense`, `Conv1D`, `Conv2D`, `Conv3D`,
             `EinsumDense` or `Embedding`. Models that it calls as layers are rewritten,
-            too. It is left as it is.
+            too. The model itself does not change.
         base: A model of the same layers, with the widths at which the learning rate was
             chosen, and the same inputs and outputs. Only its shapes are used.
         kind: `"mup"`, `"ntk"`, `"mean_field"` or `"standard"`.
         optimizer: `"sgd"` or `"adam"`, the family that will train the model.
 
     Returns:
-        A new Functional model of the same name, not compiled, with weights of its own.
+        A new Functional model of the same name, not compiled, with its own weights.
 
     Raises:
         ValueError: If an argument is none of the above, or the two models do not match.
-            If the role of a layer cannot be told: a kernel that is used in more than
-            one place, a size that is neither fan-in nor fan-out, a layer of another
-            kind with weights that grow. If the variance of an initializer is unknown,
-            or there is a constraint on weights that are multiplied.
+            If the role of a layer cannot be determined: a kernel is used in more than
+            one place, a size that grows is neither fan-in nor fan-out, or a layer of
+            another kind has weights that grow. If the variance of an initializer is
+            unknown, or weights that are multiplied have a constraint.
 
     Warns:
         UserWarning: If the model's class overrides how Keras trains, which is not
@@ -150,8 +148,8 @@ def parametrize(
             f"{', '.join(own)}.",
             stacklevel=2,
         )
-    # Layers that draw numbers get their seeds from Python's global generator, which
-    # must not move.
+    # New layers with random numbers draw their seeds from Python's global generator,
+    # whose state is restored.
     state = random.getstate()
     try:
         return _clone(graph, base_graph, kind, optimizer)
@@ -188,14 +186,14 @@ def _check_ends(which: str, model: keras.Model, base: keras.Model) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What becomes of a layer.
+class _Replacement:
+    """The layers that replace a layer.
 
     Attributes:
         copy: A new layer of the same kind.
         before: Layers for its inputs.
         behind: Layers for its outputs, in order.
-        factors: Of the initial values, by the `id` of the original variable.
+        factors: Factors of the initial values, by the `id` of the original variable.
     """
 
     copy: Any
@@ -220,7 +218,7 @@ class _Plan:
 def _clone(
     model: keras.Model, base: keras.Model, kind: str, optimizer: str
 ) -> keras.Model:
-    """A copy with multipliers, whose weights are the model's times their factors."""
+    """A copy with multipliers. Its weights are the model's times their factors."""
     n_used = sum(len(layer.variables) for layer in model.layers)
     if n_used != len(model.variables):
         raise ValueError(
@@ -229,7 +227,7 @@ def _clone(
             f"{n_used}. Give each layer its own."
         )
     taken = {layer.name for layer in model.layers}
-    plans: dict[int, _Plan] = {}
+    replacements: dict[int, _Replacement] = {}
     for layer, twin in _pairs(model, base):
         grown = shapes(layer) != shapes(twin)
         changes = grown and kind != "standard"
@@ -241,16 +239,18 @@ def _clone(
             )
         if compat.graph_ends(layer) is not None:
             inner, inner_base = _graph(layer, "model"), _graph(twin, "base")
-            plan = _Plan(_clone(inner, inner_base, kind, optimizer))
+            replacement = _Replacement(_clone(inner, inner_base, kind, optimizer))
         elif changes:
-            plan = _planned(layer, twin, kind, optimizer, taken)
+            replacement = _replacement(layer, twin, kind, optimizer, taken)
         else:
-            plan = _Plan(_copy(layer))
-        plans[id(layer)] = plan
-    by_copy = {id(plan.copy): plan for plan in plans.values()}
+            replacement = _Replacement(_copy(layer))
+        replacements[id(layer)] = replacement
+    by_copy = {
+        id(replacement.copy): replacement for replacement in replacements.values()
+    }
 
     def clone(operation: Any) -> Any:
-        known = plans.get(id(operation))
+        known = replacements.get(id(operation))
         return _copy(operation) if known is None else known.copy
 
     def call(operation: Any, *args: Any, **kwargs: Any) -> Any:
@@ -258,9 +258,9 @@ def _clone(
 
     result = keras.models.clone_model(model, clone_function=clone, call_function=call)
     for layer in model.layers:
-        # Inputs have no plan, and the weights of models are theirs already.
-        if id(layer) in plans and compat.graph_ends(layer) is None:
-            _assign(layer, plans[id(layer)])
+        # Inputs have no replacement, and inner models already have their weights.
+        if id(layer) in replacements and compat.graph_ends(layer) is None:
+            _assign(layer, replacements[id(layer)])
     return result
 
 
@@ -268,18 +268,18 @@ def _copy(operation: Any) -> Any:
     return type(operation).from_config(operation.get_config())
 
 
-def _assign(layer: keras.layers.Layer, plan: _Plan) -> None:
-    for source, target in zip(layer.variables, plan.copy.variables, strict=True):
-        # By value: on JAX an assigned array is shared, and training donates it.
+def _assign(layer: keras.layers.Layer, replacement: _Replacement) -> None:
+    for source, target in zip(layer.variables, replacement.copy.variables, strict=True):
+        # As a NumPy copy: on JAX an assigned array is shared, and training donates it.
         value = ops.convert_to_numpy(source)
-        factor = plan.factors.get(id(source), 1.0)
+        factor = replacement.factors.get(id(source), 1.0)
         target.assign(value if factor == 1.0 else value * factor)
 
 
 def _pairs(
     model: keras.Model, base: keras.Model
 ) -> list[tuple[keras.layers.Layer, keras.layers.Layer]]:
-    """The layers of a model, each with that of the base; inputs are left out."""
+    """The layers of a model but its inputs, each with the layer of the base."""
     mine, theirs = (
         [x for x in m.layers if not isinstance(x, layers.InputLayer)]
         for m in (model, base)
@@ -303,21 +303,21 @@ def _pairs(
     return pairs
 
 
-def _planned(
+def _replacement(
     layer: keras.layers.Layer,
     base: keras.layers.Layer,
     kind: str,
     optimizer: str,
     taken: set[str],
-) -> _Plan:
-    """What becomes of a layer whose weights grow."""
+) -> _Replacement:
+    """The layers that replace a layer whose weights grow."""
     grown = growth(layer, base)
     of_kernel, of_vector = grown.multipliers(kind, optimizer)
     factors = {id(vector): 1.0 / of_vector for vector in grown.vectors}
     if grown.kernel is not None:
         size = to_base_size(layer, base) * grown.spread(kind)
         factors[id(grown.kernel)] = size / of_kernel
-    # What is behind multiplies the bias, too.
+    # A multiplier after the layer multiplies the bias, too.
     if isinstance(layer, layers.Embedding):
         inside, outside = 1.0, of_kernel
     elif grown.kernel is None:
@@ -335,7 +335,7 @@ def _planned(
         behind += _activation(layer, taken)
         moved = {"activation", "activity_regularizer"} & set(config)
         config.update(dict.fromkeys(moved))
-    return _Plan(type(layer).from_config(config), before, behind, factors)
+    return _Replacement(type(layer).from_config(config), before, behind, factors)
 
 
 def _check_multiplied(layer: keras.layers.Layer, base: keras.layers.Layer) -> None:
@@ -357,7 +357,7 @@ def _check_multiplied(layer: keras.layers.Layer, base: keras.layers.Layer) -> No
 def _rescaling(
     layer: keras.layers.Layer, scale: float, suffix: str, taken: set[str]
 ) -> tuple[keras.layers.Layer, ...]:
-    """A layer that multiplies, if there is something to multiply by."""
+    """A layer that multiplies by `scale`, or none if that is 1."""
     if scale == 1.0:
         return ()
     name = _unused(f"{layer.name}_{suffix}", taken)
@@ -367,7 +367,7 @@ def _rescaling(
 def _activation(
     layer: keras.layers.Layer, taken: set[str]
 ) -> tuple[keras.layers.Layer, ...]:
-    """The end of a layer: its activation, and the regularizer of its outputs."""
+    """A layer for the activation and the activity regularizer, if there are any."""
     function = getattr(layer, "activation", None) or keras.activations.linear
     if function is keras.activations.linear and layer.activity_regularizer is None:
         return ()

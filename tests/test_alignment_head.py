@@ -11,8 +11,8 @@ from small import KINDS, gates_of
 
 from keras_dalign import AlignmentHead
 from keras_dalign.head import alignment_head
+from keras_dalign.numerics.default_width import default_width, least_gates
 from keras_dalign.numerics.gram import explicit_features, gram_matrix
-from keras_dalign.numerics.rank import default_width, least_gates
 
 BACKEND = keras.backend.backend()
 GATES = ["random", "learned"]

@@ -13,7 +13,8 @@ from keras_dalign.certification.certificate import Certificate, certify
 from keras_dalign.diagnostics.gradient_bound import GradientBound
 from keras_dalign.head.features import FeaturePass
 from keras_dalign.numerics.gram import explicit_features
-from keras_dalign.numerics.losses import SoftmaxCrossEntropy, SquaredError, convex_loss
+from keras_dalign.numerics.keras_losses import convex_loss
+from keras_dalign.numerics.losses import SoftmaxCrossEntropy, SquaredError
 from keras_dalign.training.switch import switch
 
 L = keras.losses

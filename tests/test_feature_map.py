@@ -10,7 +10,7 @@ import keras_dalign as kd
 from keras_dalign.certification.certificate import certify_features
 from keras_dalign.head.features import FeaturePass
 from keras_dalign.head.objective import loss_of
-from keras_dalign.numerics.rank import least_gates
+from keras_dalign.numerics.default_width import least_gates
 from keras_dalign.training.feature_map import pooled_less
 
 N = 120

@@ -13,11 +13,11 @@ import keras_dalign.diagnostics.gradient_bound as module
 from keras_dalign.certification.certificate import certify
 from keras_dalign.diagnostics.gradient_bound import gradient_bound
 from keras_dalign.diagnostics.jacobian import Jacobian
+from keras_dalign.numerics.keras_losses import convex_loss
 from keras_dalign.numerics.losses import (
     BinaryCrossEntropy,
     SoftmaxCrossEntropy,
     SquaredError,
-    convex_loss,
 )
 from keras_dalign.numerics.target_logits import target_logits
 

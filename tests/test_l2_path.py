@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from test_problem import problem
 
-from keras_dalign.solving.head_solver import principal_components
 from keras_dalign.solving.held_out import HeldOut, hold_out
 from keras_dalign.solving.l2_path import choose_l2
 from keras_dalign.solving.minimum import minimize
+from keras_dalign.solving.principal_components import principal_components
 from keras_dalign.solving.problem import ConvexProblem
 
 

@@ -10,13 +10,15 @@ pytest.importorskip("yaml")
 from small import assert_equal, cross_entropy
 
 import keras_dalign as kd
-from benchmarks import levers
-from benchmarks.levers import DEFAULT, VARIANTS, Trunks, Variant
+from benchmarks.cells import PARAMS
+from benchmarks.levers import heads, measurement, tables
+from benchmarks.levers.trunks import AVERAGES, Trunks, ended, part_of
+from benchmarks.levers.variants import DEFAULT, PART, VARIANTS, Variant
 from keras_dalign.head.features import FeatureSet
 from pipelines import datasets
 from pipelines.exploration import Job
 from pipelines.optimizers import optimizer
-from pipelines.params import DataParams, Recipe, Run, TrainParams
+from pipelines.params import DataParams, Recipe, Run, TrainParams, load
 from pipelines.stream import FollowEpoch
 
 TAU, EPOCHS = 3, 5
@@ -46,7 +48,7 @@ def trunks(job, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def default(job, trunks):
-    return levers.finished(job, VARIANTS[DEFAULT], trunks)
+    return heads.finished(job, VARIANTS[DEFAULT], trunks)
 
 
 def test_the_default_goes_on_from_the_weights_that_dalign_goes_on_from(job, trunks):
@@ -78,30 +80,30 @@ def test_last_weights_and_averages_differ(trunks):
         variant = Variant("", average=average)
         return np.array(trunks.model(variant).trainable_weights[0])
 
-    kernels = [kernel(share) for share in (0.0, *levers.AVERAGES)]
+    kernels = [kernel(share) for share in (0.0, *AVERAGES)]
     assert len({each.tobytes() for each in kernels}) == len(kernels)
 
 
 def test_passes_that_change_no_image_give_the_default(job, trunks, default):
     for count, averaged in ((1, False), (2, False), (2, True)):
         variant = Variant("", passes=count, averaged=averaged)
-        found = levers.finished(job, variant, trunks)
+        found = heads.finished(job, variant, trunks)
         assert found["l2"] == default["l2"]
         assert found["width"] == default["width"]
         assert found["nll"] == pytest.approx(default["nll"], rel=0.01)
 
 
 def test_a_head_refitted_on_all_samples_keeps_what_the_rest_chose(job, trunks):
-    variant = Variant("", trunk=levers.PART, unseen=True)
+    variant = Variant("", trunk=PART, unseen=True)
     refit = dataclasses.replace(variant, refit=True)
-    chosen, found = (levers.finished(job, each, trunks) for each in (variant, refit))
+    chosen, found = (heads.finished(job, each, trunks) for each in (variant, refit))
     assert (found["l2"], found["width"]) == (chosen["l2"], chosen["width"])
     assert found["nll"] != chosen["nll"]
     assert max(found["gap"], chosen["gap"]) <= 1e-6
 
 
 def test_the_part_is_nine_tenths_of_the_samples_and_none_of_the_test(job):
-    part = levers.part_of(job).data
+    part = part_of(job).data
     assert len(part.x_train) + len(part.x_test) == len(job.data.x_train)
     assert len(part.x_test) == pytest.approx(15, abs=5)
     every = np.concatenate([part.x_train, part.x_test]).reshape(150, -1)
@@ -111,7 +113,7 @@ def test_the_part_is_nine_tenths_of_the_samples_and_none_of_the_test(job):
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_a_schedule_ends_with_exploration(schedule):
-    how = levers.ended(Recipe(0.01, schedule), steps=10, epochs=6)
+    how = ended(Recipe(0.01, schedule), steps=10, epochs=6)
     rates = [float(how._learning_rate(step)) for step in (0, 30, 40, 50, 60)]
     expected = {
         "constant": [0.01, 0.01, 0.01, 0.005, 0.0],
@@ -124,19 +126,19 @@ def test_features_of_passes_become_one_row_for_each_image():
     z = [np.arange(12.0).reshape(6, 2), np.arange(6.0).reshape(6, 1, 1)]
     digests = [bytes([index]) for index in range(6)]
     features = FeatureSet(z, np.array([0, 1, 2] * 2), None, 6, digests)
-    first = levers.merged(features, 3, averaged=False)
+    first = heads.merged(features, 3, averaged=False)
     assert_equal(first.z, [z[0][:3], z[1][:3]])
-    mean = levers.merged(features, 3, averaged=True)
+    mean = heads.merged(features, 3, averaged=True)
     assert_equal(mean.z, [(part[:3] + part[3:]) / 2 for part in z])
     assert mean.y.tolist() == [0, 1, 2]
     assert mean.digests == digests[:3]
 
 
 def test_rows_that_were_measured_are_not_measured_again(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(levers, "VARIANTS", {"base": VARIANTS["base"]})
-    measured = levers._rows(job, tmp_path)
-    monkeypatch.setattr(levers, "finished", None)
-    assert levers._rows(job, tmp_path) == measured
+    monkeypatch.setattr(measurement, "VARIANTS", {"base": VARIANTS["base"]})
+    measured = measurement._rows(job, tmp_path)
+    monkeypatch.setattr(measurement, "finished", None)
+    assert measurement._rows(job, tmp_path) == measured
     assert measured["base"]["seconds"] > 0
 
 
@@ -160,29 +162,29 @@ CELLS = [
 
 
 def test_variants_are_compared_with_the_default_in_pairs():
-    error, spread = levers.difference(CELLS, "last weights", "error")
+    error, spread = tables.difference(CELLS, "last weights", "error")
     assert error == pytest.approx(1.5)
     assert spread == pytest.approx(np.std([0.5, 2.5, 0.5, 2.5], ddof=1) / 2)
-    assert levers.ratio(CELLS, "last weights", "nll") == pytest.approx(4.0)
-    assert levers.ratio(CELLS, DEFAULT, "seconds", "base") == pytest.approx(0.5)
-    assert levers.difference(CELLS, "1 augmented pass", "error")[0] == -1.5
+    assert tables.ratio(CELLS, "last weights", "nll") == pytest.approx(4.0)
+    assert tables.ratio(CELLS, DEFAULT, "seconds", "base") == pytest.approx(0.5)
+    assert tables.difference(CELLS, "1 augmented pass", "error")[0] == -1.5
 
 
 def test_tables_hold_what_was_measured_and_no_more():
-    text = levers.summary(CELLS)
+    text = tables.summary(CELLS)
     assert "| weights | last weights | 4 | +1.50 ± 0.58 | 4.000 |" in text
     assert "| passes | 1 augmented pass | 2 | -1.50 ± 0.50 |" in text
     assert "explore 0.8" not in text
-    text = levers.by_cell(CELLS, "error", 2)
+    text = tables.by_cell(CELLS, "error", 2)
     assert "| row | mnist-none | mnist-standard |" in text
     assert "| default | 5.50 | 5.50 |" in text
     assert "| 1 augmented pass |  | -1.50 |" in text
 
 
 def test_cells_that_were_left_out_are_named():
-    text = levers.missing([("mnist", "none"), ("semeion", "none")], seeds=2)
+    text = tables.missing([("mnist", "none"), ("semeion", "none")], seeds=2)
     assert text.startswith("Measured: 2 of 8 cells, seeds 0 to 1. Not measured: ")
     assert "mnist-standard" in text
     assert "mnist-none" not in text
-    every = levers.cells_of(levers.load(levers.PARAMS))
-    assert levers.missing(every, seeds=3).endswith("cells, seeds 0 to 2.")
+    every = tables.cells_of(load(PARAMS))
+    assert tables.missing(every, seeds=3).endswith("cells, seeds 0 to 2.")

@@ -7,12 +7,12 @@ import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keras_dalign.numerics.keras_losses import convex_loss
 from keras_dalign.numerics.losses import (
     BinaryCrossEntropy,
     ConvexLoss,
     SoftmaxCrossEntropy,
     SquaredError,
-    convex_loss,
 )
 
 L = keras.losses

@@ -12,17 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from keras_dalign.numerics import rank as rank_module
+from keras_dalign.numerics.default_width import closed_share, default_width, least_gates
 from keras_dalign.numerics.gram import (
     explicit_features,
     gate_activations,
     gram_matrix,
 )
-from keras_dalign.numerics.rank import (
-    check_rank,
-    closed_share,
-    default_width,
-    least_gates,
-)
+from keras_dalign.numerics.rank import check_rank
 from keras_dalign.numerics.subspace import numerical_rank, visible_rank
 from keras_dalign.numerics.union import union_rank, union_rank_exact
 

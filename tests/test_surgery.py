@@ -10,7 +10,7 @@ from keras import layers, ops
 
 import keras_dalign as kd
 from keras_dalign.diagnostics.precision import float64_context, in_float64
-from keras_dalign.numerics.losses import convex_loss
+from keras_dalign.numerics.keras_losses import convex_loss
 
 BACKEND = keras.backend.backend()
 X = np.random.default_rng(0).normal(size=(11, 6)).astype("float32")

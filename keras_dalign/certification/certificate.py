@@ -51,7 +51,8 @@ from keras_dalign.numerics.rounding import EPS, rounded
 from keras_dalign.solving.problem import ConvexProblem
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.losses import Array, ConvexLoss, Indices
+    from keras_dalign.numerics import Array, Indices
+    from keras_dalign.numerics.losses import ConvexLoss
     from keras_dalign.training.aligned_model import AlignedModel
 
 # A gap may come out negative by the rounding of the logits: within this many units in

@@ -53,7 +53,7 @@ from keras_dalign.numerics.rounding import EPS, rounded
 from keras_dalign.solving.problem import ConvexProblem
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.losses import Array, Indices
+    from keras_dalign.numerics import Array, Indices
     from keras_dalign.training.aligned_model import AlignedModel
 
 # Eigendecompositions of one n x n matrix per output: seconds on two cores.

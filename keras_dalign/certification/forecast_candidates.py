@@ -22,7 +22,7 @@ from keras_dalign.numerics.rounding import EPS
 from keras_dalign.numerics.target_logits import target_logits
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.losses import Array, Indices
+    from keras_dalign.numerics import Array, Indices
     from keras_dalign.solving.problem import ConvexProblem
 
 _PENALTIES = 10.0 ** np.arange(-13, 2)

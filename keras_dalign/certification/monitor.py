@@ -23,9 +23,9 @@ from keras_dalign.head.objective import (
     single_array,
 )
 from keras_dalign.numerics.arguments import integer
-from keras_dalign.numerics.gram import Array, gram_matrix
+from keras_dalign.numerics.gram import gram_matrix
 from keras_dalign.numerics.repeats import Repeats, digests
-from keras_dalign.numerics.subspace import EPS
+from keras_dalign.numerics.rounding import EPS
 from keras_dalign.solving.head_solver import first_width
 from keras_dalign.solving.options import SolveOptions
 from keras_dalign.training.aligned_model import AlignedModel
@@ -33,7 +33,7 @@ from keras_dalign.training.dalign import DAlign
 from keras_dalign.training.surgery import output_layer
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.losses import Indices
+    from keras_dalign.numerics import Array, Indices
 
 _BATCH_SIZE = 256
 

@@ -23,7 +23,8 @@ from keras_dalign.numerics.memory import free_gib
 from keras_dalign.numerics.rounding import EPS, rounded
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.losses import Array, ConvexLoss
+    from keras_dalign.numerics import Array
+    from keras_dalign.numerics.losses import ConvexLoss
 
 
 @dataclasses.dataclass(frozen=True)

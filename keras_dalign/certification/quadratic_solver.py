@@ -25,7 +25,7 @@ from keras_dalign.numerics.arguments import integer, number
 from keras_dalign.numerics.threads import one_blas_thread
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.losses import Array
+    from keras_dalign.numerics import Array
 
 # Pairs of steps and gradient changes that L-BFGS remembers.
 _PAIRS = 20

@@ -52,12 +52,12 @@ from keras_dalign.numerics.arguments import choice, integer, number
 from keras_dalign.numerics.column_space import by_factor, by_gram, factor_cut
 from keras_dalign.numerics.lsqr import by_iteration
 from keras_dalign.numerics.repeats import PassRecord, digests
-from keras_dalign.numerics.subspace import EPS
+from keras_dalign.numerics.rounding import EPS
 from keras_dalign.training.aligned_model import AlignedModel
 
 if TYPE_CHECKING:
     from keras_dalign.diagnostics.jacobian import Jacobian
-    from keras_dalign.numerics.gram import Array
+    from keras_dalign.numerics import Array
     from keras_dalign.numerics.losses import ConvexLoss
     from keras_dalign.numerics.operators import Products
     from keras_dalign.numerics.projection import Projection

@@ -12,7 +12,7 @@ from keras_dalign.numerics.operators import DenseOperator, Operator, Products
 
 if TYPE_CHECKING:
     from keras_dalign.diagnostics.jacobian import Jacobian
-    from keras_dalign.numerics.gram import Array
+    from keras_dalign.numerics import Array
     from keras_dalign.solving.problem import ConvexProblem
 
 

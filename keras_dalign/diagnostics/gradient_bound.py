@@ -33,7 +33,8 @@ from keras_dalign.numerics.target_logits import TargetLogits, target_logits
 
 if TYPE_CHECKING:
     from keras_dalign.diagnostics.jacobian import Jacobian
-    from keras_dalign.numerics.losses import Array, ConvexLoss, Indices
+    from keras_dalign.numerics import Array, Indices
+    from keras_dalign.numerics.losses import ConvexLoss
 
 # Up to so many rows a Gram matrix of them is decomposed (a second or two), and up to so
 # many entries a Jacobian without structure is formed.

@@ -19,8 +19,8 @@ from keras_dalign.numerics.arguments import (
     seed_or_peeked,
     shown,
 )
+from keras_dalign.numerics.default_width import default_width
 from keras_dalign.numerics.memory import free_gib
-from keras_dalign.numerics.rank import default_width
 
 EXPLORING = "exploring"
 EXPLOITING = "exploiting"
@@ -76,7 +76,7 @@ class AlignmentHead(keras.layers.Layer):
     - *Any labels can be fitted.* For almost every `r` every label vector is reached
       if features are distinct, no more than `width * k` samples lie in any subspace of
       `k` dimensions (for all of them: `width * d >= n`), and every sample has an open
-      gate. The default width, `numerics.rank.default_width`, gives this promise, and
+      gate. The default width, `numerics.default_width`, gives this promise, and
       exploitation without an L2 term needs it.
     - *The optimum with an L2 term is certified* at every width, since the problem is
       strongly convex. The solver then chooses a smaller width by held-out samples.

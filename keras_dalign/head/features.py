@@ -12,7 +12,7 @@ import numpy as np
 from keras_dalign.head import data
 from keras_dalign.head.batch_predictor import BatchPredictor
 from keras_dalign.head.row_store import RowStore
-from keras_dalign.numerics.losses import convex_loss
+from keras_dalign.numerics.keras_losses import convex_loss
 from keras_dalign.numerics.memory import free_disk_gib, free_gib, raise_disk_full
 from keras_dalign.numerics.repeats import digests
 

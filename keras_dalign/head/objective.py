@@ -12,10 +12,11 @@ import keras
 import numpy as np
 
 from keras_dalign.numerics.arguments import keras_model
-from keras_dalign.numerics.losses import ConvexLoss, convex_loss
+from keras_dalign.numerics.keras_losses import convex_loss
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.losses import Array
+    from keras_dalign.numerics import Array
+    from keras_dalign.numerics.losses import ConvexLoss
 
 
 def loss_of(model: keras.Model, loss: Any = None) -> ConvexLoss:

@@ -12,7 +12,7 @@ from keras import ops
 from keras_dalign.numerics.arguments import choice, integer, number, seed_or_peeked
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.losses import Array
+    from keras_dalign.numerics import Array
 
 SECOND_DERIVATIVES = ("step", "relu", "one")
 # Length of a unit's initial weights.

@@ -1,7 +1,7 @@
-"""Checks of arguments that many functions have in common, and what errors show of them.
+"""Checks of arguments that many functions share, and how errors show a value.
 
-An error names the argument, shows what was received and says what to do. What it shows
-is short: of data the type and the shape, never the numbers.
+An error names the argument, shows the value received and says what to do. The value is
+shown in short: data by type and shape, never by its numbers.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _MOST_SHOWN = 80
 
 
 def shown(value: Any) -> str:
-    """A value as errors show it.
+    """A value in short, for an error.
 
     Args:
         value: Anything.
 
     Returns:
-        Of an array its type and shape, of a layer its type and name, of anything else
-        what `repr` gives, cut to 80 characters.
+        Type and shape of an array, type and name of a layer, type and length of a long
+        container, and for anything else its `repr`, cut to 80 characters.
     """
     kind = type(value).__name__
     if isinstance(value, keras.Layer):
@@ -51,7 +51,7 @@ def keras_model(model: Any, name: str = "model") -> keras.Model:
         The model.
 
     Raises:
-        ValueError: If it is no `keras.Model`.
+        ValueError: If it is not a `keras.Model`.
     """
     if not isinstance(model, keras.Model):
         raise ValueError(
@@ -67,14 +67,14 @@ def integer(name: str, value: Any, least: int = 1, advice: str = "") -> int:
     Args:
         name: Name of the argument.
         value: Its value.
-        least: The smallest value that it may have.
-        advice: A sentence on what to pass, for the error.
+        least: The smallest value allowed.
+        advice: A sentence for the error on what to pass.
 
     Returns:
         The value, as a Python int.
 
     Raises:
-        ValueError: If it is no int (a bool is none) or too small.
+        ValueError: If it is not an int (a bool does not count as one), or too small.
     """
     is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not is_int or value < least:
@@ -88,7 +88,7 @@ def integer(name: str, value: Any, least: int = 1, advice: str = "") -> int:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number of Python or NumPy, and no bool."""
+    """Whether a value is a Python or NumPy number, and not a bool."""
     is_number = isinstance(value, (int, float, np.integer, np.floating))
     return is_number and not isinstance(value, (bool, np.bool_))
 
@@ -99,14 +99,14 @@ def number(name: str, value: Any, wanted: str, holds: Callable[[float], bool]) -
     Args:
         name: Name of the argument.
         value: Its value.
-        wanted: What it must be, for the error: "a positive number".
-        holds: Whether a finite number is that.
+        wanted: The requirement in words, for the error: "a positive number".
+        holds: Whether a finite number meets the requirement.
 
     Returns:
         The value, as a Python float.
 
     Raises:
-        ValueError: If it is no finite number, or another one.
+        ValueError: If it is not a finite number, or does not meet the requirement.
     """
     if not (is_number(value) and math.isfinite(value) and holds(value)):
         raise ValueError(f"`{name}` must be {wanted}. Received: {name}={shown(value)}")
@@ -116,19 +116,19 @@ def number(name: str, value: Any, wanted: str, holds: Callable[[float], bool]) -
 def choice(
     name: str, value: Any, choices: Sequence[str], wanted: str | None = None
 ) -> str:
-    """Checks one of several words.
+    """Checks that a value is one of several words.
 
     Args:
         name: Name of the argument.
         value: Its value.
         choices: The words.
-        wanted: What it must be, for the error; by default one of the words.
+        wanted: The requirement in words, for the error; a list of the words by default.
 
     Returns:
         The value.
 
     Raises:
-        ValueError: If it is none of them.
+        ValueError: If it is not one of the words.
     """
     if not isinstance(value, str) or value not in choices:
         raise ValueError(
@@ -149,7 +149,7 @@ def flag(name: str, value: Any) -> bool:
         The value.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is not a bool.
     """
     if not isinstance(value, (bool, np.bool_)):
         raise ValueError(
@@ -168,12 +168,12 @@ def seed_or_peeked(seed: Any) -> int:
         The seed. The global generator is left as it was.
 
     Raises:
-        ValueError: If the seed is no non-negative int.
+        ValueError: If the seed is not a non-negative int.
     """
     if seed is not None:
         return integer("seed", seed, 0)
-    # Keras shuffles some data with Python's global generator: moving it would make the
-    # exploration differ from the base model's own run.
+    # Keras shuffles some data with Python's global generator. A change of its state
+    # would make exploration differ from the base model's own run.
     state = random.getstate()
     peeked = random.randint(0, 2**31 - 1)  # noqa: S311  (no secret)
     random.setstate(state)

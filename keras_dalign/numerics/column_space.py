@@ -1,18 +1,18 @@
-"""How much of some targets lies outside the column space of a matrix, in float64.
+"""The distance of targets from the column space of a matrix, in float64.
 
 For `J` (`rows x columns`) and targets `Y` (`rows x k`) the distance of `Y` from the
-column space is the least `||Y - J beta||`. Every route here finds some `beta` and
-measures `||Y - J beta||` with it, so what it returns is attained: an upper bound on the
-distance, whatever rounding did on the way, up to that of the last product. This grows
-with `beta`, so a `beta` is taken only if it gains more than it costs. The routes differ
-in what else they know:
+column space is the least `||Y - J beta||`. Each method finds some `beta` and measures
+`||Y - J beta||` for it. The result is therefore an upper bound on the distance, up to
+the rounding of the last product, however large the rounding errors of `beta` are. That
+rounding grows with `beta`, so a `beta` is accepted only if it lowers the sum of error
+and rounding. There are three methods:
 
-- `by_factor`: the triangular factor of the longer side, and its singular values.
-  Nothing is squared: singular values are seen down to rounding, `eps * sigma_max`.
-- `by_gram`: the eigenvalues of `J J^T`. They are squares, so singular values below some
-  `sqrt(eps) * sigma_max` are not seen.
-- `lsqr.by_iteration`: LSQR. It takes products with `J` alone, and of
-  all `beta` in the space that its products span it finds the one nearest to `Y`.
+- `by_factor` uses the triangular factor of the longer side. It resolves singular values
+  down to `eps * sigma_max`.
+- `by_gram` uses the eigenvalues of `J J^T`, which are squares of singular values. It
+  resolves singular values down to about `sqrt(eps) * sigma_max`.
+- `lsqr.by_iteration` uses LSQR, which needs products with `J` and `J^T` alone. It finds
+  the best `beta` in the Krylov space of these products.
 """
 
 from __future__ import annotations
@@ -27,40 +27,41 @@ import scipy.linalg
 
 from keras_dalign.numerics.lsqr import by_iteration
 from keras_dalign.numerics.projection import Projection, product_rounding
-from keras_dalign.numerics.subspace import EPS
+from keras_dalign.numerics.rounding import EPS
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.gram import Array
+    from keras_dalign.numerics import Array
     from keras_dalign.numerics.operators import Operator
 
-# Corrections by the residual: each gains as many digits as the first solution had.
+# Steps of iterative refinement. Each adds as many digits as the first solution had.
 _REFINEMENTS = 4
-# Steps of LSQR in the directions that a Gram matrix does not show.
+# Steps of LSQR in the directions that a Gram matrix does not resolve.
 _GRAM_STEPS = 100
-# A triangular factor takes up rows in blocks of this many times its side.
+# A triangular factor is updated by blocks of this many times its side in rows.
 _BLOCK_SIDES = 2
 _MIN_BLOCK_ROWS = 256
 
 
 def factor_cut(shape: tuple[int, int], eps: float = EPS) -> float:
-    """The default cut-off of `by_factor`: what rounding may make of a zero.
+    """The default cut-off of `by_factor`: the rounding error of a zero singular value.
 
     Args:
-        shape: Of the matrix.
-        eps: Machine precision of what made its entries.
+        shape: Shape of the matrix.
+        eps: Machine precision of the computation of its entries.
 
     Returns:
-        `max(*shape, 100) * eps`: a small matrix leaves more than its size would allow.
+        `max(*shape, 100) * eps`. The 100 is for small matrices, whose rounding error is
+        larger than their size suggests.
     """
     return max(*shape, 100) * eps
 
 
 def gram_cut(shape: tuple[int, int], eps: float = EPS) -> float:
-    """The default, and least, cut-off of `by_gram`: what a Gram matrix shows.
+    """The default, and least, cut-off of `by_gram`: what a Gram matrix resolves.
 
     Args:
-        shape: Of the matrix, not of its Gram matrix.
-        eps: Machine precision of what made its entries.
+        shape: Shape of the matrix, not of its Gram matrix.
+        eps: Machine precision of the computation of its entries.
 
     Returns:
         The square root of `factor_cut`.
@@ -69,13 +70,13 @@ def gram_cut(shape: tuple[int, int], eps: float = EPS) -> float:
 
 
 def block_rows(shape: tuple[int, int]) -> int:
-    """Rows that `by_factor` takes of a tall matrix at a time.
+    """Number of rows of a tall matrix that `by_factor` reads at a time.
 
     Args:
-        shape: Of the matrix.
+        shape: Shape of the matrix.
 
     Returns:
-        Twice the number of columns, or 256.
+        Twice the number of columns, and at least 256.
     """
     return max(_BLOCK_SIDES * shape[1], _MIN_BLOCK_ROWS)
 
@@ -85,9 +86,9 @@ def by_factor(
 ) -> Projection:
     """Projects by the triangular factor of the longer side.
 
-    A tall matrix is read in blocks of rows and never held; a wide one is formed once.
-    The factor of the shorter side `s` is `s x s`. Costs some `3 rows columns s` flop
-    and `4 s^3`, or `25 s^3` if the factor is singular.
+    A tall matrix is read in blocks of rows and never stored; a wide one is formed once.
+    With the shorter side `s`, the factor is `s x s`. The cost is about
+    `3 rows columns s` flop plus `4 s^3`, or plus `25 s^3` if the factor is singular.
 
     Args:
         operator: `J`.
@@ -101,7 +102,7 @@ def by_factor(
     rows, columns = operator.shape
     if rows > columns:
         return _by_tall_factor(operator, targets, cut, eps)
-    # A wide matrix is J = R^T Q^T, its reflectors kept where the matrix was.
+    # A wide matrix is J = R^T Q^T. The reflectors of Q overwrite the matrix.
     (reflectors, scales), triangle = scipy.linalg.qr(
         operator.dense().T, mode="raw", overwrite_a=True, check_finite=False
     )
@@ -125,7 +126,7 @@ def _by_tall_factor(
         for here, block in operator.blocks(block_rows(operator.shape)):
             yield np.concatenate([block, targets[here]], axis=1)
 
-    # The factor of [J, Y] holds Q^T Y beside the factor of J: no Q is needed.
+    # The factor of [J, Y] contains Q^T Y, so Q itself is not needed.
     both = _triangle(blocks(), columns + targets.shape[1])
     inverse, values, rank = _pseudo_inverse(both[:columns, :columns], cut)
     first = inverse(both[:columns, columns:])
@@ -147,12 +148,11 @@ def by_gram(
 ) -> Projection:
     """Projects by the eigenvectors of the Gram matrix `J J^T`.
 
-    What is left then lies in directions that the Gram matrix does not show. Some steps
-    of LSQR take off the part of it that `J` still reaches, if it is above the
-    tolerance.
+    The error that remains lies in directions that the Gram matrix does not resolve. If
+    it is above the tolerance, some steps of LSQR reduce it further.
 
-    Costs `rows^2 columns` multiply-adds, less where the operator knows better, and some
-    `9 rows^3` flop.
+    The cost is `rows^2 columns` multiply-adds, fewer if the operator has a cheaper
+    `gram`, and about `9 rows^3` flop.
 
     Args:
         operator: `J`.
@@ -204,7 +204,7 @@ def by_gram(
 
 
 def _triangle(blocks: Iterator[Array], columns: int) -> Array:
-    """The square triangular factor of all the rows that come in blocks."""
+    """The square triangular factor of the rows of all blocks."""
     triangle = np.zeros((0, columns))
     for block in blocks:
         rows = np.concatenate([triangle, block])
@@ -270,7 +270,7 @@ def _refined(
     spectrum: _Spectrum,
     eps: float,
 ) -> Projection:
-    """The projection, after corrections by the error for as long as they help."""
+    """The projection, after iterative refinement for as long as it helps."""
     sigma_max = float(spectrum.values[0])
     best = np.zeros((operator.shape[1], targets.shape[1]))
     error, left, rounding = targets, float(np.linalg.norm(targets)), 0.0

@@ -13,7 +13,7 @@ from keras import ops
 
 @functools.cache
 def has_accelerator() -> bool:
-    """Whether the backend computes on another device than the processor."""
+    """Whether the backend computes on another device than the CPU."""
     backend = keras.backend.backend()
     if backend == "tensorflow":
         import tensorflow as tf  # noqa: PLC0415  (only where it is the backend)
@@ -56,7 +56,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def put(array: np.ndarray, dtype: str = "float32") -> Any:
     """An array as a tensor on the device; its memory may be shared."""
     array = np.ascontiguousarray(array, dtype=dtype)
-    # PyTorch shares memory, and warns of arrays that must not be written to.
+    # PyTorch shares memory, and warns about read-only arrays.
     return ops.convert_to_tensor(array if array.flags.writeable else array.copy())
 
 
@@ -66,7 +66,7 @@ def fetch(tensor: Any) -> np.ndarray:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of the backend says that the device has no memory left."""
+    """Whether an error of the backend means that the device is out of memory."""
     kind = type(error).__name__
     return (
         kind in {"ResourceExhaustedError", "OutOfMemoryError", "MemoryError"}

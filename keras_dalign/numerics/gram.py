@@ -8,11 +8,11 @@ in its trained weights `q`. Its `n x (m * d)` feature matrix `Phi` has the Gram 
 
     K = Phi Phi^T = (Zh Zh^T) o (G G^T),   G = s(slope * Zh R) diag(w),
 
-where `o` is the entrywise product. `K` therefore needs `O(n^2)` memory and never the
-`n x (m * d)` features, which are here only as the reference that `K` is tested against.
+where `o` is the entrywise product. `K` is computed in `O(n^2)` memory, without the
+`n x (m * d)` features. These are here only as the reference that `K` is tested against.
 
-Everything is converted to float64 first: whether a matrix has full rank is a question
-that float32 cannot answer for the condition numbers that occur here.
+All inputs are converted to float64: at the condition numbers that occur here, float32
+cannot decide whether a matrix has full rank.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def gate_activations(Zh: npt.ArrayLike, R: npt.ArrayLike, slope: float) -> Array
         slope: Slope of the sigmoid, positive.
 
     Returns:
-        Gate values in `[0, 1]`, shape `(n, m)`, float64. They are accurate relative to
-        their own size, closed gates included.
+        Gate values in `[0, 1]`, shape `(n, m)`, float64. Their relative error is small,
+        also for closed gates.
 
     Raises:
         ValueError: If the shapes do not fit, or `slope` is not positive and finite.
@@ -69,8 +69,7 @@ def explicit_features(
         slope: Slope of the sigmoid, positive.
 
     Returns:
-        `Phi`, shape `(n, m * d)`, float64. Its size is the reason not to use it for
-        more than small cases.
+        `Phi`, shape `(n, m * d)`, float64. It is large: use it for small cases only.
 
     Raises:
         ValueError: If the shapes do not fit, or `slope` is not positive and finite.

@@ -1,4 +1,4 @@
-"""Reports as notebooks show them."""
+"""HTML tables for reports in notebooks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def html_table(rows: Mapping[str, str]) -> str:
     """A table of names and values.
 
     Args:
-        rows: The values by name, in HTML: escape what may hold `<` or `&`.
+        rows: The values by name, in HTML: escape text that may contain `<` or `&`.
 
     Returns:
         The `<table>` element.

@@ -1,27 +1,31 @@
 """Losses that are convex in the logits, in NumPy and float64.
 
-The guarantees of this package rest on the convexity of the loss in the model's outputs.
-This module holds the three families that have it, each with its value, its derivatives
-in the logits, and the lowest value that any function of the inputs can give to samples
-that share one input; and `convex_loss`, which recognises them in what a Keras model was
-compiled with.
+The guarantees of this package need a loss that is convex in the model's outputs. Three
+families of such losses are here. Each has its value, its derivatives in the logits, and
+a lower bound: the least loss that any function of the inputs can have on samples with
+identical inputs. `keras_losses.py` finds the family of a Keras loss.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import keras
 import numpy as np
-import numpy.typing as npt
 from keras import ops
 
-Array = npt.NDArray[np.float64]
-Indices = npt.NDArray[np.intp]
+from keras_dalign.numerics.labels import (
+    ROW_SUM_TOLERANCE,
+    as_matrix,
+    check_unit_interval,
+    distributions,
+    finite_float64,
+    one_hot,
+)
+
+if TYPE_CHECKING:
+    from keras_dalign.numerics import Array, Indices
 
 _REDUCTIONS = {
     "sum_over_batch_size": "mean over the samples",
@@ -29,10 +33,6 @@ _REDUCTIONS = {
     "mean_with_sample_weight": "weighted mean over the samples",
     "sum": "sum over the samples",
 }
-
-# Soft labels come in low precision too: a row that sums to one only up to this much is
-# a rounded distribution. Value and lower bound are exact for the row as it is.
-_ROW_SUM_TOLERANCE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class ConvexLoss(abc.ABC):
     `sum_i w_i * value_i / normalizer`.
 
     Args:
-        reduction: How Keras makes one number of the samples' losses:
+        reduction: How Keras reduces the samples' losses to one number:
             `"sum_over_batch_size"` or `"mean"` (divide the weighted sum by `n`),
             `"mean_with_sample_weight"` (divide by the sum of the weights) or `"sum"`.
     """
@@ -73,7 +73,7 @@ class ConvexLoss(abc.ABC):
         """Labels, in any form that the Keras loss accepts, as a target matrix.
 
         Args:
-            y: Labels of `n` samples; the subclass says which forms.
+            y: Labels of `n` samples, in a form that the subclass documents.
             n_outputs: Number of the model's outputs, `C`.
 
         Returns:
@@ -158,9 +158,9 @@ class ConvexLoss(abc.ABC):
     ) -> Array:
         """The infimum of the weighted loss of each group over one output per group.
 
-        Samples with one and the same input get one and the same output from any
-        function. The best constant output of a group is known in closed form: its
-        weighted mean target (squared error) or the logits of it (cross-entropies).
+        Any function gives samples with identical inputs identical outputs. The best
+        constant output of a group has a closed form: its weighted mean target (squared
+        error), or the logits of that mean (cross-entropies).
 
         Args:
             targets: From `targets`, shape `(n, C)`.
@@ -184,7 +184,7 @@ class ConvexLoss(abc.ABC):
         """`lower_bound`, given weights `(n, 1)` and their sums `(n_groups, 1)`."""
 
     def normalizer(self, n_samples: int, total_weight: float) -> float:
-        """What the weighted sum of the samples' losses is divided by.
+        """The divisor of the weighted sum of the samples' losses.
 
         Args:
             n_samples: Number of samples.
@@ -232,54 +232,14 @@ class SoftmaxCrossEntropy(ConvexLoss):
                 "BinaryCrossentropy(from_logits=True)` for two classes, or give the "
                 f"model an output per class. Received: n_outputs={n_outputs}"
             )
-        labels = _finite_float64(y, "labels")
+        labels = finite_float64(y, "labels")
         targets = (
-            self._one_hot(labels, n_outputs)
+            one_hot(labels, n_outputs)
             if self.sparse
-            else self._distributions(labels, n_outputs)
+            else distributions(labels, n_outputs)
         )
         smoothing = self.label_smoothing
         return targets * (1.0 - smoothing) + smoothing / n_outputs
-
-    def _one_hot(self, labels: Array, n_outputs: int) -> Array:
-        if labels.ndim == 2 and labels.shape[1] == 1:
-            labels = labels[:, 0]
-        if labels.ndim != 1:
-            raise ValueError(
-                "Sparse labels `y` must have shape (n,) or (n, 1). For one-hot labels "
-                "use `keras.losses.CategoricalCrossentropy(from_logits=True)`. "
-                f"Received: labels.shape={labels.shape}"
-            )
-        valid = (labels >= 0) & (labels < n_outputs) & (labels == np.floor(labels))
-        if not valid.all():
-            raise ValueError(
-                f"Sparse labels `y` must be integers from 0 to {n_outputs - 1}, as the "
-                f"model has {n_outputs} outputs. Received: label "
-                f"{labels[~valid][0]:g}"
-            )
-        one_hot = np.zeros((len(labels), n_outputs))
-        one_hot[np.arange(len(labels)), labels.astype(np.intp)] = 1.0
-        return one_hot
-
-    def _distributions(self, labels: Array, n_outputs: int) -> Array:
-        if labels.shape[1:] != (n_outputs,):
-            raise ValueError(
-                f"One-hot or soft labels `y` must have shape (n, {n_outputs}), as the "
-                f"model has {n_outputs} outputs. For class indices use `keras.losses."
-                "SparseCategoricalCrossentropy(from_logits=True)`. "
-                f"Received: labels.shape={labels.shape}"
-            )
-        _check_unit_interval(labels)
-        off = np.abs(labels.sum(axis=1) - 1.0)
-        if off.size and off.max() > _ROW_SUM_TOLERANCE:
-            worst = int(off.argmax())
-            raise ValueError(
-                "Each row of one-hot or soft labels `y` must sum to 1. For several "
-                "labels per sample use `keras.losses.BinaryCrossentropy(from_logits="
-                "True)`. "
-                f"Received: row {worst} with sum {labels[worst].sum():g}"
-            )
-        return labels
 
     def value(self, logits: Array, targets: Array) -> Array:
         """Loss of each sample; see `ConvexLoss`."""
@@ -295,8 +255,8 @@ class SoftmaxCrossEntropy(ConvexLoss):
         below = np.take_along_axis(logits, top, axis=1) - logits
         shares = np.exp(-below)
         np.put_along_axis(shares, top, 0.0, axis=1)
-        # The largest term stays outside the sum, so losses far below the rounding of 1
-        # keep their digits: log(sum exp z) = max z + log1p(rest).
+        # log(sum exp z) = max z + log1p(rest): with the largest term outside the sum,
+        # losses far below the rounding of 1 stay accurate.
         rest = shares.sum(axis=1, keepdims=True)
         value = (targets * (below + np.log1p(rest))).sum(axis=1)
         np.put_along_axis(shares, top, 1.0, axis=1)
@@ -311,7 +271,7 @@ class SoftmaxCrossEntropy(ConvexLoss):
         below = ops.max(logits, axis=1, keepdims=True) - logits
         top = ops.equal(below, 0.0)
         shares = ops.exp(-below)
-        # Written so that small losses and slopes keep their digits in float32.
+        # Written so that small losses and gradients stay accurate in float32.
         others = ops.sum(ops.where(top, 0.0, shares), axis=1, keepdims=True)
         tied = ops.sum(ops.cast(top, shares.dtype), axis=1, keepdims=True)
         rest = (tied - 1.0) + others
@@ -324,13 +284,13 @@ class SoftmaxCrossEntropy(ConvexLoss):
 
     def max_curvature(self, n_outputs: int) -> float:  # noqa: ARG002
         """1/2, up to the rounding of soft labels; see `ConvexLoss`."""
-        return 0.5 * (1.0 if self.sparse else 1.0 + _ROW_SUM_TOLERANCE)
+        return 0.5 * (1.0 if self.sparse else 1.0 + ROW_SUM_TOLERANCE)
 
     def _group_infimum(
         self, targets: Array, weights: Array, groups: Indices, total: Array
     ) -> Array:
-        # Divided by the mass of the targets, not by the weights: exact for rounded soft
-        # labels too, whose rows do not quite sum to 1.
+        # Divided by the sum of the targets, not of the weights: exact also for rounded
+        # soft labels, whose rows do not quite sum to 1.
         sums = _group_sum(weights * targets, groups, len(total))
         mass = sums.sum(axis=1, keepdims=True)
         return _entropy_terms(sums, mass).sum(axis=1)
@@ -343,7 +303,7 @@ class BinaryCrossEntropy(ConvexLoss):
     Labels are in `[0, 1]`, of shape `(n, C)`, or `(n,)` for a single output.
 
     Args:
-        label_smoothing: In `[0, 1]`: how far targets are squeezed towards 1/2.
+        label_smoothing: In `[0, 1]`: how far targets are moved towards 1/2.
         reduction: See `ConvexLoss`.
     """
 
@@ -360,8 +320,8 @@ class BinaryCrossEntropy(ConvexLoss):
 
     def targets(self, y: Any, n_outputs: int) -> Array:
         """Labels as a target matrix; see `ConvexLoss`."""
-        labels = _as_matrix(_finite_float64(y, "labels"), n_outputs, "Binary labels")
-        _check_unit_interval(labels)
+        labels = as_matrix(finite_float64(y, "labels"), n_outputs, "Binary labels")
+        check_unit_interval(labels)
         return labels * (1.0 - self.label_smoothing) + 0.5 * self.label_smoothing
 
     def value(self, logits: Array, targets: Array) -> Array:
@@ -381,7 +341,7 @@ class BinaryCrossEntropy(ConvexLoss):
         """Both, for tensors; see `ConvexLoss`."""
         losses = targets * ops.softplus(-logits)
         losses = losses + (1.0 - targets) * ops.softplus(logits)
-        # The difference of sigmoid and target, but small ones keep their digits.
+        # Equal to sigmoid - target, and accurate where that is small.
         slopes = (1.0 - targets) * ops.sigmoid(logits) - targets * ops.sigmoid(-logits)
         return ops.mean(losses, axis=1), slopes / logits.shape[1]
 
@@ -415,7 +375,7 @@ class SquaredError(ConvexLoss):
 
     def targets(self, y: Any, n_outputs: int) -> Array:
         """Labels as a target matrix; see `ConvexLoss`."""
-        return _as_matrix(_finite_float64(y, "targets"), n_outputs, "Targets")
+        return as_matrix(finite_float64(y, "targets"), n_outputs, "Targets")
 
     def value(self, logits: Array, targets: Array) -> Array:
         """Loss of each sample; see `ConvexLoss`."""
@@ -429,8 +389,8 @@ class SquaredError(ConvexLoss):
         self, logits: Any, targets: Any
     ) -> tuple[Any, Any]:
         """Both, for tensors; see `ConvexLoss`."""
-        away = logits - targets
-        return ops.mean(ops.square(away), axis=1), away * (2.0 / logits.shape[1])
+        errors = logits - targets
+        return ops.mean(ops.square(errors), axis=1), errors * (2.0 / logits.shape[1])
 
     def max_curvature(self, n_outputs: int) -> float:
         """`2 / C`; see `ConvexLoss`."""
@@ -446,141 +406,6 @@ class SquaredError(ConvexLoss):
         means = _group_sum(weights * targets, groups, len(total)) / total
         squares = weights * np.square(targets - means[groups])
         return _group_sum(squares, groups, len(total)).mean(axis=1)
-
-
-def convex_loss(loss: Any) -> ConvexLoss:
-    """The convex loss that a Keras model was compiled with.
-
-    Args:
-        loss: What `model.compile` got as `loss` (also `model.loss`): one of
-            `keras.losses.SparseCategoricalCrossentropy`, `CategoricalCrossentropy` and
-            `BinaryCrossentropy`, each with `from_logits=True`, or `MeanSquaredError`,
-            as an object, a Keras name such as `"mse"`, or a list or dict with this one
-            entry. A `ConvexLoss` is returned as it is.
-
-    Returns:
-        The same loss for NumPy arrays, with the same reduction.
-
-    Raises:
-        ValueError: If the loss is anything else: not convex in the model's outputs, not
-            known to be, or with options (`ignore_class`, `axis`, no reduction) that
-            change its meaning.
-    """
-    if isinstance(loss, ConvexLoss):
-        return loss
-    given = loss
-    loss = _single(loss)
-    if isinstance(loss, (str, dict)):
-        try:
-            loss = keras.losses.get(loss)
-        except (TypeError, ValueError):
-            raise ValueError(_refusal("Keras does not know this loss", given)) from None
-    for function, name in _CROSS_ENTROPY_FUNCTIONS.items():
-        if loss is function:
-            raise ValueError(_refusal(_takes_probabilities(name), given))
-    if loss is keras.losses.mean_squared_error:
-        return SquaredError()
-    kind = type(loss)  # A subclass may compute anything.
-    if kind is keras.losses.MeanSquaredError:
-        return SquaredError(reduction=loss.reduction)
-    if kind not in _CROSS_ENTROPIES:
-        raise ValueError(_refusal("this loss is not known to be convex in them", given))
-    # The arguments of the loss function; the public config leaves out some of them.
-    options = dict(loss._fn_kwargs)  # noqa: SLF001
-    if not options.pop("from_logits", False):
-        raise ValueError(_refusal(_takes_probabilities(kind.__name__), given))
-    smoothing = options.pop("label_smoothing", 0.0)
-    if options.pop("axis", -1) not in {-1, 1}:
-        raise ValueError(_refusal("its `axis` is not the last one", given))
-    unknown = {name: value for name, value in options.items() if value is not None}
-    if unknown:
-        raise ValueError(_refusal(f"its options {unknown} are not supported", given))
-    return _CROSS_ENTROPIES[kind](reduction=loss.reduction, label_smoothing=smoothing)
-
-
-_CROSS_ENTROPIES: dict[type, Callable[..., ConvexLoss]] = {
-    keras.losses.SparseCategoricalCrossentropy: SoftmaxCrossEntropy,
-    keras.losses.CategoricalCrossentropy: functools.partial(
-        SoftmaxCrossEntropy, sparse=False
-    ),
-    keras.losses.BinaryCrossentropy: BinaryCrossEntropy,
-}
-
-# Keras's own functions, and its names for them, work on probabilities.
-_CROSS_ENTROPY_FUNCTIONS = {
-    keras.losses.sparse_categorical_crossentropy: "SparseCategoricalCrossentropy",
-    keras.losses.categorical_crossentropy: "CategoricalCrossentropy",
-    keras.losses.binary_crossentropy: "BinaryCrossentropy",
-}
-
-
-def _single(loss: Any) -> Any:
-    if isinstance(loss, dict) and "class_name" not in loss:
-        loss = list(loss.values())
-    if isinstance(loss, (list, tuple)):
-        if len(loss) != 1:
-            raise ValueError(
-                "Models with several outputs or losses are not supported: one output "
-                f"and one loss are needed. Received: loss={loss}"
-            )
-        (loss,) = loss
-    return loss
-
-
-def _takes_probabilities(name: str) -> str:
-    return (
-        f"`{name}` with from_logits=False takes probabilities (as does every loss "
-        "given by name): remove the model's final softmax or sigmoid, and compile with "
-        f"`keras.losses.{name}(from_logits=True)`"
-    )
-
-
-def _refusal(why: str, given: Any) -> str:
-    return (
-        "A loss that is convex in the model's outputs is needed: `keras.losses."
-        "SparseCategoricalCrossentropy`, `CategoricalCrossentropy` or "
-        "`BinaryCrossentropy` with from_logits=True, or `MeanSquaredError`; but "
-        f"{why}. Received: loss={given!r}"
-    )
-
-
-def _finite_float64(y: Any, noun: str) -> Array:
-    array = np.asarray(y)
-    # NumPy makes numbers of strings, and drops imaginary parts with a warning.
-    if array.dtype.kind in "cOSUMm":
-        raise ValueError(
-            f"The {noun} `y` must be real numbers; encode names as integers first, and "
-            f"give objects a dtype. Received: {noun} of dtype {array.dtype}"
-        )
-    array = array.astype(np.float64)
-    if not np.isfinite(array).all():
-        row = int(np.argwhere(~np.isfinite(array))[0][0]) if array.ndim else 0
-        raise ValueError(
-            f"The {noun} `y` must be finite: remove or repair the samples with missing "
-            f"values. Received: {array[~np.isfinite(array)][0]} in row {row}"
-        )
-    return array
-
-
-def _as_matrix(labels: Array, n_outputs: int, noun: str) -> Array:
-    if labels.ndim == 1 and n_outputs == 1:
-        labels = labels[:, None]
-    if labels.ndim != 2 or labels.shape[1] != n_outputs:
-        also = " or (n,)" if n_outputs == 1 else ""
-        raise ValueError(
-            f"{noun} `y` must have shape (n, {n_outputs}){also}, as the model has "
-            f"{n_outputs} outputs. Received: shape {labels.shape}"
-        )
-    return labels
-
-
-def _check_unit_interval(labels: Array) -> None:
-    valid = (labels >= 0) & (labels <= 1)
-    if not valid.all():
-        raise ValueError(
-            "Labels `y` of a cross-entropy must be between 0 and 1; map labels such as "
-            f"-1 and 1 to 0 and 1 first. Received: label {labels[~valid][0]:g}"
-        )
 
 
 def _check_smoothing(label_smoothing: float) -> None:

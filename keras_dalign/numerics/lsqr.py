@@ -1,4 +1,4 @@
-"""Projection by LSQR (Paige & Saunders 1982), on products that are kept orthogonal."""
+"""Projection by LSQR (Paige & Saunders 1982), with reorthogonalised vectors."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import scipy.linalg
 import scipy.sparse.linalg
 
 from keras_dalign.numerics.projection import Projection, product_rounding
-from keras_dalign.numerics.subspace import EPS
+from keras_dalign.numerics.rounding import EPS
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.gram import Array
+    from keras_dalign.numerics import Array
     from keras_dalign.numerics.operators import Products
 
-# LSQR is started again, from where it was, if its own estimates stopped it too early.
+# LSQR is restarted from its solution if its own error estimates stopped it too early.
 _STARTS = 5
 
 
@@ -35,16 +35,18 @@ def by_iteration(
 ) -> Projection:
     """Projects by LSQR, one target after the other.
 
-    Takes one product with `J` and one with its transpose a step, a few vectors, and
-    a row and a column for each step that is held, to keep later ones orthogonal to it.
-    Otherwise rounding repeats directions that were found before, and steps are wasted.
+    A step takes one product with `J` and one with its transpose. The vectors of the
+    first `held` steps are stored, and later vectors are made orthogonal to them.
+    Otherwise rounding brings back directions that were already found, and steps are
+    wasted.
 
-    It ends when the error is below the tolerance; when `||J^T error||` is so small that
-    directions with singular values above the cut-off cannot take more than half a
-    percent off the error; or when the steps are used up, and then says so.
+    It ends in one of three cases: the error is below the tolerance; or `||J^T error||`
+    is so small that directions with singular values above the cut-off cannot lower the
+    error by more than half a percent; or the steps are used up, and `converged` is
+    False.
 
-    The largest singular value of the bidiagonal matrix that LSQR builds is at most that
-    of `J`, and close to it after few steps; it comes at no further cost.
+    The largest singular value is estimated by that of the bidiagonal matrix of LSQR,
+    at no further cost. It is at most that of `J`, and close to it after few steps.
 
     Args:
         operator: `J`.
@@ -52,25 +54,25 @@ def by_iteration(
         cut: Relative cut-off of the singular values.
         tolerance: An error of this size, relative to all targets, is small enough.
         max_iterations: Steps for each target.
-        held: Steps held, at most; 0 is plain LSQR.
+        held: Number of steps whose vectors are stored, at most; 0 is plain LSQR.
         progress: Called with the number of steps so far, once a step.
-        sigma_max: A lower bound on the largest singular value, as far as known.
+        sigma_max: A lower bound on the largest singular value, 0 if there is none.
         eps: Machine precision of the operator's products.
 
     Returns:
         The projection, without a rank.
     """
-    watched = _Watched(operator, held, progress, sigma_max)
+    products = _Reorthogonalised(operator, held, progress, sigma_max)
     goal = tolerance * float(np.linalg.norm(targets)) / math.sqrt(targets.shape[1])
     runs = [
-        _lsqr(watched, target, cut, goal, max_iterations, eps) for target in targets.T
+        _lsqr(products, target, cut, goal, max_iterations, eps) for target in targets.T
     ]
     return Projection(
         error=np.stack([run.error for run in runs], axis=1),
         rounding=math.hypot(*(run.rounding for run in runs)),
         slope=np.array([run.slope for run in runs]),
         rank=None,
-        sigma_max=watched.sigma_max,
+        sigma_max=products.sigma_max,
         sigma_min=None,
         cut=cut,
         iterations=sum(run.steps for run in runs),
@@ -80,7 +82,7 @@ def by_iteration(
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """What LSQR found for one target; see `Projection`."""
+    """The result of LSQR for one target; see `Projection`."""
 
     error: Array
     rounding: float
@@ -90,44 +92,44 @@ class _Run:
 
 
 def _lsqr(
-    watched: _Watched,
+    products: _Reorthogonalised,
     target: Array,
     cut: float,
     goal: float,
     max_iterations: int,
     eps: float,
 ) -> _Run:
-    solution = np.zeros(watched.shape[1])
+    solution = np.zeros(products.shape[1])
     error, left, rounding = target, float(np.linalg.norm(target)), 0.0
-    slope = watched.begin(error)
+    slope = products.begin(error)
     steps = 0
-    # Within a tenth of the cut-off, sqrt(1 - 0.1^2) of the error is out of reach.
+    # At a tenth of the cut-off, sqrt(1 - 0.1^2) of the error cannot be removed.
     relative = 0.1 * cut
 
     def converged() -> bool:
-        return left + rounding <= goal or slope <= 0.1 * cut * watched.sigma_max * left
+        return left + rounding <= goal or slope <= 0.1 * cut * products.sigma_max * left
 
     for _ in range(_STARTS):
         if converged() or steps >= max_iterations:
             break
         found = scipy.sparse.linalg.lsqr(
-            watched,
+            products,
             error,
             atol=relative,
             btol=0.5 * goal / left,
             conlim=0,
             iter_lim=max_iterations - steps,
         )
-        watched.end_of_run()
+        products.end_of_run()
         steps += int(found[2])
         better = solution + found[0]
-        remaining = target - watched.operator.matvec(better)
-        added = product_rounding(better, watched.sigma_max, eps)
+        remaining = target - products.operator.matvec(better)
+        added = product_rounding(better, products.sigma_max, eps)
         before, after = left + rounding, float(np.linalg.norm(remaining)) + added
-        # Near the least distance the slope still falls where the distance does not.
+        # Near the least distance, the slope still falls when the distance does not.
         if after > before * (1 + 1e-9):
             break
-        flatter = watched.begin(remaining)
+        flatter = products.begin(remaining)
         if after >= before and flatter >= slope:
             break
         solution, error, rounding, slope = better, remaining, added, flatter
@@ -136,14 +138,15 @@ def _lsqr(
     return _Run(error, rounding, slope, steps, converged())
 
 
-class _Watched(scipy.sparse.linalg.LinearOperator):
-    """Products for LSQR, cleaned of rounding; its bidiagonal matrix is read off them.
+class _Reorthogonalised(scipy.sparse.linalg.LinearOperator):
+    """Products for LSQR with reorthogonalisation, which also record its coefficients.
 
-    LSQR asks for `J^T u_1, J v_1, J^T u_2, ...` with unit vectors that are orthogonal
-    in exact arithmetic, as `u_k+1 = (J v_k - alpha_k u_k) / beta_k+1` and
-    `v_k+1 = (J^T u_k+1 - beta_k+1 v_k) / alpha_k+1`. What these have along earlier ones
-    is rounding and is taken away. (Doing so on one side alone is cheaper, and wrong
-    where singular values are as small as those that matter here.)
+    LSQR computes `J^T u_1, J v_1, J^T u_2, ...` with the unit vectors
+    `u_k+1 = (J v_k - alpha_k u_k) / beta_k+1` and
+    `v_k+1 = (J^T u_k+1 - beta_k+1 v_k) / alpha_k+1`. In exact arithmetic these are
+    orthogonal. Their components along earlier vectors are rounding, and are removed.
+    (Removing them on one side alone is cheaper, and wrong for singular values as small
+    as those that matter here.) The `alpha` and `beta` are the bidiagonal matrix.
     """
 
     def __init__(
@@ -165,17 +168,17 @@ class _Watched(scipy.sparse.linalg.LinearOperator):
     def _start(self) -> None:
         # alpha_1, beta_2, alpha_2, beta_3, ...
         self._entries: list[float] = []
-        # The unit vectors of the last calls, and what the last one returned.
+        # The unit vectors of the last two calls, and the result of the last call.
         self._vectors: list[Array] = []
         self._product: Array | None = None
         self._n_calls = 0
         self._first: Array | None = None
 
     def begin(self, error: Array) -> float:
-        """Announces the next run's right side; returns `||J^T error||`."""
+        """Prepares a run with this right-hand side; returns `||J^T error||`."""
         first = self.operator.rmatvec(error)
         norm = float(np.linalg.norm(error))
-        # LSQR's first product, then, spared.
+        # Reused as LSQR's first product.
         self._first = first / norm if norm else first
         return float(np.linalg.norm(first))
 
@@ -190,8 +193,8 @@ class _Watched(scipy.sparse.linalg.LinearOperator):
 
     def _next(self, vector: Array, multiply: Callable[[Array], Array]) -> Array:
         if self._product is not None:
-            # This vector is the last product, less what it had along the one before,
-            # over its length: the entry is that length.
+            # This vector is the last product minus its component along the vector
+            # before, divided by its length. The entry is that length.
             entry = float(vector @ self._product)
             if len(self._vectors) > 1:
                 entry -= self._entries[-1] * float(vector @ self._vectors[0])
@@ -211,7 +214,7 @@ class _Watched(scipy.sparse.linalg.LinearOperator):
             along = self._entries[-1] * self._vectors[-1]
             earlier = other[: k + is_right]
             rest = product - along
-            # Twice is enough, also where next to nothing is left.
+            # Twice is enough, even if the remainder is tiny.
             for _ in range(2):
                 rest -= (earlier @ rest) @ earlier
             product = along + rest
@@ -221,13 +224,13 @@ class _Watched(scipy.sparse.linalg.LinearOperator):
         return product
 
     def end_of_run(self) -> None:
-        """Takes the largest singular value of the run's bidiagonal matrix."""
+        """Updates `sigma_max` by the run's bidiagonal matrix."""
         entries = self._entries
         self._start()
         if not entries:
             return
-        # [[0, B], [B^T, 0]], its rows in the order u_1, v_1, u_2, ..., is tridiagonal,
-        # and its eigenvalues are the singular values and their opposites.
+        # [[0, B], [B^T, 0]] with rows in the order u_1, v_1, u_2, ... is tridiagonal.
+        # Its eigenvalues are the singular values and their negatives.
         last = len(entries)
         (value,) = scipy.linalg.eigvalsh_tridiagonal(
             np.zeros(last + 1), entries, select="i", select_range=(last, last)

@@ -1,4 +1,4 @@
-"""Memory and disk: how much is free, and whether something fits."""
+"""Free memory and disk space, and errors for data that do not fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NoReturn
 
 
 def free_gib() -> float | None:
-    """Memory that can be had without swapping, or None where nobody tells."""
+    """Memory available without swapping, in GiB; None if it is unknown."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -25,14 +25,14 @@ def free_gib() -> float | None:
 
 
 def check_memory(n_bytes: int, what: str) -> None:
-    """Checks that something fits, before it is begun.
+    """Checks that an array fits in memory, before it is computed.
 
     Args:
-        n_bytes: What it would take.
-        what: Its name, for the message.
+        n_bytes: Its size in bytes.
+        what: Its name, for the error.
 
     Raises:
-        MemoryError: If it takes more than what is free.
+        MemoryError: If it is larger than the free memory.
     """
     free = free_gib()
     if free is not None and n_bytes / 2**30 > free:
@@ -43,19 +43,19 @@ def check_memory(n_bytes: int, what: str) -> None:
 
 
 def free_disk_gib() -> float:
-    """What the folder for temporary files has room for."""
+    """Free space of the folder for temporary files, in GiB."""
     return shutil.disk_usage(tempfile.gettempdir()).free / 2**30
 
 
 def raise_disk_full(gib: float, at_least: bool = False) -> NoReturn:
-    """Refuses what does not fit on the disk.
+    """Raises the error for features that do not fit on the disk.
 
     Args:
-        gib: What the features take, in GiB.
-        at_least: Whether they may take more.
+        gib: Size of the features in GiB.
+        at_least: Whether they may be larger.
 
     Raises:
-        OSError: In any case.
+        OSError: Always.
     """
     raise OSError(
         errno.ENOSPC,

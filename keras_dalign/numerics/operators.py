@@ -1,4 +1,4 @@
-"""Matrices known by their products, by their rows, or entry by entry."""
+"""Linear operators: matrices given by their products, by their rows, or in memory."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.gram import Array
+    from keras_dalign.numerics import Array
 
-# Rows formed at a time where nothing else says how many.
+# Rows formed at a time by default.
 _BLOCK_ROWS = 256
 
 
 class Products(abc.ABC):
-    """A matrix known by its products with vectors.
+    """A matrix given by its products with vectors.
 
     Args:
         shape: `(rows, columns)`.
@@ -35,17 +35,18 @@ class Products(abc.ABC):
 
 
 class Operator(Products):
-    """A matrix that need not be formed as a whole: its products, and its rows."""
+    """A matrix given by its products and its rows, which need not fit in memory."""
 
     @abc.abstractmethod
     def blocks(self, size: int) -> Iterator[tuple[slice, Array]]:
-        """All rows in order, some `size` of them at a time.
+        """All rows in order, about `size` of them at a time.
 
         Args:
-            size: Number of rows of a block, about.
+            size: Approximate number of rows of a block.
 
         Returns:
-            An iterator over the rows that they are, and the rows, `(some, columns)`.
+            An iterator over pairs of a slice of rows and these rows,
+            `(some, columns)`.
         """
 
     def matmat(self, matrix: Array) -> Array:
@@ -67,7 +68,7 @@ class Operator(Products):
         """The Gram matrix `J J^T`, `(rows, rows)`.
 
         Args:
-            lot: Rows held at a time; for each such lot all rows are formed once.
+            lot: Rows kept at a time. All rows are formed once for each such lot.
 
         Returns:
             The Gram matrix, both triangles.
@@ -83,7 +84,8 @@ class Operator(Products):
                     part = block[first - here.start : last - here.start]
                     held[first - start : last - start] = part
                 if here.stop > start:
-                    # What the lot still lacks is overwritten by the later blocks.
+                    # Rows of the lot that are still missing come with later blocks,
+                    # which overwrite their entries.
                     later = slice(max(here.start, start), here.stop)
                     right = block[later.start - here.start :]
                     n_held = last - start

@@ -1,4 +1,4 @@
-"""What a projection on a column space leaves."""
+"""The result of a projection on a column space."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.gram import Array
+    from keras_dalign.numerics import Array
 
 # The rounding of a product, in units of eps * sigma_max * ||beta||.
 _PRODUCT_ROUNDING = 4.0
@@ -16,21 +16,21 @@ _PRODUCT_ROUNDING = 4.0
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """What is left of the targets outside a column space, and the spectrum seen.
+    """The part of the targets outside a column space, and the singular values found.
 
     Attributes:
         error: `Y - J beta` with the `beta` found, `(rows, k)`.
-        rounding: What the rounding of `J beta` may add to the norm of the error.
-        slope: `J^T error`, which is 0 at the least distance, as a norm, `(k,)`.
+        rounding: Bound on what the rounding of `J beta` adds to the norm of the error.
+        slope: Norms of `J^T error`, which are 0 at the least distance, `(k,)`.
         rank: Number of singular values above the cut-off; None after LSQR.
         sigma_max: The largest singular value; after LSQR a lower bound on it.
         sigma_min: The smallest singular value above the cut-off, 0 if there is none;
             None after LSQR.
-        cut: Singular values up to `cut * sigma_max` count as zero; after LSQR, what
-            they could still take off the error was not asked for.
-        iterations: Steps of LSQR, all targets together.
-        converged: Whether nothing above the cut-off is left to take off the error, or
-            the error is below the tolerance.
+        cut: Singular values up to `cut * sigma_max` count as zero. LSQR does not try to
+            lower the error along their directions.
+        iterations: Number of steps of LSQR, summed over the targets.
+        converged: Whether directions above the cut-off cannot lower the error further,
+            or the error is below the tolerance.
     """
 
     error: Array
@@ -45,7 +45,7 @@ class Projection:
 
 
 def product_rounding(solution: Array, sigma_max: float, eps: float) -> float:
-    """What the rounding of `J beta` may add to the norm of an error.
+    """Estimated bound on what the rounding of `J beta` adds to the norm of an error.
 
     Args:
         solution: `beta`, any shape.
@@ -53,6 +53,6 @@ def product_rounding(solution: Array, sigma_max: float, eps: float) -> float:
         eps: Machine precision of the product.
 
     Returns:
-        A few roundings of its largest possible size.
+        A few units of rounding of the largest possible size of `J beta`.
     """
     return _PRODUCT_ROUNDING * eps * sigma_max * float(np.linalg.norm(solution))

@@ -6,8 +6,8 @@ convex function of the matrices,
 
     L(f) + penalty * sum_cr (tr M_cr)^2   with   f_c(u) = sum_r g_r(u) u^T M_cr u,
 
-and its minimum over all positive semi-definite `M_cr`, of any rank, bounds that over
-the weights from below. Let `G = dL/df` at some outputs `f`, and
+and its minimum over all positive semi-definite `M_cr`, of any rank, is a lower bound of
+the minimum over the weights. Let `G = dL/df` at some outputs `f`, and
 
     T_cr = sum_i G_ic g_r(u_i) u_i u_i^T   with the smallest eigenvalue `mu_cr`.
 
@@ -17,7 +17,7 @@ For all weights `w'`, with outputs `f'`,
            = L(f) - <G, f> + sum_cr w'_cr^T T_cr w'_cr,
 
 and `w'^T T w' + penalty |w'|^4 >= mu |w'|^2 + penalty |w'|^4`, which is at least
-`-min(mu, 0)^2 / (4 penalty)`. So no objective is below
+`-min(mu, 0)^2 / (4 penalty)`. So the objective is never below
 
     L(f) - <G, f> - sum_cr min(mu_cr, 0)^2 / (4 penalty).
 """
@@ -32,11 +32,12 @@ import scipy.linalg
 from keras_dalign.numerics.threads import over_rows
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.losses import Array, ConvexLoss
+    from keras_dalign.numerics import Array
+    from keras_dalign.numerics.losses import ConvexLoss
 
-# So many products of weights and features are held at once: they stay in the cache.
+# Products of weights and features computed at a time, so that they stay in the cache.
 _PRODUCTS_AT_ONCE = 2**17
-# From so many on, threads share them.
+# Above this number of products, several threads share the work.
 _SPLIT_PRODUCTS = 2**17
 
 
@@ -67,7 +68,7 @@ def value_and_gradient(
         gates: `g_r(u_i)`, shape `(n, m)`.
         w: Weights, shape `(d, C, m)`.
         targets: From `loss.targets`, shape `(n, C)`.
-        shares: What each sample's loss is multiplied by, shape `(n,)`.
+        shares: Factors of the samples' losses, shape `(n,)`.
         loss: The loss.
 
     Returns:
@@ -75,7 +76,7 @@ def value_and_gradient(
     """
     d, C, m = w.shape
 
-    # What overflows is infinite: the line search takes a shorter step.
+    # An overflow gives infinity, and the line search then takes a shorter step.
     @np.errstate(over="ignore", invalid="ignore")
     def part(given: slice) -> tuple[float, Array]:
         value, slope = 0.0, np.zeros((d, C * m))

@@ -1,9 +1,9 @@
-"""Samples with identical inputs: what no function of the inputs can tell apart.
+"""Samples with identical inputs, which no function of the inputs can distinguish.
 
-Inputs are compared by content, through digests, so that a data set that does not fit in
-memory can be grouped in one pass: memory grows with the number of distinct inputs, not
-with their size. The same digests, taken in order, tell whether two passes over the data
-saw the same samples.
+Inputs are compared by digests of their content, so a data set that does not fit in
+memory is grouped in one pass. Memory grows with the number of distinct inputs, not with
+their size. The same digests, in order, also check whether two passes over the data saw
+the same samples.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.losses import Array, ConvexLoss, Indices
+    from keras_dalign.numerics import Array, Indices
+    from keras_dalign.numerics.losses import ConvexLoss
 
-# Conflicts listed, and samples listed in a conflict.
+# Conflicts listed, and samples listed for each conflict.
 _MAX_LISTED = 20
 
 _DIGEST_SIZE = 16
@@ -27,8 +28,8 @@ _DIGEST_SIZE = 16
 def digests(x: Any) -> list[bytes]:
     """A 128-bit digest of each sample's content, all input arrays together.
 
-    Samples have the same digest if and only if (but for collisions, of probability
-    `n^2 / 2^129`) their arrays agree in dtype, shape and value; -0.0 equals 0.0.
+    Samples have the same digest if and only if their arrays agree in dtype, shape and
+    value; -0.0 equals 0.0. Collisions have a probability of `n^2 / 2^129`.
 
     Args:
         x: An array or a nested structure of arrays, each of shape `(n, ...)`.
@@ -40,7 +41,7 @@ def digests(x: Any) -> list[bytes]:
         ValueError: If an array is not numeric, or not finite.
     """
     leaves = [_canonical(leaf) for leaf in keras.tree.flatten(x)]
-    # Arrays of other shapes or dtypes may have the same bytes.
+    # Arrays of different shapes or dtypes may have the same bytes.
     header = ";".join(f"{leaf.dtype.name}{leaf.shape[1:]}" for leaf in leaves)
     rows = [leaf.reshape(len(leaf), -1).view(np.uint8) for leaf in leaves]
     start = hashlib.blake2b(header.encode(), digest_size=_DIGEST_SIZE)
@@ -56,9 +57,9 @@ def digests(x: Any) -> list[bytes]:
 class Repeats:
     """The distinct inputs, the targets that each came with, and their weights.
 
-    Filled batch by batch. Stores one entry for each distinct pair of input and target,
-    and each distinct target once: for class labels, nothing that grows with the number
-    of classes.
+    It is filled batch by batch. It stores one entry for each distinct pair of input and
+    target, and each distinct target once. For class labels its size per sample does not
+    grow with the number of classes.
     """
 
     def __init__(self) -> None:
@@ -66,7 +67,7 @@ class Repeats:
         self._targets: dict[bytes, int] = {}
         self._pairs: dict[tuple[int, int], int] = {}
         self._weights: list[float] = []
-        # Position in the data of the first sample of each pair that has weight.
+        # Position in the data of the first sample of each pair with a positive weight.
         self._first: list[int] = []
 
     @property
@@ -80,7 +81,7 @@ class Repeats:
         """Adds a batch.
 
         Args:
-            digests: Of the batch's inputs, from `digests`; `n` of them.
+            digests: The `n` digests of the batch's inputs, from `digests`.
             targets: From `ConvexLoss.targets`, shape `(n, C)`.
             weights: Sample weights, at least 0, shape `(n,)`.
             start: Position in the data of the batch's first sample.
@@ -102,10 +103,10 @@ class Repeats:
                 self._first.append(start + i)
 
     def groups(self, digests: list[bytes]) -> Indices:
-        """The numbers of inputs that were added.
+        """The group numbers of inputs that were added.
 
         Args:
-            digests: Of inputs that were added; `n` of them.
+            digests: The `n` digests of inputs that were added.
 
         Returns:
             Numbers in `0..n_distinct - 1`, shape `(n,)`: equal for identical inputs.
@@ -127,11 +128,11 @@ class Repeats:
         weights = np.array(self._weights)
         table = np.frombuffer(b"".join(self._targets)).reshape(len(self._targets), -1)
         several = self._several(inputs)[inputs]
-        # An input with one target needs that target's own infimum only, which spares
-        # the targets of the whole data set side by side.
-        own = np.arange(len(table))
-        each = loss.lower_bound(table, np.ones(len(table)), own, len(table))
-        bound = float(weights[~several] @ each[targets[~several]])
+        # For an input with one target, the bound is that target's own infimum. This
+        # avoids an array of the targets of the whole data set.
+        singles = np.arange(len(table))
+        alone = loss.lower_bound(table, np.ones(len(table)), singles, len(table))
+        bound = float(weights[~several] @ alone[targets[~several]])
         if several.any():
             groups, members = np.unique(inputs[several], return_inverse=True)
             bound += float(
@@ -139,14 +140,14 @@ class Repeats:
                     table[targets[several]], weights[several], members, len(groups)
                 ).sum()
             )
-        return bound + 0.0  # Not -0.0, which a sum of empty entropies may be.
+        return bound + 0.0  # A sum of empty entropies may be -0.0.
 
     def conflicts(self) -> tuple[int, tuple[tuple[int, ...], ...]]:
-        """Distinct inputs that came with two or more targets, weight 0 aside.
+        """Distinct inputs with two or more targets, among samples of positive weight.
 
         Returns:
             Their number, and for the first 20 of them the positions in the data of the
-            first sample of each target, 20 at most.
+            first sample of each target, at most 20.
         """
         inputs, _ = self._pair_arrays()
         conflicting = np.flatnonzero(self._several(inputs))
@@ -167,10 +168,10 @@ class Repeats:
 
 
 class PassRecord:
-    """What one pass over the data saw, in order, in 32 bytes.
+    """A digest of the samples of one pass over the data, and of their order.
 
-    Whoever makes several passes keeps the record of the first and compares the others
-    with it: a shuffled or augmented stream would mix up the samples in silence.
+    Code that makes several passes compares each later pass with the record of the
+    first. Otherwise a shuffled or augmented stream would silently mix up the samples.
     """
 
     def __init__(self) -> None:
@@ -182,9 +183,9 @@ class PassRecord:
         """Adds a batch.
 
         Args:
-            digests: Of the batch's inputs, from `digests`; `n` of them.
-            *columns: What else must be the same, such as targets and weights, each of
-                shape `(n, ...)`, or None.
+            digests: The `n` digests of the batch's inputs, from `digests`.
+            *columns: Other arrays that must be the same in every pass, such as targets
+                and weights, each of shape `(n, ...)`, or None.
         """
         arrays = [np.asarray(column) for column in columns if column is not None]
         for i, sample in enumerate(digests):
@@ -226,7 +227,7 @@ class PassRecord:
 
 
 def _canonical(leaf: Any) -> np.ndarray:
-    """The same finite numbers, equal in bytes wherever they are equal in value."""
+    """The same finite numbers, with equal bytes for equal values."""
     leaf = np.asarray(leaf)
     if leaf.dtype.kind in "OSTUMm":
         raise ValueError(

@@ -1,13 +1,12 @@
-"""Devices and processes that share the rows of a sum, by the backends' own engines.
+"""Replicas: the devices and processes that share the rows of a sum.
 
-Rows are split into as many shares of one length as there are replicas; shares at the
-end are filled up with rows of zeros, so that any number of rows fits any number of
-replicas. The backend moves, gathers and sums; nothing here talks to a device or to
-another process by itself.
+Rows are split into as many shares of equal length as there are replicas. The last
+shares are padded with rows of zeros, so any number of rows fits any number of replicas.
+The backend's own collective operations move, gather and sum the data.
 
-Processes must be alike: each calls the same functions with the same arrays, and
-computes what is not shared on its own. Where that decides on how to go on, the numbers
-of the first process count (`from_first`), so that all take the same decisions.
+All processes must call the same functions with the same arrays. Results that are not
+shared are computed by each process. If such a result decides on the next step, all
+processes use the numbers of the first one (`from_first`).
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ Rows = Callable[[slice], np.ndarray]
 
 
 class Replicas:
-    """One device of one process; what several do is in the subclasses.
+    """One device of one process. Subclasses are for several.
 
     Attributes:
         count: Number of shares that rows are split into.
         processes: Number of processes.
-        process: Index of this one.
-        batch_divisor: What must divide every batch that Keras shares among them.
+        process: Index of this process.
+        batch_divisor: A number that must divide the size of every batch given to Keras.
     """
 
     count = 1
@@ -42,17 +41,17 @@ class Replicas:
     batch_divisor = 1
 
     def put(self, array: np.ndarray) -> Any:
-        """An array as a float32 tensor that every replica has."""
+        """An array as a float32 tensor that is copied to every replica."""
         return device.put(array)
 
     def put_rows(self, rows: slice, shape: tuple[int, ...], values: Rows) -> Any:
-        """A float32 tensor of rows, of which every replica has its share.
+        """A float32 tensor whose rows are shared by the replicas.
 
         Args:
-            rows: Which rows.
+            rows: The rows.
             shape: Shape of a row.
-            values: Gives the values of a slice of rows, shape `(rows, *shape)`; called
-                for the shares of this process alone.
+            values: Returns the values of a slice of rows, shape `(rows, *shape)`. It is
+                called for the shares of this process only.
 
         Returns:
             The tensor, for functions from `compiled` and for `gathered`.
@@ -61,11 +60,11 @@ class Replicas:
         return device.put(values(rows))
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function that every replica computes on what it has.
+        """A function that every replica computes on its share of the rows.
 
         Args:
-            function: Takes and returns tensors; uses `keras.ops`. Tensors of rows are
-                mapped to such, or to partial sums over them.
+            function: Takes and returns tensors; uses `keras.ops`. It maps tensors of
+                rows to tensors of rows, or to partial sums over rows.
 
         Returns:
             The compiled function.
@@ -73,11 +72,11 @@ class Replicas:
         return device.compiled(function)
 
     def predict(self, model: keras.Model, x: Any) -> Any:
-        """What a model puts out for a batch, of which each replica takes its share.
+        """The outputs of a model for a batch, whose rows the replicas share.
 
         Args:
             model: The model.
-            x: Inputs: arrays of rows, whose number `count` divides.
+            x: Inputs: arrays of rows. `count` must divide their number.
 
         Returns:
             The outputs for the whole batch, in every process.
@@ -89,11 +88,11 @@ class Replicas:
         return device.fetch(tensor)[:n]
 
     def summed(self, tensor: Any) -> np.ndarray:
-        """The sum of the replicas' partial sums: the same bits in every process."""
+        """The sum of the replicas' partial sums, bit for bit equal in all processes."""
         return device.fetch(tensor)
 
     def from_first(self, array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """The array that the first process gave, in every process."""
+        """The array of the first process, in every process."""
         return array
 
     def from_all(self, array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -107,20 +106,21 @@ class Replicas:
         return bool(self.from_all(np.asarray([float(bool(flag))])).any())
 
     def check_alike(self, facts: dict[str, Any]) -> None:
-        """Compares what the processes were given, before they compute with it.
+        """Checks that all processes were given the same model and data.
 
         Args:
-            facts: Names, with numbers, strings, arrays or structures of them.
+            facts: The values to compare, by name: numbers, strings, arrays, or
+                structures of these.
 
         Raises:
-            ValueError: If the processes were given different things. It is raised in
-                every process.
+            ValueError: If a value differs between processes. It is raised in every
+                process.
         """
         if self.processes == 1:
             return
         own = np.asarray([_digest(fact) for fact in facts.values()])
         differ = np.any(self.from_all(own) != own, axis=0)
-        # Where a third process differs from the first two, these have to stop as well.
+        # If one process differs from the others, all must stop.
         differ = np.any(self.from_all(differ.astype("float64")), axis=0)
         if not differ.any():
             return
@@ -137,17 +137,18 @@ class Replicas:
     def alike(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches of a stream, each compared with those of the other processes.
 
-        So is the end of the stream, as a process that goes on alone would wait for the
-        others for ever.
+        The end of the stream is compared, too: a process that continued alone would
+        wait for the others for ever.
 
         Args:
-            batches: What this process reads.
+            batches: The stream of this process.
 
         Yields:
             The batches.
 
         Raises:
-            ValueError: If another process reads something else, in every process.
+            ValueError: If another process reads other batches. It is raised in every
+                process.
         """
         while True:
             try:
@@ -163,7 +164,7 @@ class Replicas:
     def _share(
         self, rows: slice, index: int, shape: tuple[int, ...], values: Rows
     ) -> np.ndarray:
-        """The rows of one replica, filled up with zeros."""
+        """The rows of one replica, padded with zeros."""
         length = -(-(rows.stop - rows.start) // self.count)
         start = min(rows.start + index * length, rows.stop)
         stop = min(start + length, rows.stop)
@@ -193,7 +194,7 @@ class _StrategyReplicas(Replicas):
 
     @functools.cached_property
     def _order(self) -> np.ndarray:
-        """Where the replicas' shares are among those that the strategy gathers."""
+        """The positions of the replicas' shares in what the strategy gathers."""
         ids = self._values(lambda index: np.asarray([index]))
         return np.argsort(device.fetch(self._gather(ids)))
 
@@ -225,8 +226,8 @@ class _StrategyReplicas(Replicas):
     def from_first(self, array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         if self.processes == 1:
             return array
-        nothing = np.zeros_like(array)
-        given = self._values(lambda index: nothing if index else array)
+        zeros = np.zeros_like(array)
+        given = self._values(lambda index: zeros if index else array)
         return device.fetch(self._sum(given))
 
     def from_all(self, array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -266,13 +267,13 @@ class _MeshReplicas(Replicas):
         self.count = int(mesh.shape[distribution.batch_dim_name])
         self.processes = jax.process_count()
         self.process = jax.process_index()
-        # Every process hands Keras batches of its own.
+        # Every process gives Keras its own batches.
         self.batch_divisor = max(self.count // self.processes, 1)
         self._replicate = jax.jit(lambda tensor: tensor, out_shardings=self._everywhere)
 
     def put(self, array: np.ndarray) -> Any:
         array = np.asarray(array, "float32")
-        # Unlike `device_put`, it does not ask the other processes whether they agree.
+        # Unlike `device_put`, this does not compare the array between processes.
         return self._jax.make_array_from_callback(
             array.shape, self._everywhere, lambda index: array[index]
         )
@@ -289,7 +290,7 @@ class _MeshReplicas(Replicas):
 
     def predict(self, model: keras.Model, x: Any) -> Any:
         if self.processes == 1:
-            # Of several processes each would have to be able to fetch all rows.
+            # With several processes, each would need access to all rows.
             x = self._jax.device_put(x, self._by_rows)
         return model.predict_on_batch(x)
 
@@ -297,7 +298,7 @@ class _MeshReplicas(Replicas):
         return device.fetch(self._replicate(tensor))[:n]
 
     def summed(self, tensor: Any) -> np.ndarray:
-        # The compiler has put the sum over devices into the function.
+        # The compiled function already includes the sum over devices.
         return device.fetch(self._replicate(tensor))
 
     def from_first(self, array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -362,7 +363,7 @@ class _GroupReplicas(Replicas):
         return [device.fetch(share) for share in found]
 
     def _reachable(self, tensor: Any) -> Any:
-        """The tensor where the group's engine can take it from."""
+        """The tensor on a device that the group's backend supports."""
         nccl = "nccl" in str(self._group.get_backend())
         return tensor.detach() if nccl else tensor.detach().cpu()
 
@@ -370,11 +371,13 @@ class _GroupReplicas(Replicas):
 def replicas_of(layer: Any) -> Replicas:
     """The replicas that share a layer or a model.
 
-    On TensorFlow these are those of the `MirroredStrategy` or
-    `MultiWorkerMirroredStrategy` in whose scope its variables were made. On
-    JAX they are the devices of the `keras.distribution` that is set. On PyTorch they
-    are the processes of the default group of `torch.distributed`, once it is
-    initialised. Otherwise it is one device.
+    - TensorFlow: those of the `MirroredStrategy` or `MultiWorkerMirroredStrategy` in
+      whose scope the variables were made.
+    - JAX: the devices of the `keras.distribution` that is set.
+    - PyTorch: the processes of the default group of `torch.distributed`, if it is
+      initialised.
+
+    Otherwise there is one replica, a single device.
 
     Args:
         layer: The layer or model.
@@ -411,7 +414,7 @@ def replicas_of(layer: Any) -> Replicas:
     return Replicas()
 
 
-# What they compile serves all problems of a strategy.
+# Cached, so that all problems of a strategy share its compiled functions.
 _of_strategy = functools.lru_cache(maxsize=1)(_StrategyReplicas)
 _of_mesh = functools.lru_cache(maxsize=1)(_MeshReplicas)
 
@@ -424,7 +427,7 @@ def runs_on_hosts(strategy: Any) -> bool:
 
 
 def _digest(fact: Any) -> float:
-    """A number of 48 bits for a fact, exact in float64."""
+    """A 48-bit digest of a fact, as a float64 that holds it exactly."""
     digest = hashlib.blake2b(digest_size=6)
     for leaf in keras.tree.flatten(fact):
         if isinstance(leaf, (int, float, str, type(None))):
@@ -437,7 +440,7 @@ def _digest(fact: Any) -> float:
 
 
 def _describe(fact: Any) -> str:
-    """A fact in words, arrays by their shapes."""
+    """A fact as text, with arrays shown by their shapes."""
     shown = keras.tree.map_structure(
         lambda leaf: tuple(leaf.shape) if hasattr(leaf, "shape") else leaf, fact
     )

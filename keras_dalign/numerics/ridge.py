@@ -1,8 +1,8 @@
 """Ridge regression in its dual form, for many penalties from one decomposition.
 
-For a Gram matrix `K = U diag(s) U^T` and right-hand sides `D` the coefficients
-`alpha = (K + mu)^-1 D` give the parameters `J^T alpha` of least
-`||J delta - D||^2 + mu ||delta||^2`, and `K alpha` what they attain.
+Let `K = J J^T = U diag(s) U^T` be a Gram matrix and `D` right-hand sides. With the
+coefficients `alpha = (K + mu)^-1 D`, the parameters `delta = J^T alpha` minimise
+`||J delta - D||^2 + mu ||delta||^2`, and `J delta = K alpha`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import scipy.linalg
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.losses import Array
+    from keras_dalign.numerics import Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class GramFactor:
 
     @classmethod
     def of_features(cls, features: Array) -> GramFactor:
-        """Factor of `features @ features.T`, shape `(n, p)`, without that product."""
+        """Factor of the Gram matrix of features `(n, p)`, without forming it."""
         vectors, values, _ = scipy.linalg.svd(
             features, full_matrices=False, check_finite=False
         )
@@ -61,8 +61,8 @@ class GramFactor:
             penalty: `mu`, positive.
 
         Returns:
-            `alpha` and what it attains, `K alpha`, each of shape `(n, m)`.
+            `alpha` and `K alpha`, each of shape `(n, m)`.
         """
         coefficients = (self.vectors.T @ rhs) / (self.values + penalty)[:, None]
-        attained = self.vectors @ (self.values[:, None] * coefficients)
-        return self.vectors @ coefficients, attained
+        fitted = self.vectors @ (self.values[:, None] * coefficients)
+        return self.vectors @ coefficients, fitted

@@ -8,28 +8,28 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from keras_dalign.numerics.gram import Array
+from keras_dalign.numerics.rounding import EPS
 
-EPS = float(np.finfo(np.float64).eps)
+if TYPE_CHECKING:
+    from keras_dalign.numerics import Array
 
 
 def numerical_rank(matrix: npt.ArrayLike, rtol: float | None = None) -> int:
     """Rank of a matrix in float64: the singular values above a cut-off.
 
-    The default cut-off is `max(shape) * eps * sigma_max`, the size to which rounding in
-    a backward stable decomposition may lift a singular value that is zero (the rule of
-    LAPACK users, and of `numpy.linalg.matrix_rank`).
+    The default cut-off is `max(shape) * eps * sigma_max`: rounding in a backward stable
+    decomposition may raise a zero singular value to about that size. It is also the
+    rule of LAPACK and of `numpy.linalg.matrix_rank`.
 
-    A tall matrix is first reduced to its triangular factor, block of rows by block of
-    rows, and the singular values are those of the factor. This costs about
-    `2 n d^2` flop (`n = 1e5`: `d = 512` about a second or two on two cores, `d = 2000`
-    half a minute), a copy of a few `d x d` blocks in memory, and no accuracy, whereas
-    the `d x d` Gram matrix would square the condition number and lose every singular
-    value below `1e-8 * sigma_max`.
+    A tall matrix is first reduced to its triangular factor, a block of rows at a time.
+    The factor has the same singular values. The cost is about `2 n d^2` flop (for
+    `n = 1e5` on two cores, about two seconds for `d = 512` and half a minute for
+    `d = 2000`) and memory for a few `d x d` blocks. Unlike the `d x d` Gram matrix,
+    which squares the condition number and loses every singular value below
+    `1e-8 * sigma_max`, the factor loses no accuracy.
 
     Args:
-        matrix: Shape `(n, d)`, any real dtype; judged in float64.
+        matrix: Shape `(n, d)`, any real dtype; converted to float64.
         rtol: Cut-off relative to the largest singular value. The default is
             `max(n, d) * eps`.
 
@@ -37,7 +37,7 @@ def numerical_rank(matrix: npt.ArrayLike, rtol: float | None = None) -> int:
         The rank, `0` for a zero or empty matrix.
 
     Raises:
-        ValueError: If it is no matrix, or not finite, or `rtol` is outside `[0, 1)`.
+        ValueError: If `matrix` is not a finite matrix, or `rtol` is outside `[0, 1)`.
     """
     checked = finite_matrix(matrix, "matrix")
     if rtol is None:
@@ -51,16 +51,17 @@ def numerical_rank(matrix: npt.ArrayLike, rtol: float | None = None) -> int:
 
 
 def coordinates(rows: Array, rtol: float) -> Array:
-    """Unit rows in as many coordinates as their rank, again of length 1 (or 0).
+    """Maps unit rows to `rank` coordinates, again with length 1 (or 0).
 
-    Left singular vectors: a linear map of the row space, so the same sets are
-    independent, chosen to spread the rows as evenly as possible.
+    The coordinates are the left singular vectors, scaled row by row. They are a linear
+    map of the row space, so the same sets of rows are independent, and the rows are
+    spread as evenly as possible.
 
     Returns:
         Shape `(n, rank)`.
     """
     coordinates = unit_rows(orthonormal(rows.T, rtol).T)
-    # A zero row comes out of the decomposition as rounding noise.
+    # The decomposition turns a zero row into rounding noise.
     coordinates[~rows.any(axis=1)] = 0
     return coordinates
 
@@ -80,7 +81,7 @@ def orthonormal(rows: Array, rtol: float) -> Array:
 
 
 def singular_values(matrix: Array) -> Array:
-    """Singular values, largest first, by a blocked triangular factor if it is tall."""
+    """Singular values, largest first; by a blocked triangular factor if it is tall."""
     n, d = matrix.shape
     factor = matrix
     if n > 4 * d:
@@ -94,15 +95,15 @@ def singular_values(matrix: Array) -> Array:
 
 
 def first_equal(features: Array) -> npt.NDArray[np.intp]:
-    """For each row the index of the first row equal to it, compared exactly.
+    """The index of the first row that equals each row exactly.
 
     Returns:
-        Shape `(n,)`; a row that repeats no earlier one has its own index.
+        Shape `(n,)`; its own index for a row that repeats no earlier one.
     """
     seen: dict[int, list[int]] = {}
     first = np.arange(len(features))
     for index, row in enumerate(features):
-        # Adding 0.0 turns -0.0, equal but with other bytes, into 0.0.
+        # Adding 0.0 turns -0.0 into 0.0, which is equal and has other bytes.
         same = seen.setdefault(hash((row + 0.0).tobytes()), [])
         for other in same:
             if np.array_equal(row, features[other]):
@@ -120,22 +121,22 @@ def first_occurrences(features: Array) -> npt.NDArray[np.intp]:
 
 
 def visible(features: Array) -> float:
-    """Relative size below which a direction is lost in a Gram matrix in float64."""
+    """Relative size below which a float64 Gram matrix does not show a direction."""
     return math.sqrt(max(features.shape) * EPS)
 
 
 def visible_rank(features: Array) -> int:
-    """How many directions of the rows show in a Gram matrix in float64.
+    """Number of directions of the rows that a float64 Gram matrix shows.
 
-    Counts the eigenvalues of the smaller Gram matrix above what rounding makes of a
-    zero, `visible` squared: a fraction of the time that `numerical_rank` takes, which
-    sees smaller ones.
+    Counts the eigenvalues of the smaller Gram matrix above the rounding error of a zero
+    eigenvalue, `visible` squared. It takes a fraction of the time of `numerical_rank`,
+    which also counts smaller singular values.
 
     Args:
         features: Shape `(n, d)`, finite.
 
     Returns:
-        The number of them.
+        The number.
     """
     n, d = features.shape
     gram = features.T @ features if n >= d else features @ features.T
@@ -144,7 +145,7 @@ def visible_rank(features: Array) -> int:
 
 
 def finite_matrix(value: npt.ArrayLike, name: str) -> Array:
-    """Returns the value as a float64 matrix, or says what is wrong with it."""
+    """Returns the value as a float64 matrix; raises ValueError if it is not finite."""
     matrix = np.asarray(value, dtype=np.float64)
     if matrix.ndim != 2:
         raise ValueError(

@@ -1,10 +1,10 @@
-"""Logits that bring the loss down to its infimum: what a model should learn to put out.
+"""Logits that bring the loss to its infimum: the outputs that a model should learn.
 
-For squared error the best outputs are the targets themselves. A cross-entropy has its
-infimum at infinity: along `psi * Y_l`, with the modified targets `Y_l = 2 Y - 1` of the
-alignment condition (Kawaguchi, Zhang & Deng 2022), as `psi` grows. Where targets are
-soft, smoothed or in conflict, the best logits are finite instead. `TargetLogits` holds
-both parts, as an affine family with two parameters.
+For squared error the best outputs are the targets themselves. A cross-entropy reaches
+its infimum only in the limit, along `psi * Y_l` as `psi` grows, with the modified
+targets `Y_l = 2 Y - 1` of the alignment condition (Kawaguchi, Zhang & Deng 2022). For
+soft, smoothed or conflicting targets the best logits are finite instead. `TargetLogits`
+holds both parts, as a linear family with two parameters.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy as np
 from keras_dalign.numerics.losses import BinaryCrossEntropy, SoftmaxCrossEntropy
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.losses import Array, ConvexLoss, Indices
+    from keras_dalign.numerics import Array, Indices
+    from keras_dalign.numerics.losses import ConvexLoss
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,9 +29,9 @@ class TargetLogits:
     `psi` grows.
 
     Attributes:
-        finite: Best outputs where they are finite, 0 elsewhere, shape `(n, C)`.
-        direction: Where the best logits lie at infinity, 0 elsewhere, shape `(n, C)`:
-            `Y_l` for labels that are not smoothed.
+        finite: The best outputs where they are finite, 0 elsewhere, shape `(n, C)`.
+        direction: The direction of best logits that are infinite, 0 elsewhere, shape
+            `(n, C)`; `Y_l` for labels that are not smoothed.
     """
 
     finite: Array
@@ -44,15 +45,15 @@ class TargetLogits:
 def target_logits(
     loss: ConvexLoss, targets: Array, weights: Array, groups: Indices
 ) -> TargetLogits:
-    """The best logits of samples of which some share one input.
+    """The best logits of samples, some of which have identical inputs.
 
-    Samples with one and the same input get the logits of their weighted mean target.
+    Samples with identical inputs get the logits of their weighted mean target.
 
     Args:
         loss: The loss.
         targets: From `ConvexLoss.targets`, shape `(n, C)`.
         weights: Sample weights, at least 0, shape `(n,)`.
-        groups: Number of each sample's input, shape `(n,)`.
+        groups: Group number of each sample's input, shape `(n,)`.
 
     Returns:
         The family.
@@ -70,7 +71,7 @@ def _softmax(means: Array) -> TargetLogits:
     logs = np.log(means, out=np.zeros_like(means), where=possible)
     centre = logs.sum(axis=1, keepdims=True) / possible.sum(axis=1, keepdims=True)
     direction = np.where(possible, 1.0, -1.0)
-    # Moving all logits of a sample by one and the same number changes nothing.
+    # Adding one number to all logits of a sample does not change the loss.
     direction[possible.all(axis=1)] = 0.0
     return TargetLogits(np.where(possible, logs - centre, 0.0), direction)
 
@@ -84,13 +85,13 @@ def _sigmoid(means: Array) -> TargetLogits:
 def _group_means(targets: Array, weights: Array, groups: Indices) -> Array:
     found, members = np.unique(groups, return_inverse=True)
     totals = np.bincount(members, weights, len(found))
-    # A group without weight does not matter; its plain mean will do.
+    # The mean of a group without weight is arbitrary: take the unweighted one.
     weights = np.where(totals[members] > 0, weights, 1.0)
     totals = np.bincount(members, weights, len(found))
     sums = np.zeros((len(found), targets.shape[1]))
     np.add.at(sums, members, weights[:, None] * targets)
     means = sums[members] / totals[members, None]
-    # Where all agree, their target, without the rounding of a mean.
+    # If all targets of a group agree, use that target, without rounding.
     order = np.argsort(members, kind="stable")
     starts = np.searchsorted(members[order], np.arange(len(found)))
     lowest = np.minimum.reduceat(targets[order], starts)[members]

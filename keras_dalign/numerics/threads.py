@@ -1,10 +1,10 @@
 """Threads of NumPy's and SciPy's linear algebra.
 
-NumPy and SciPy each bring a BLAS with threads of its own, and the backend has some,
-too. Threads that wait for work keep a core busy for a while, so that libraries which
-take turns slow each other down: four times where vectors are short. Here BLAS is
-limited to one thread, and large work is split by its rows instead, which gives the
-operations between two matrix products all cores as well.
+NumPy, SciPy and the backend each have their own pool of threads. Idle threads keep a
+core busy for a while, so libraries that are called in turns slow each other down, by a
+factor of four for short vectors. Here BLAS is limited to one thread, and large work is
+split by rows over threads instead. The operations between two matrix products then use
+all cores as well.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _controller() -> ThreadpoolController:
 
 @functools.cache
 def blas_threads() -> int:
-    """Number of threads that BLAS had when this was first asked: those to use."""
+    """Number of threads to use: that of BLAS at the first call."""
     return max((each["num_threads"] for each in _controller().info()), default=1)
 
 
@@ -39,7 +39,7 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def one_blas_thread() -> AbstractContextManager[Any]:
-    """Limits BLAS to one thread while a context lasts."""
+    """A context that limits BLAS to one thread."""
     blas_threads()
     limit: AbstractContextManager[Any] = _controller().limit(limits=1)
     return limit
@@ -48,12 +48,13 @@ def one_blas_thread() -> AbstractContextManager[Any]:
 def over_rows(
     function: Callable[[slice], Result], n: int, *, split: bool = True
 ) -> list[Result]:
-    """Calls a function for parts of `n` rows, each in a thread of its own.
+    """Calls a function for parts of `n` rows, each in its own thread.
 
     Args:
-        function: Takes a slice of rows. It calls NumPy, which releases the lock.
+        function: Takes a slice of rows. Most of its time must be in NumPy or SciPy,
+            which release the interpreter's lock.
         n: Number of rows.
-        split: Whether there is enough to do for several threads.
+        split: Whether the work is worth several threads.
 
     Returns:
         The results, in the order of the rows.

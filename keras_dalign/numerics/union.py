@@ -1,13 +1,14 @@
 """The rank that gated features have for almost every choice of gates.
 
-For distinct rows of `Zh` that rank is known without the gates:
+For distinct rows of `Zh` that rank has a formula without the gates:
 
     rank(Phi) = min over sets A of distinct rows ( n_distinct - |A| + m * rank(Zh_A) ),
 
-the rank of the union of `m` copies of the linear matroid of `Zh`. A failed rank thus
-has a culprit: a set `A` of more than `m * rank(Zh_A)` samples in too small a subspace.
-Identical rows open identical gates, so they count once: each repetition costs one rank,
-whatever the width. The formula speaks of exact arithmetic.
+the rank of the union of `m` copies of the linear matroid of `Zh`. A rank below
+`n_distinct` thus has a cause: a set `A` of more than `m * rank(Zh_A)` samples in too
+small a subspace. Identical rows open identical gates, so they count once: each
+repetition lowers the rank by one, whatever the width. The formula holds in exact
+arithmetic.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from keras_dalign.numerics.subspace import (
 )
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.gram import Array
+    from keras_dalign.numerics import Array
 
 # Subsets of n rows in `union_rank_exact`: 2^n rank computations.
 _EXACT_LIMIT = 16
@@ -41,17 +42,17 @@ class UnionRank:
     """The rank of the gated features for almost every choice of gates, with its proof.
 
     Attributes:
-        rank: `n_distinct - len(subset) + width * subset_rank`. No gates of this width
-            reach more.
-        attained: Number of rows found to be separable by a partition into `width`
-            linearly independent sets. Equal to `rank` unless rounding blurs which rows
-            are independent.
+        rank: `n_distinct - len(subset) + width * subset_rank`, an upper bound for all
+            gates of this width.
+        attained: Number of rows in a partition into `width` linearly independent sets,
+            a lower bound for almost all gates. Equal to `rank` unless rounding makes it
+            unclear which rows are independent.
         n: Number of rows.
         n_distinct: Number of distinct rows.
         width: Number of gates `m`.
-        subset: Indices of the rows that minimise the formula, the smallest such set:
-            those too many for the subspace they span. Empty if there are none.
-            Of repeated rows it names the first.
+        subset: Indices of the smallest set of rows that minimises the formula: the rows
+            that are too many for the subspace they span. Empty if there are none. Of
+            repeated rows it has the first.
         subset_rank: Rank of these rows.
     """
 
@@ -70,7 +71,7 @@ class UnionRank:
 
     @property
     def exact(self) -> bool:
-        """Whether the bounds from both sides agree, which proves `rank`."""
+        """Whether the upper and the lower bound agree, which proves `rank`."""
         return self.rank == self.attained
 
 
@@ -112,22 +113,22 @@ def union_rank_exact(Zh: npt.ArrayLike, width: int) -> UnionRank:
 def union_rank(
     Zh: npt.ArrayLike, width: int, *, rtol: float | None = None
 ) -> UnionRank:
-    """Rank of the gated features for almost every choice of gates, and the culprits.
+    """Rank of the gated features for almost every choice of gates, and what lowers it.
 
     Partitions as many distinct rows as possible into `width` linearly independent sets,
-    by augmenting paths (matroid partition). The partition shows from below, and the set
-    of rows where the paths get stuck from above, what the rank is.
+    by augmenting paths (matroid partition). The partition is a lower bound on the rank.
+    The set of rows reached by the searches that fail gives an upper bound.
 
-    Takes about `n * width * rank^2` multiply-adds where rows find a place directly,
-    and as many again for every search that gets stuck in a new subspace; memory
-    `2 * width * rank^2`. Meant for some thousands of rows.
+    Takes about `n * width * rank^2` multiply-adds if every row fits into a set
+    directly, and as many again for every search that fails in a new subspace. Memory is
+    `2 * width * rank^2` numbers. Meant for some thousands of rows.
 
     Args:
         Zh: Features, shape `(n, d)`.
         width: Number of gates, at least 1.
-        rtol: Relative distance from a subspace below which a row counts as inside. The
-            default, `sqrt(max(n, d) * eps)`, is where a direction drops out of the Gram
-            matrix, which squares it, in float64.
+        rtol: Relative distance from a subspace up to which a row counts as inside. The
+            default is `sqrt(max(n, d) * eps)`. Directions smaller than that do not show
+            in the Gram matrix in float64, as it has their squares.
 
     Returns:
         A `UnionRank`.
@@ -143,7 +144,7 @@ def union_rank(
     elif not 0 < rtol < 1:
         raise ValueError(f"`rtol` must be in (0, 1). Received: rtol={rtol}")
     distinct = first_occurrences(features)
-    # Independence does not depend on the rows' lengths; the cut-offs would.
+    # Scaling rows does not change independence, and makes the cut-offs relative.
     rows = unit_rows(features[distinct])
     width = int(width)
     partition = _Partition(coordinates(rows, rtol), width, rtol)
@@ -163,9 +164,9 @@ def union_rank(
 class _Partition:
     """Rows in `width` linearly independent sets, grown by augmenting paths.
 
-    Set `k` keeps its rows `basis[k]` and the dual rows `dual[k]` (both padded to
-    `(r, r)`), so that `dual[k] @ y` are the coefficients of `y` in the basis, and what
-    the basis does not reach of `y` is its distance from the set's span.
+    Set `k` stores its rows `basis[k]` and the dual rows `dual[k]`, both padded to
+    `(r, r)`. `dual[k] @ y` are the coefficients of `y` in the basis. The rest of `y` is
+    its distance from the span of the set.
     """
 
     def __init__(self, rows: Array, width: int, tolerance: float) -> None:
@@ -178,23 +179,23 @@ class _Partition:
         self.sizes = np.zeros(width, dtype=int)
         self.basis = np.zeros((width, rank, rank))
         self.dual = np.zeros((width, rank, rank))
-        # Where each row is: (set, position in it).
+        # The place of each row: (set, position in it).
         self.places: dict[int, tuple[int, int]] = {}
 
     def fill(self) -> npt.NDArray[np.intp]:
-        """Place what can be placed.
+        """Places as many rows as possible.
 
         Returns:
-            Indices of the rows left over and of those they could replace: together the
-            smallest set that minimises the rank formula.
+            Indices of the rows that were not placed and of those they could replace.
+            Together these are the smallest set that minimises the rank formula.
         """
         stuck: set[int] = set()
         span = np.zeros((0, self.rank))
         for row in range(len(self.rows)):
             vector = self.rows[row]
-            # The rows reached by a failed search hold as many places as their subspace
-            # ever can, and no later search leads through them. Another row of that
-            # subspace need not be tried.
+            # The rows reached by a failed search fill all places that their subspace
+            # can fill, and no later search passes through them. So further rows of that
+            # subspace cannot be placed.
             outside = vector - span.T @ (span @ vector)
             if stuck and np.linalg.norm(outside) <= self.tolerance:
                 stuck.add(row)
@@ -206,7 +207,7 @@ class _Partition:
         return np.array(sorted(stuck), dtype=np.intp)
 
     def _augment(self, start: int) -> set[int]:
-        """Place one more row, moving others. Empty if done, else the rows reached."""
+        """Places a row, moving others. Returns the rows reached if that failed."""
         parent = {start: start}
         queue = [start]
         for row in queue:
@@ -228,14 +229,14 @@ class _Partition:
         vector = self.rows[row]
         coefficients = self.dual @ vector
         distances = np.zeros(len(self.sizes))
-        # A set with as many rows as there are dimensions takes no more.
+        # A set with as many rows as there are dimensions is full.
         for index in np.flatnonzero(self.sizes < self.rank):
             rest = vector - coefficients[index] @ self.basis[index]
             distances[index] = np.linalg.norm(rest)
         return coefficients, distances
 
     def _shift(self, row: int, target: int, parent: dict[int, int]) -> None:
-        """Put `row` into set `target`, and its predecessors where it and they were."""
+        """Puts `row` into set `target`, and each predecessor into the freed place."""
         size = int(self.sizes[target])
         self.sizes[target] += 1
         self.placed += 1
@@ -260,7 +261,7 @@ class _Partition:
                 self.dual[index, :count] = np.linalg.pinv(self.basis[index, :count]).T
 
     def _extend(self, index: int, size: int) -> None:
-        """Update the dual of a set that got one more row (Greville), in `r^2`."""
+        """Updates the dual of a set after one more row (Greville), in `O(r^2)`."""
         vector = self.basis[index, size]
         coefficients = self.dual[index, :size] @ vector
         rest = vector - coefficients @ self.basis[index, :size]

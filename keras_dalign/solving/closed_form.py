@@ -11,24 +11,24 @@ import scipy.linalg
 from keras_dalign.numerics.rounding import EPS
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.gram import Array
+    from keras_dalign.numerics import Array
     from keras_dalign.solving.problem import ConvexProblem, Evaluation
 
 
 class ClosedForm:
     """Least squares by a factorisation of each `n x n` Gram matrix.
 
-    Outputs that share their gates share the matrix. A singular one is decomposed, and
-    its pseudo-inverse gives the solution of least change.
+    Outputs that share their gates share the matrix. A singular matrix is replaced by
+    its eigendecomposition. Its pseudo-inverse gives the solution closest to the start.
 
     Args:
         problem: The problem, with squared error.
         l2: Weight of the L2 term.
 
     Attributes:
-        dropped: Number of eigenvalues of a Gram matrix that count as zero: the most of
-            all matrices. 0 if none is singular.
-        cutoff: The part of the largest eigenvalue up to which others count as zero.
+        dropped: The largest number of eigenvalues of one Gram matrix that count as
+            zero; 0 if no matrix is singular.
+        cutoff: Eigenvalues count as zero up to this fraction of the largest one.
     """
 
     def __init__(self, problem: ConvexProblem, l2: float) -> None:
@@ -46,17 +46,17 @@ class ClosedForm:
         self.cutoff = _cutoff(len(self._counted))
 
     def step_from(self, at: Evaluation) -> Array:
-        """The nearest minimum, as far as rounding lets it be reached in one step.
+        """The nearest minimum, up to rounding.
 
         Args:
-            at: Where to start.
+            at: The starting point.
 
         Returns:
             Parameters `(size,)`.
         """
-        # With weights rho of the squared residuals e of one output, the step is
-        # Phi^T S a - shift where (S K S + l2) a = S e and S = sqrt(rho): the dual of
-        # ridge regression, n x n whatever the number of parameters.
+        # Let rho be the weights of the squared residuals e of one output, and
+        # S = sqrt(rho). The step is Phi^T S a - shift with (S K S + l2) a = S e: the
+        # dual of ridge regression, n x n whatever the number of parameters.
         problem = self.problem
         shift = at.theta - problem.center if self.l2 else None
         residuals = problem.targets - at.logits
@@ -83,7 +83,7 @@ class ClosedForm:
 
 
 def _cutoff(n: int) -> float:
-    """The part of the largest eigenvalue that rounding may leave of a zero."""
+    """Rounding error of a zero eigenvalue, as a fraction of the largest one."""
     return n * EPS
 
 
@@ -91,7 +91,7 @@ class _Factor:
     """Solves with `gram + l2`, or with its pseudo-inverse if it is singular.
 
     Args:
-        gram: Symmetric, positive semi-definite, `(n, n)`; is changed.
+        gram: Symmetric, positive semi-definite, `(n, n)`; it is overwritten.
         l2: At least 0.
 
     Attributes:
@@ -109,14 +109,14 @@ class _Factor:
             pass
         else:
             pivots = np.diagonal(factor[0])
-            # Below this a pivot is rounding, and what is divided by it is noise.
+            # A smaller pivot is rounding, and a quotient by it is noise.
             if pivots.min() > math.sqrt(len(gram) * EPS) * pivots.max():
                 self._cholesky = factor
                 return
         values, vectors = scipy.linalg.eigh(gram, check_finite=False)
-        real = values > _cutoff(len(gram)) * values[-1]
-        self.dropped = int(np.sum(~real))
-        self._vectors, self._values = vectors[:, real], values[real, None]
+        kept = values > _cutoff(len(gram)) * values[-1]
+        self.dropped = int(np.sum(~kept))
+        self._vectors, self._values = vectors[:, kept], values[kept, None]
 
     def solve(self, right: Array) -> Array:
         """The solution for right-hand sides `(n, k)`."""

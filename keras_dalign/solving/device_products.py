@@ -15,8 +15,9 @@ from keras_dalign.numerics.replicas import Replicas
 from keras_dalign.solving.products import Products, SampleLoss
 
 if TYPE_CHECKING:
+    from keras_dalign.numerics import Array
     from keras_dalign.numerics.losses import ConvexLoss
-    from keras_dalign.solving.feature_rows import Array, FeatureRows
+    from keras_dalign.solving.feature_rows import FeatureRows
     from keras_dalign.solving.gates import Gates
 
 logger = logging.getLogger("keras_dalign")
@@ -31,14 +32,14 @@ _LEAST_BLOCK_BYTES = 2**18
 class DeviceProducts(Products):
     """Products in float32, compiled by Keras's backend.
 
-    On an accelerator the features are kept there if they fit; elsewhere blocks are
-    handed over from the host's memory, or from a memory map. A device that runs out
-    of memory gets smaller blocks, unless there are other processes: these would not
-    know, so that its error is raised.
+    An accelerator keeps the features in its memory if they fit. Otherwise blocks are
+    copied for every product from the host's memory, or from a memory map. If the device
+    runs out of memory, it gets smaller blocks. With several processes its error is
+    raised instead, because the other processes would not change their blocks.
 
-    Of every block each replica has a share of the rows, and computes logits and a part
-    of `Phi^T u` with them. The backend gathers the former, block by block, and sums up
-    the latter.
+    Each replica has a share of the rows of every block. With it, it computes logits and
+    a part of `Phi^T u`. The backend gathers the logits block by block, and sums up the
+    parts of `Phi^T u`.
 
     Args:
         rows: The features.
@@ -58,7 +59,7 @@ class DeviceProducts(Products):
     ) -> None:
         super().__init__(rows, gates, units)
         self._replicas = replicas or Replicas()
-        # Elsewhere the host's memory is that of the device.
+        # Without an accelerator, the host's memory is the device's memory.
         self._holds = device.has_accelerator()
         self._block_bytes = _ACCELERATOR_BLOCK_BYTES if self._holds else _BLOCK_BYTES
         self._held: dict[int, Any] = {}
@@ -118,7 +119,7 @@ class DeviceProducts(Products):
         return self._steps[loss]
 
     def _put_parameters(self, theta: Array) -> tuple[Any, ...]:
-        """Coefficients of the features and of the constant, if any, and the bias."""
+        """Coefficients of the features, the bias, and those of the constant, if any."""
         q, constant = self.rows.fold(theta[: -self.units].reshape(self.rows.d, -1))
         parts = [q, theta[-self.units :]]
         if constant is not None:
@@ -129,7 +130,7 @@ class DeviceProducts(Products):
         return self._put_parameters(np.zeros(self.size))
 
     def _gradient(self, totals: tuple[Any, ...]) -> Array:
-        """`Phi^T u` of its sums over rows, shape `(size,)`, float64."""
+        """`Phi^T u` from its sums over rows, shape `(size,)`, float64."""
         q, bias, *rest = (
             self._replicas.summed(total).astype(np.float64) for total in totals
         )
@@ -137,7 +138,7 @@ class DeviceProducts(Products):
         return np.concatenate([self.rows.unfold(q, constant).ravel(), bias])
 
     def _put(self, part: slice, values: np.ndarray) -> Any:
-        """The values of a block's rows, each with the replica that has the row."""
+        """The values of a block's rows, on the replicas that have these rows."""
         return self._replicas.put_rows(
             part,
             values.shape[1:],
@@ -160,7 +161,7 @@ class DeviceProducts(Products):
         return labels
 
     def _retried(self, compute: Callable[[], Result]) -> Result:
-        """Computes, with less on the device as long as it runs out of memory."""
+        """Computes, and retries with less data on the device if its memory is full."""
         while True:
             try:
                 return compute()
@@ -171,7 +172,7 @@ class DeviceProducts(Products):
                     raise
 
     def _reduce(self) -> bool:
-        """Takes less memory of the device from here on; False if that is too little."""
+        """Uses less memory of the device from here on; False if it is at its least."""
         if self._holds:
             self._holds = False
             remedy = "features are handed over for every product"
@@ -186,7 +187,7 @@ class DeviceProducts(Products):
         return True
 
     def _blocks(self) -> Iterator[tuple[slice, tuple[Any, ...]]]:
-        """Slices of rows, with features, gates and scales, if any, on the devices."""
+        """Slices of rows; their features, gates and scales (if any) on the devices."""
         columns = self.rows.d + 3 * self.units * self.gates.width
         block_bytes = self._block_bytes * self._replicas.count
         for part in self.rows.blocks(4 * columns, block_bytes):
@@ -228,7 +229,7 @@ class DeviceProducts(Products):
     def _block_backward(
         self, rows: tuple[Any, ...], slopes: Any, totals: tuple[Any, ...]
     ) -> tuple[Any, ...]:
-        """Sums for `Phi^T u` with those of a block added to them."""
+        """The sums for `Phi^T u` so far, with those of a block added."""
         u, scaled, gates = self._opened(rows)
         q, bias, *constant = totals
         slopes_k = ops.expand_dims(slopes, -1)
@@ -252,7 +253,7 @@ class DeviceProducts(Products):
         parameters: tuple[Any, ...],
         totals: tuple[Any, ...],
     ) -> tuple[Any, Any, tuple[Any, ...]]:
-        """Logits and losses of a block, and sums with those of its gradient added."""
+        """Logits and losses of a block, and the sums with its gradient added."""
         offset, targets, shares = labels
         logits = offset + self._block_forward(rows, parameters)
         values, slopes = loss.value_and_gradient_on_device(logits, targets)

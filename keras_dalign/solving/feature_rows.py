@@ -1,4 +1,4 @@
-"""Normalised features, computed from the trunk's own a block of rows at a time."""
+"""Normalised features, computed from the trunk's features a block of rows at a time."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[np.float64]
 
-# Below this a sample's features are all at their mean, as in the head.
+# Squared length below which a sample's features count as equal to their mean. The head
+# has the same limit.
 LEAST_SQUARE = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
 class Normalisation:
-    """How a head makes `v = [sqrt(p) * u / ||u||, 1]` of features.
+    """Mean and deviation by which a head computes `v = [sqrt(p) * u / ||u||, 1]`.
 
     Attributes:
         mean: Mean of the features, shape `(p,)`, float64.
-        inverse: One over their standard deviation, shape `(p,)`, float64.
+        inverse: Inverse of their standard deviation, shape `(p,)`, float64.
     """
 
     mean: Array
@@ -38,12 +39,12 @@ class Normalisation:
 class FeatureRows:
     """The features `v` of all samples, shape `(n, d)`, without a second copy of them.
 
-    The array that is kept is the one that the trunk gave, which may be a memory map;
-    blocks of rows are normalised when they are used.
+    Only the trunk's features are stored, in memory or as a memory map. Blocks of rows
+    are normalised when they are used.
 
     Attributes:
         raw: Shape `(n, p)`, of any float dtype; or `(n, d)` without `normalisation`.
-        normalisation: What is done to a block; None if `raw` is `v` already.
+        normalisation: How a block is normalised; None if `raw` is `v` already.
     """
 
     raw: np.ndarray
@@ -55,7 +56,7 @@ class FeatureRows:
 
         Args:
             head: The head.
-            gated: What feeds its gated units, shape `(n, ...)`.
+            gated: The inputs of its gated units, shape `(n, ...)`.
 
         Returns:
             The rows; `gated` is not copied.
@@ -79,10 +80,10 @@ class FeatureRows:
 
         Args:
             rows: A slice or indices.
-            dtype: In what they are computed.
+            dtype: The dtype of the computation.
 
         Returns:
-            Shape `(rows, d)`. Rows that need no computation may be a view.
+            Shape `(rows, d)`. It may be a view of `raw` if nothing is computed.
         """
         raw = self.raw[rows]
         if self.normalisation is None:
@@ -97,14 +98,14 @@ class FeatureRows:
         return out
 
     def centred(self, rows: Any, dtype: npt.DTypeLike) -> np.ndarray:
-        """Some rows of the trunk's features less their mean, or of `v` if that is kept.
+        """Some rows of the trunk's features minus their mean; of `v` if `raw` is `v`.
 
-        Products with `v` are products with these, scaled by columns and by `scales`:
-        cheaper than to normalise a block.
+        A product with `v` is a product with these rows, scaled by columns and by
+        `scales`. This is cheaper than to normalise the block.
 
         Args:
             rows: A slice or indices.
-            dtype: In what they are computed.
+            dtype: The dtype of the computation.
 
         Returns:
             Shape `(rows, p)`, or `(rows, d)` without `normalisation`.
@@ -116,7 +117,7 @@ class FeatureRows:
 
     @functools.cached_property
     def scales(self) -> Array | None:
-        """What rows are multiplied by to have length `sqrt(p)`, shape `(n,)`."""
+        """Factors that give the rows a length of `sqrt(p)`, shape `(n,)`."""
         if self.normalisation is None:
             return None
         out = np.empty(self.n)
@@ -132,7 +133,7 @@ class FeatureRows:
         return out
 
     def fold(self, q: Array) -> tuple[Array, Array | None]:
-        """Coefficients of the centred features, and of the constant, for those of `v`.
+        """Maps coefficients of `v` to those of the centred features and the constant.
 
         Args:
             q: Shape `(d, k)`.
@@ -172,10 +173,10 @@ class FeatureRows:
     def blocks(
         self, row_bytes: int, block_bytes: int, rows: slice | None = None
     ) -> Iterator[slice]:
-        """Slices of rows that take about so many bytes.
+        """Slices of rows for blocks of about a given size.
 
         Args:
-            row_bytes: Bytes that a row takes, with what is computed from it.
+            row_bytes: Bytes of a row and of what is computed from it.
             block_bytes: Bytes of a block.
             rows: A slice of rows; all by default.
 

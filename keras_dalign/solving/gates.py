@@ -13,11 +13,12 @@ from keras_dalign.numerics import threads
 from keras_dalign.numerics.gram import gate_activations
 
 if TYPE_CHECKING:
-    from keras_dalign.solving.feature_rows import Array, FeatureRows
+    from keras_dalign.numerics import Array
+    from keras_dalign.solving.feature_rows import FeatureRows
 
-# A block of rows, with what is computed from it, fits into the caches.
+# A block of rows and what is computed from it fit into the CPU's caches.
 _BLOCK_BYTES = 2**22
-# From so many multiply-adds on, the values are worth several threads.
+# Above this number of multiply-adds, several threads compute the values.
 _THREADED = 2**21
 
 
@@ -26,12 +27,12 @@ class Gates:
     """The gates of a head.
 
     Attributes:
-        r: Shape `(d, G, m)`, float64: `G` is 1 where outputs share their gates, else
-            the number of outputs.
+        r: Shape `(d, G, m)`, float64. `G` is 1 if outputs share their gates, and the
+            number of outputs otherwise.
         w: Output weights, shape `(G, m)`, float64.
         slope: Slope of the sigmoid.
-        kept: Their values `G`, shape `(n, G, m)`, where they cannot be computed from
-            the features at hand; None where they can.
+        kept: The values times output weights, shape `(n, G, m)`, if the features of the
+            problem do not suffice to compute them; None otherwise.
     """
 
     r: Array
@@ -46,7 +47,7 @@ class Gates:
 
     @property
     def groups(self) -> int:
-        """Number of outputs with gates of their own, or 1."""
+        """Number of sets of gates, `G`: 1 if outputs share them."""
         return len(self.w)
 
     def of_output(self, output: int) -> tuple[Array, Array]:
@@ -58,10 +59,10 @@ class Gates:
         """The gates' values times output weights.
 
         Args:
-            v: Rows of `v`, shape `(rows, d)`; in float32 the values are, too.
+            v: Rows of `v`, shape `(rows, d)`.
 
         Returns:
-            Shape `(rows, G, m)`.
+            Shape `(rows, G, m)`, in the dtype of `v`.
         """
         r = self.r.reshape(len(self.r), -1)
         if v.dtype == np.float32:

@@ -1,7 +1,7 @@
-"""A head's convex problem, solved to a certified gap, and what to say about it.
+"""Solves a head's convex problem to a certified gap.
 
-In this order: choose the L2 weight, choose the width, minimise, and look at the head as
-it is: with its weights rounded to their dtype, and its outputs computed in it.
+The steps are: choose the L2 weight, choose the width, minimise, and measure the loss of
+the head itself, with its weights and outputs in their own dtype.
 """
 
 from __future__ import annotations
@@ -11,68 +11,55 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import scipy.linalg
 
-from keras_dalign.numerics.rank import RankCheck, check_rank
 from keras_dalign.numerics.repeats import Repeats
-from keras_dalign.numerics.subspace import first_equal
 from keras_dalign.solving.held_out import HeldOut, hold_out
 from keras_dalign.solving.l2_path import WEAKEST_BY_SEEN, L2Trial, choose_l2
 from keras_dalign.solving.minimum import Iterate, OnIterate, choose_method, minimize
 from keras_dalign.solving.own_loss import OwnLoss, OwnMeasure
+from keras_dalign.solving.principal_components import principal_components
 from keras_dalign.solving.problem import ConvexProblem
+from keras_dalign.solving.solve_message import solve_message
 from keras_dalign.solving.width import FIRST_WIDTH, WidthTrial, choose_width
 
 if TYPE_CHECKING:
     from keras_dalign.head.alignment_head import AlignmentHead
     from keras_dalign.head.features import FeatureSet
-    from keras_dalign.numerics.gram import Array
+    from keras_dalign.numerics import Array
     from keras_dalign.numerics.losses import ConvexLoss
+    from keras_dalign.numerics.rank_check import RankCheck
     from keras_dalign.solving.feature_rows import FeatureRows
     from keras_dalign.solving.options import SolveOptions
 
-_MAX_LISTED = 10
-_CHECKED_ROWS = 1024
-_ROWS_SEARCHED = 8192
-
-# From so many features on, weights and widths are tried on principal components of
-# them. These hold so much of their squares: what is left over, an L2 term that the
-# trunk's own samples can judge keeps small in any case.
+# From this number of features on, L2 weights and widths are tried on principal
+# components with this share of the sum of squares. The L2 weights that are tried on
+# training samples keep parameters along the other directions small in any case.
 _MANY_FEATURES = 256
-_COMPONENTS_HOLD = 0.95
+_COMPONENTS_SHARE = 0.95
 
-# Ridges tried where rounding spoils the solution, as parts of the largest curvature.
+# Ridges tried if rounding spoils the solution, as fractions of the largest curvature.
 _RIDGES = tuple(10.0**-k for k in range(2, 17))
 _RIDGE_TOLERANCE = 1e-4
-# Rounding spoils the solution if it costs this part of what was gained.
-_SPOILT_PART = 1e-4
+# Rounding spoils the solution if it costs this fraction of the decrease of the loss.
+_SPOILT_SHARE = 1e-4
 _RIDGE_ITERATIONS = 200
-
-_METHOD_NAMES = {"lbfgs": "L-BFGS", "direct": "the closed form"}
-_ENDS = {
-    "gap": "The gap is small enough",
-    "stalled": "Progress stalled",
-    "max_iterations": "The iterations were used up (max_iterations)",
-    "stopped": "It was stopped",
-    "rounding": "The rounding of the head's weights and outputs keeps the gap up",
-}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Solution:
-    """A head at the minimum of its problem, as it is.
+    """The result of a solve, measured on the head itself.
 
     Attributes:
-        value: What was minimised: the loss of the head's own outputs, with its L2 term.
+        value: The loss of the head's own outputs, with its L2 term.
         gap: Upper bound on the distance of `value` to its infimum.
-        converged: Whether the gap is what was asked for, but for the rounding of the
-            outputs.
+        converged: Whether the gap is at most the tolerance plus the rounding error of
+            the outputs.
         last: The last point of the solver, measured in float64.
         reason: Why it ended; see `Iterate`, or `"rounding"`.
-        message: How it ended, and after a failure, what to change.
+        message: How it ended and, after a failure, what to change.
         l2: Weight of the L2 term.
         path: Every weight tried, for `l2="auto"`.
-        widths: Every width tried, where the width was chosen.
+        widths: Every width tried, if the width was chosen.
     """
 
     value: float
@@ -87,15 +74,15 @@ class Solution:
 
 
 def first_width(head: AlignmentHead, options: SolveOptions) -> int | None:
-    """The width that a switch gives a head which the solver is to train.
+    """The width at the switch of a head that the solver will train.
 
     Args:
         head: The head, which explores.
-        options: Those of the solver.
+        options: Options of the solver.
 
     Returns:
-        A small width where the solver chooses it: with an L2 term and random gates,
-        unless the user asked for a width. Otherwise None, for the default.
+        A small width if the solver chooses the width: with an L2 term and random gates,
+        unless the user set a width. Otherwise None, for the default.
     """
     chosen = options.l2 != 0 and head.gates == "random"
     if not chosen or head.requested_width is not None:
@@ -109,14 +96,14 @@ class HeadSolver:
     Args:
         head: The head, which exploits.
         features: Features, targets, weights and digests of the inputs. Identical inputs
-            bound the loss from below.
+            give a lower bound of the loss.
         loss: The loss.
         options: The options.
         validation: Samples for the choice of the L2 weight and the width; a fifth of
-            the features by default.
-        set_width: Sets the head's width, as `AlignedModel.set_width`, if the width is
-            to be chosen.
-        say: Takes lines on what was chosen.
+            the training samples by default.
+        set_width: A function that sets the head's width, such as
+            `AlignedModel.set_width`. With it, the width is chosen.
+        say: Called with lines on what was tried and chosen.
 
     Raises:
         ValueError: If the method does not fit the loss, the data do not fit, or several
@@ -160,11 +147,12 @@ class HeadSolver:
     def solve(
         self, on_iterate: OnIterate | None = None, rank: RankCheck | None = None
     ) -> Solution:
-        """Takes the head to the minimum.
+        """Solves the problem and sets the head to the solution.
 
-        The head ends at the best point found, by its own outputs; never above where it
-        was. Interrupting (Ctrl-C) leaves it at the last iterate, or where it was; units
-        that were to replace the output layer, and are not trained yet, do not.
+        The head ends at the point of least loss of its own outputs, which is never
+        above the loss at the start. An interruption (Ctrl-C) leaves it at the last
+        iterate, or at the start if that is better. If units that replace the output
+        layer are not trained yet, the output layer is restored instead.
 
         Args:
             on_iterate: Called with each iterate of the last minimisation, to which the
@@ -178,7 +166,7 @@ class HeadSolver:
             KeyboardInterrupt: If it was interrupted.
         """
         start = self.problem.theta_of(self.head)
-        # Units that have just taken the place of the output layer are not trained yet.
+        # Units that have just replaced the output layer are still at 0.
         untrained = self.head.replaces_dense and not start.any()
         plain_start = self.own_loss.measure(self.problem).loss
         current: Iterate | None = None
@@ -191,7 +179,7 @@ class HeadSolver:
         try:
             path, widths, warm = self._choose(start)
             if self.problem.size != start.size:
-                # Units of another width, which start at 0.
+                # The units have another width now, and start at 0.
                 start = np.zeros(self.problem.size)
             own_start = plain_start + self._l2_term(start)
             last = minimize(
@@ -224,13 +212,13 @@ class HeadSolver:
         widths: tuple[WidthTrial, ...] | None,
         rank: RankCheck | None,
     ) -> Solution:
-        """Sets the head to the best point by its own outputs, and measures it."""
+        """Sets the head to the point of least loss of its own outputs; measures it."""
         tol, bound = self.options.tol, last.lower_bound
         self._assign(last.theta)
         value, own = self._measure(last.theta)
         reason = last.reason or "stopped"
         excess = max(value - last.value - own.outputs, own.cancellation)
-        spoilt = excess > max(tol, _SPOILT_PART * (own_start - last.value))
+        spoilt = excess > max(tol, _SPOILT_SHARE * (own_start - last.value))
         if spoilt and not self.l2 and reason != "stopped":
             value, own = self._with_ridge(last, start, value, own)
         if value > own_start:
@@ -240,7 +228,7 @@ class HeadSolver:
         converged = gap <= tol + own.outputs
         if reason == "gap" and not converged:
             reason = "rounding"
-        message = self._message(last, value, gap, reason, rank)
+        message = solve_message(self, last, value, gap, reason, rank)
         if self.l2:
             message += (
                 f" The plain loss is {own.loss:.6g}, at most "
@@ -253,21 +241,21 @@ class HeadSolver:
     def _with_ridge(
         self, last: Iterate, start: Array, value: float, own: OwnMeasure
     ) -> tuple[float, OwnMeasure]:
-        """Bounds the parameters where they are so large that rounding spoils them.
+        """Solves with a small ridge where large parameters make rounding too large.
 
-        Adds `ridge / 2 * ||theta - start||^2` with ever smaller ridges, and leaves the
-        head at the point that is best by its own outputs, and by how much these may
-        move with the order of sums.
+        Adds `ridge / 2 * ||theta - start||^2` with smaller and smaller ridges. The head
+        ends at the point with the least sum of its own loss and the estimated change of
+        that loss with the order of sums.
 
         Returns:
-            The loss there, and what rounding may do to it.
+            The loss there, and the measure of the head's own loss.
         """
 
         def cost(found: tuple[float, OwnMeasure]) -> float:
             return found[0] + found[1].cancellation + found[1].drift
 
         problem = self.problem.centred(start)
-        # What the curvature of the loss is at most, for features of length sqrt(d).
+        # Bound on the curvature of the loss, for features of length sqrt(d).
         scale = problem.loss.max_curvature(problem.units) * problem.d
         scale *= float(problem.weights.sum()) / problem.normalizer
         best, best_theta = (value, own), last.theta
@@ -296,7 +284,7 @@ class HeadSolver:
     def _choose(
         self, start: Array
     ) -> tuple[tuple[L2Trial, ...] | None, tuple[WidthTrial, ...] | None, Array]:
-        """Chooses L2 weight and width; returns what was tried, and where to start."""
+        """Chooses L2 weight and width; returns all trials and where to start."""
         options = self.options
         auto = options.l2 == "auto"
         if not auto and (self.set_width is None or not self.l2):
@@ -306,10 +294,10 @@ class HeadSolver:
         if self.validation is None:
             mask = hold_out(problem, self.head.seed)
             if mask is None:
-                self._without_judges(auto)
+                self._without_held_out(auto)
                 return None, None, start
             if problem.d >= _MANY_FEATURES and not start.any():
-                basis = principal_components(problem.rows, _COMPONENTS_HOLD)
+                basis = principal_components(problem.rows, _COMPONENTS_SHARE)
         path = None
         coordinates = None if basis is None else problem.coordinates(basis)
         first = self._held_out(problem, mask, coordinates)
@@ -343,8 +331,8 @@ class HeadSolver:
             theta = self.problem.unrestricted(basis, theta)
         return path, widths, theta
 
-    def _without_judges(self, auto: bool) -> None:
-        """Takes a weight, where it is to be chosen, without samples to judge it."""
+    def _without_held_out(self, auto: bool) -> None:
+        """Sets the L2 weight if there are too few samples to hold some out."""
         if auto:
             total = float(self.problem.weights.sum())
             self.l2 = WEAKEST_BY_SEEN * total / self.problem.normalizer
@@ -378,128 +366,10 @@ class HeadSolver:
         self.problem.assign(self.head, theta)
 
     def _measure(self, theta: Array) -> tuple[float, OwnMeasure]:
-        """The head's own loss with the L2 term, and what rounding may do to it."""
+        """The head's own loss with the L2 term, and the measure of its own loss."""
         own = self.own_loss.measure(self.problem)
         return own.loss + self._l2_term(theta), own
 
     def _l2_term(self, theta: Array) -> float:
         change = theta - self.problem.center
         return 0.5 * self.l2 * float(change @ change)
-
-    def _message(
-        self,
-        last: Iterate,
-        value: float,
-        gap: float,
-        reason: str,
-        rank: RankCheck | None,
-    ) -> str:
-        """How it ended, and if it failed, what probably happened and what to change."""
-        with_l2 = f" with its L2 term ({self.l2:.3g})" if self.l2 else ""
-        head = (
-            f"{_ENDS[reason]} after {last.iteration} iterations of "
-            f"{_METHOD_NAMES[self.method]} ({self.why}): the loss{with_l2} is "
-            f"{value:.6g}, at most {gap:.3g} above its infimum (asked for: "
-            f"{self.options.tol:.3g}), by the model's own outputs in "
-            f"{self.head.compute_dtype}."
-        )
-        if reason in {"gap", "stopped"}:
-            return head
-        return " ".join([head, *self._remedies(last, reason, rank)])
-
-    def _remedies(
-        self, last: Iterate, reason: str, rank: RankCheck | None
-    ) -> list[str]:
-        if reason == "rounding":
-            text = (
-                f"In float64 the gap is {last.gap:.3g}. Solve with a small `l2`, which "
-                "bounds the weights, accept a larger `tol`, or make the model in "
-                "float64."
-            )
-            return [text]
-        remedies = []
-        if last.dropped:
-            counted = np.count_nonzero(self.problem.weights)
-            remedies.append(
-                f"The Gram matrix of the head's features is singular: {last.dropped} "
-                f"of {counted} eigenvalues count as zero, being at most "
-                f"{last.cutoff:.2g} of the largest one. The solution is that of its "
-                "pseudo-inverse: no number of iterations changes what it leaves."
-            )
-        if reason == "max_iterations":
-            remedies.append("Raise `max_iterations`, or accept a larger `tol`.")
-        if self.l2:
-            remedies.append("A larger `l2` makes the problem better conditioned.")
-            return remedies
-        known = len(remedies)
-        remedies.extend(self._coinciding())
-        problem = self.problem
-        if rank is None:
-            rows = problem.rows.block(slice(_ROWS_SEARCHED))
-            rank = check_rank(
-                rows,
-                problem.gates.r,
-                problem.gates.w,
-                problem.slope,
-                n_samples=problem.n,
-                max_rows=_CHECKED_ROWS,
-            )
-        if rank.reason is not None:
-            remedies.append(f"The head may be unable to fit the labels. {rank}")
-        if len(remedies) == known:
-            remedies.append(
-                "No sample was found that the head cannot fit, so the problem is "
-                "probably ill-conditioned: align with a larger `width` or another "
-                f"`slope` (it is {problem.slope:g}), or solve with a small `l2`, "
-                "whose optimum is certified as well."
-            )
-        return remedies
-
-    def _coinciding(self) -> list[str]:
-        """Samples whose features are equal, although their inputs differ."""
-        problem = self.problem
-        groups = first_equal(problem.rows.raw)
-        members, index = np.unique(groups, return_inverse=True)
-        bounds = problem.loss.lower_bound(
-            problem.targets, problem.weights, index, len(members)
-        )
-        least = float(bounds.sum()) / problem.normalizer
-        if least - self.lower_bound <= self.options.tol:
-            return []
-        # A group of several whose bound is above what its samples have each on its own.
-        own = np.arange(problem.n)
-        each = problem.loss.lower_bound(
-            problem.targets, problem.weights, own, problem.n
-        )
-        excess = bounds - np.bincount(index, each, len(members))
-        worst = members[excess > 1e-12 * max(float(excess.max()), 1e-300)]
-        listed = np.flatnonzero(np.isin(groups, worst))
-        shown = ", ".join(str(i) for i in listed[:_MAX_LISTED])
-        more = ", ..." if len(listed) > _MAX_LISTED else ""
-        text = (
-            f"The trunk gives {len(listed)} samples features that coincide with those "
-            f"of another one with another target (positions {shown}{more}), so no head "
-            f"can bring the loss below {least:.3g}. Train the trunk for longer, or "
-            "feed the head other features (`align(features=...)`)."
-        )
-        return [text]
-
-
-def principal_components(rows: FeatureRows, hold: float) -> Array:
-    """Directions that hold most of the features' squares, not centred.
-
-    Args:
-        rows: The features, `(n, d)`.
-        hold: The share of the squares to hold, at most 1.
-
-    Returns:
-        Orthonormal columns, as few as it takes, `(d, k)`.
-    """
-    moments = np.zeros((rows.d, rows.d))
-    for part in rows.blocks(8 * rows.d, 2**24):
-        block = rows.block(part, np.float32)
-        moments += block.T @ block
-    values, vectors = scipy.linalg.eigh(moments, driver="evd")
-    left_out = np.cumsum(np.maximum(values, 0.0))
-    basis: Array = vectors[:, left_out > (1.0 - hold) * left_out[-1]]
-    return basis

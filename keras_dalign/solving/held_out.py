@@ -1,4 +1,4 @@
-"""Samples that judge an L2 weight or a width: some of the problem's own, or others."""
+"""Held-out samples, on which L2 weights and widths are compared."""
 
 from __future__ import annotations
 
@@ -10,25 +10,28 @@ import numpy as np
 from keras_dalign.numerics.losses import SoftmaxCrossEntropy, SquaredError
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.gram import Array
+    from keras_dalign.numerics import Array
     from keras_dalign.solving.minimum import Iterate
     from keras_dalign.solving.problem import ConvexProblem
 
-_PART = 0.2
-_FEWEST = 5
+# The share of the samples that is held out, and the least number of samples for that.
+_SHARE = 0.2
+_LEAST_SAMPLES = 5
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeldOut:
-    """Samples to train on, and samples to judge by.
+    """Samples to train on, and held-out samples to compare on.
 
     Attributes:
         trained: The problem of the samples that are trained on.
-        judges: The problem of the others. It has the features of all samples if these
-            are the problem's own, with a weight of 0 for those that are trained on.
-        own: Whether they are the problem's own: samples that the trunk has seen.
-        mean_weight: Sum of the weights of all samples that will be trained on, over
-            the normaliser: 1 for a mean, their number for a sum.
+        judges: The problem of the held-out samples. If they are training samples, it
+            has the features of all training samples, with a weight of 0 for those that
+            are trained on.
+        own: Whether the held-out samples are training samples, which the trunk has
+            seen.
+        mean_weight: Sum of the weights of all training samples divided by the
+            normaliser: 1 for a mean, their number for a sum.
     """
 
     trained: ConvexProblem
@@ -56,11 +59,11 @@ class HeldOut:
 
     @classmethod
     def other(cls, problem: ConvexProblem, judges: ConvexProblem) -> HeldOut:
-        """Holds out no sample of the problem: others judge.
+        """Trains on all samples of a problem, and compares on other samples.
 
         Args:
             problem: The problem of the samples that are trained on.
-            judges: That of the others.
+            judges: The problem of the other samples.
 
         Returns:
             The two problems.
@@ -69,18 +72,18 @@ class HeldOut:
         return cls(problem, judges, own=False, mean_weight=total)
 
     def logits(self, iterate: Iterate) -> Array:
-        """Logits of the samples that judge, `(k, C)`."""
+        """Logits of the samples of `judges`, `(k, C)`."""
         if self.own:
             return iterate.logits
         judges = self.judges
         return judges.offset + judges.fast.product(iterate.theta)
 
     def loss(self, iterate: Iterate) -> float:
-        """Their loss."""
+        """The held-out loss."""
         return self.judges.loss_of(self.logits(iterate))
 
     def losses(self, iterate: Iterate) -> Array:
-        """The loss of each, `(k,)`, times its weight: their mean is `loss`."""
+        """The weighted loss of each held-out sample, `(k,)`. Their mean is `loss`."""
         judges = self.judges
         counted = judges.weights > 0
         losses = judges.loss.value(
@@ -90,7 +93,7 @@ class HeldOut:
         return losses * judges.weights[counted] * share
 
     def error(self, iterate: Iterate) -> float | None:
-        """The fraction that is misclassified; None for squared error."""
+        """The fraction of held-out samples misclassified; None for squared error."""
         judges = self.judges
         if isinstance(judges.loss, SquaredError):
             return None
@@ -103,7 +106,7 @@ class HeldOut:
 
 
 def hold_out(problem: ConvexProblem, seed: int) -> np.ndarray | None:
-    """Which samples to hold out: a fifth of every class, at random.
+    """Chooses the samples to hold out: a fifth of every class, at random.
 
     Args:
         problem: The problem.
@@ -114,15 +117,15 @@ def hold_out(problem: ConvexProblem, seed: int) -> np.ndarray | None:
         fewer than five samples.
     """
     counted = np.flatnonzero(problem.weights)
-    if len(counted) < _FEWEST:
+    if len(counted) < _LEAST_SAMPLES:
         return None
     order = np.random.default_rng(seed).permutation(counted)
     if not isinstance(problem.loss, SquaredError):
-        # Sorted by class, every fifth one is a fifth of each.
+        # After sorting by class, every fifth sample gives a fifth of each class.
         targets = problem.targets[order]
         softmax = isinstance(problem.loss, SoftmaxCrossEntropy)
         classes = -targets.argmax(axis=1)[None] if softmax else (targets > 0.5).T
         order = order[np.lexsort(classes[::-1])]
     held_out = np.zeros(problem.n, dtype=bool)
-    held_out[order[2 :: round(1 / _PART)]] = True
+    held_out[order[2 :: round(1 / _SHARE)]] = True
     return held_out

@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 from keras_dalign.solving.minimum import Iterate, minimize
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.gram import Array
+    from keras_dalign.numerics import Array
     from keras_dalign.solving.held_out import HeldOut
 
-# From strong to weak, for a loss that is a mean; for a sum they are as many times
-# larger as there are samples.
+# The weights tried, from strong to weak, for a loss that is a mean. For a sum they are
+# multiplied by the number of samples.
 _WEIGHTS = tuple(10.0**-k for k in range(8))
-# Samples that the trunk was trained on cannot speak for weaker ones: their loss still
-# falls where that of new samples rises (`benchmarks.solve_tradeoff` shows test loss).
+# The weakest weight that is tried on held-out samples that the trunk was trained on.
+# Below it, their loss still falls while that of new samples rises
+# (`benchmarks.solve_tradeoff` shows test losses).
 WEAKEST_BY_SEEN = 1e-3
-# A point of the path need not be as exact as the last one: a part of the first loss.
+# The gap of a minimum on the path, as a fraction of the first loss. The final minimum
+# is more accurate.
 PATH_TOLERANCE = 1e-3
 
 
@@ -29,10 +31,13 @@ class L2Trial:
     Attributes:
         l2: The weight.
         train_loss: Loss of the samples trained on, without the L2 term.
-        held_out_loss: Loss of the samples held out; all these numbers are those of the
-            minimum, or of where it was given up.
-        held_out_error: Fraction of them that are misclassified; None for squared error.
-        iterations: Iterations it took, from the weight before.
+        held_out_loss: Loss of the samples held out.
+        held_out_error: Fraction of these that are misclassified; None for squared
+            error.
+        iterations: Number of iterations, from the minimum of the weight before.
+
+    Losses and error are those of the minimum, or of the last iterate if the weight was
+    given up before.
     """
 
     l2: float
@@ -73,19 +78,19 @@ def choose_l2(
     max_iterations: int = 1000,
     on_trial: Callable[[L2Trial], Any] | None = None,
 ) -> L2Choice:
-    """Goes along a path of L2 weights, from strong to weak, and takes the best one.
+    """Tries a path of L2 weights, from strong to weak, and takes the best one.
 
-    Each weight starts at the minimum of the one before, and is given up on the way if
-    the held-out loss is above the best one by more than the gap. Where the trunk that
-    made the features has seen the samples that judge, weak weights are flattered, all
-    the more the better it has learned them: the path then ends at 1e-3 (times the
-    number of samples for a loss that is a sum), otherwise at 1e-7.
+    Each weight starts at the minimum of the weight before. It is given up as soon as
+    the held-out loss is above the best one by more than the gap. If the trunk was
+    trained on the held-out samples, their loss is too low for weak weights, so the path
+    ends at 1e-3. Otherwise it ends at 1e-7. (For a loss that is a sum, these are
+    multiplied by the number of samples.)
 
     Args:
-        samples: To train on, and to judge by.
+        samples: The samples to train on, and the held-out ones.
         start: Parameters to start at, shape `(size,)`.
-        tol: Gap of each minimum, if it is more than a thousandth of the first loss.
-        max_iterations: Most iterations for one weight.
+        tol: Gap of each minimum, if it exceeds a thousandth of the first loss.
+        max_iterations: Largest number of iterations for one weight.
         on_trial: Called with each trial.
 
     Returns:
@@ -101,7 +106,8 @@ def choose_l2(
         least = trials[best[0]].held_out_loss if best else None
 
         def cannot_win(iterate: Iterate, least: float | None = least) -> bool:
-            # What is still to be gained is less than what the held-out loss lacks.
+            # The loss that can still be gained is less than the distance to the best
+            # held-out loss.
             return least is not None and iterate.gap < samples.loss(iterate) - least
 
         last = minimize(
@@ -128,7 +134,7 @@ def choose_l2(
         if on_trial is not None:
             on_trial(trials[-1])
         if best and trials[-1].held_out_loss > trials[best[0]].held_out_loss:
-            # Weaker weights take ever more iterations, and fit what is held out less.
+            # Weaker weights take more iterations, and their held-out loss rises.
             break
         best = len(trials) - 1, last
     index, last = best or (0, last)

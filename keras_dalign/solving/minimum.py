@@ -1,8 +1,8 @@
 """Full-batch minimisation of a head's convex problem, until the gap is small.
 
-Two methods: L-BFGS, SciPy's L-BFGS-B, and for squared error on few samples a closed
-form. Large problems are evaluated in float32 as long as that gets anywhere; the last
-iterate is measured in float64.
+There are two methods: L-BFGS (SciPy's L-BFGS-B) and, for squared error on few samples,
+a closed form. Large problems are evaluated in float32 as long as this makes progress.
+The last iterate is measured in float64.
 """
 
 from __future__ import annotations
@@ -23,25 +23,26 @@ from keras_dalign.numerics.threads import one_blas_thread
 from keras_dalign.solving.closed_form import ClosedForm
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.gram import Array
+    from keras_dalign.numerics import Array
     from keras_dalign.solving.problem import ConvexProblem, Evaluation
     from keras_dalign.solving.products import Products
 
 
-# Up to so many samples a factorisation of the Gram matrix costs less than iterations.
+# Up to this number of samples, factorising the Gram matrix is faster than iterating.
 _DIRECT_SAMPLES = 4096
 
-# It counts as a stall if so many iterations take less than this part off the gap.
+# Progress has stalled if this number of iterations lowers the gap by less than this
+# fraction.
 _STALL_ITERATIONS = 100
 _STALL_PART = 0.01
 
-# Pairs of steps and gradient changes that L-BFGS remembers.
+# Pairs of steps and gradient changes that L-BFGS stores.
 _PAIRS = 10
 _LINE_SEARCH_STEPS = 40
-# In float32, a search of so many steps finds nothing but rounding.
+# In float32, a line search that takes more steps than this has reached rounding.
 _LINE_SEARCH_STEPS_FLOAT32 = 8
 
-# Steps of the closed form: further ones take what rounding left of the first.
+# Steps of the closed form. Those after the first correct its rounding.
 _CLOSED_FORM_STEPS = 4
 
 
@@ -50,7 +51,7 @@ class Iterate:
     """A point on the way to the minimum.
 
     Attributes:
-        theta: Parameters, shape `(size,)`; never changed later.
+        theta: Parameters, shape `(size,)`. The array is not changed later.
         logits: `(n, C)`.
         loss: The loss there, without the L2 term.
         value: The loss with the L2 term.
@@ -61,7 +62,7 @@ class Iterate:
             `"stopped"` (by the caller); None if it goes on.
         dropped: If the closed form stalled, the number of eigenvalues of the features'
             Gram matrix that it counted as zero; 0 if the matrix is not singular.
-        cutoff: The part of the largest eigenvalue up to which others count as zero.
+        cutoff: Eigenvalues count as zero up to this fraction of the largest one.
     """
 
     theta: Array
@@ -77,11 +78,11 @@ class Iterate:
 
     @property
     def lower_bound(self) -> float:
-        """What the infimum of `value` is at least."""
+        """Lower bound on the infimum of `value`."""
         return self.value - self.gap
 
 
-# Looks at an iterate; True stops the minimisation.
+# Called with an iterate. A true result stops the minimisation.
 OnIterate = Callable[[Iterate], Any]
 
 
@@ -90,13 +91,13 @@ def choose_method(problem: ConvexProblem, method: str) -> tuple[str, str]:
 
     Args:
         problem: The problem.
-        method: What was asked for, one of `METHODS`.
+        method: The method given by the user, one of `METHODS`.
 
     Returns:
         `"lbfgs"` or `"direct"`, and the reason in words.
 
     Raises:
-        ValueError: If `"direct"` is asked for and the loss is not the squared error.
+        ValueError: If the method is `"direct"` and the loss is not the squared error.
     """
     quadratic = isinstance(problem.loss, SquaredError)
     if method == "direct" and not quadratic:
@@ -126,10 +127,10 @@ def minimize(
 ) -> Iterate:
     """Minimises from a starting point until the gap is at most `tol`.
 
-    The gap is the value minus `lower_bound`; with an L2 term, which makes the problem
-    strongly convex, it is `(||gradient|| + rounding)^2 / (2 l2)` if that is smaller,
-    with a bound on the rounding of the gradient. Both are upper bounds on the distance
-    to the infimum.
+    The gap is the value minus `lower_bound`. An L2 term makes the problem strongly
+    convex, and the gap is then `(||gradient|| + rounding)^2 / (2 l2)` if that is
+    smaller, where `rounding` bounds the rounding error of the gradient. Both are upper
+    bounds on the distance to the infimum.
 
     Args:
         problem: The problem.
@@ -138,19 +139,19 @@ def minimize(
         tol: The gap to reach.
         lower_bound: A number that the loss cannot go below.
         l2: Weight of the L2 term.
-        max_iterations: Most iterations.
+        max_iterations: Largest number of iterations.
         on_iterate: Called with the starting point and every further iterate, but not
             with the one that is returned.
-        part: A part of the loss at the start that is a gap small enough, too.
-        exact: Whether the last iterate is measured in float64. If not, it is as exact
-            as the products on the way.
+        part: A gap of this fraction of the loss at the start is small enough, too.
+        exact: Whether the last iterate is measured in float64. Otherwise it has the
+            accuracy of the products used on the way.
 
     Returns:
         The last iterate. Its value is never above that of the start.
 
     Raises:
-        ValueError: If `tol` is below what float64 can tell at this lower bound, or the
-            loss at the start is not finite.
+        ValueError: If `tol` is below the resolution of float64 at this lower bound, or
+            the loss at the start is not finite.
     """
     if tol < 4 * EPS * lower_bound:
         raise ValueError(
@@ -181,7 +182,7 @@ def minimize(
 
 
 class _LineSearchError(Exception):
-    """A line search in float32 finds nothing but rounding."""
+    """A line search in float32 has reached rounding."""
 
 
 class _Minimisation:
@@ -213,7 +214,16 @@ class _Minimisation:
     def iterate(
         self, at: Evaluation, products: Products, reason: str | None = None
     ) -> Iterate:
-        """An evaluation by some products as an iterate, with its gap."""
+        """An evaluation as an iterate, with its gap.
+
+        Args:
+            at: The evaluation.
+            products: The products that computed it.
+            reason: Why the iteration ends here, if it does.
+
+        Returns:
+            The iterate.
+        """
         gap = max(at.value - self.lower_bound, 0.0)
         if self.l2:
             norm = math.sqrt(float(at.gradient @ at.gradient))
@@ -232,20 +242,20 @@ class _Minimisation:
         )
 
     def measured(self, at: Evaluation, products: Products) -> Evaluation:
-        """An evaluation by some products, repeated as the last one is measured."""
+        """An evaluation, repeated with the products that measure the last iterate."""
         if products is self.ends:
             return at
         self.evaluations += 1
         return self.problem.evaluate(at.theta, self.l2, self.ends)
 
     def by_lbfgs(self, begin: Evaluation) -> Iterate:
-        """L-BFGS, in float32 as long as that gets anywhere, if the problem is large."""
+        """L-BFGS, in float32 as long as this makes progress if the problem is large."""
         products = self.problem.fast
         at = best = begin
         while True:
             at = self.measured(self._lbfgs(at, products), products)
             if at.value > best.value and best is begin:
-                # Not by the rounding of float32?
+                # Compare with the start as measured in float64.
                 best = self.measured(begin, products)
             best = at if at.value <= best.value else best
             last = self.iterate(best, self.ends)
@@ -262,8 +272,8 @@ class _Minimisation:
             self.gaps.clear()
 
     def _lbfgs(self, begin: Evaluation, products: Products) -> Evaluation:
-        """Where L-BFGS ends with some products."""
-        # Room for what float32 makes of a small gradient, and of the model's outputs.
+        """The point at which L-BFGS with these products ends."""
+        # A margin for the rounding of gradients and of the model's outputs in float32.
         tol = 0.9 * self.tol
         if self._report(self.iterate(begin, products)):
             return begin
@@ -341,7 +351,7 @@ class _Minimisation:
         )
 
     def _report(self, iterate: Iterate) -> bool:
-        """Shows an iterate; whether to stop there."""
+        """Reports an iterate to the caller. Returns whether to stop there."""
         self.gaps.append(min(iterate.gap, self.gaps[-1] if self.gaps else math.inf))
         full = len(self.gaps) == self.gaps.maxlen
         if full and self.gaps[0] - self.gaps[-1] < _STALL_PART * self.gaps[-1]:

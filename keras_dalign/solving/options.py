@@ -24,12 +24,12 @@ class SolveOptions:
         method: One of `METHODS`.
         l2: Weight of the L2 term, at least 0, or `"auto"`.
         max_iterations: Positive int.
-        judge: The samples that choose the L2 weight and the width: `"training"`, a
-            fifth of the training samples, or `"validation"`, those of the validation.
-        center: Where the L2 term of random gates is zero. At the `"origin"`, the units
-            replace the output layer, so that the term holds all of the last layer. At
-            the function of the `"base"`, the output layer stays as it was trained,
-            and the term holds what is added to it.
+        judge: The samples on which L2 weight and width are chosen: `"training"`, a
+            fifth of the training samples, or `"validation"`, the validation samples.
+        center: Where the L2 term of random gates is zero. With `"origin"` the units
+            replace the output layer, so the term penalises the whole last layer. With
+            `"base"` the output layer stays as it was trained, and the term penalises
+            what the units add to it.
 
     Raises:
         ValueError: If an argument is out of its range.

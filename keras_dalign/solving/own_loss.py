@@ -1,4 +1,4 @@
-"""A head's loss as the head itself computes it, in its own dtype."""
+"""A head's loss, computed by the head itself in its dtype."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 
 _ROWS_AT_ONCE = 4096
 
-# How far a logit may be off by the rounding of the output's dtype, in units in the last
-# place.
+# Bound on the rounding error of a logit, in units in the last place of its dtype.
 _ULPS = 4
 _UNIT = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
 @dataclasses.dataclass(frozen=True)
 class OwnMeasure:
-    """A head's loss, and what rounding may do to it.
+    """A head's loss, and estimates of the effect of rounding on it.
 
     Attributes:
-        loss: Of the head's outputs, without an L2 term, summed in float64.
-        outputs: To first order, the effect of some units in the last place of every
-            logit.
-        cancellation: The effect of large parameters whose terms cancel, as an estimate
-            to second order. The loss then depends on the order of sums, which compiled
-            functions choose for themselves.
-        drift: The same to first order, if all samples were off in the worst direction.
+        loss: Loss of the head's outputs, without an L2 term, summed in float64.
+        outputs: The effect of an error of some units in the last place of every logit,
+            to first order.
+        cancellation: The effect of large parameters whose terms cancel, to second
+            order. The loss then depends on the order of sums, which differs between
+            compiled functions.
+        drift: The same effect to first order, with errors of all samples in the worst
+            direction.
     """
 
     loss: float
@@ -50,7 +50,7 @@ class OwnLoss:
 
     Args:
         head: The head, which exploits.
-        features: What it takes.
+        features: The features that it takes.
     """
 
     def __init__(self, head: AlignmentHead, features: FeatureSet) -> None:
@@ -72,10 +72,10 @@ class OwnLoss:
         return self.replicas.from_first(out)
 
     def measure(self, problem: ConvexProblem) -> OwnMeasure:
-        """The head's loss, and what rounding may do to it.
+        """The head's loss, and estimates of the effect of rounding on it.
 
         Args:
-            problem: The problem of these samples.
+            problem: The convex problem of the head on these features.
 
         Returns:
             The measure.
@@ -91,7 +91,7 @@ class OwnLoss:
             moved += float(np.abs(slopes * logits[part]).sum())
         unit = _UNIT.get(str(self.head.output_dtype), 2.0**-52)
         outputs = _ULPS * unit * (moved + loss)
-        # Terms of size ||phi|| ||theta|| were rounded before they were summed up.
+        # Terms of size ||phi|| ||theta|| are rounded before they are summed.
         theta = problem.theta_of(self.head)
         unit = _UNIT.get(str(self.head.compute_dtype), 2.0**-52)
         error = unit * problem.row_lengths() * float(np.linalg.norm(theta))

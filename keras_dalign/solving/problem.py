@@ -4,14 +4,17 @@ For features `v` (`n x d`, normalised) the logits of a head that exploits are
 
     F = F0 + Phi theta,   F_ic = F0_ic + sum_k G_ick (v_i . q_ck) + b_c,
 
-with gate values times output weights `G`, trained `theta = (q, b)` and everything that
-exploitation does not train in `F0`. The loss is convex in `F`, hence in `theta`:
+with the gate values times output weights `G`, the trained parameters `theta = (q, b)`,
+and the part `F0` of the logits that exploitation does not train. The loss is convex in
+`F`, hence in `theta`:
 
     L(theta) = sum_i w_i loss(F_i, y_i) / N + l2 / 2 * ||theta - center||^2.
 
-Solvers, forecasts, certificates and reports of the head all look at this one object.
-Large problems are solved with products in float32; what is certified is computed in
-float64.
+Solvers, forecasts, certificates and reports of the head all use this class. Large
+problems are solved with products in float32. Certified numbers are computed in float64.
+
+The file is longer than others because every way to derive one problem from another
+copies the same attributes.
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,25 +31,26 @@ from keras import ops
 from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
 from keras_dalign.head.objective import check_targets, sample_weights
 from keras_dalign.numerics.device import has_accelerator
-from keras_dalign.numerics.gram import Array, gram_matrix
+from keras_dalign.numerics.gram import gram_matrix
 from keras_dalign.numerics.replicas import Replicas, replicas_of
 from keras_dalign.numerics.rounding import EPS
 from keras_dalign.solving.device_products import DeviceProducts
 from keras_dalign.solving.feature_rows import FeatureRows
 from keras_dalign.solving.gates import Gates
+from keras_dalign.solving.gradient_rounding import GradientRounding
 from keras_dalign.solving.products import NumpyProducts, Products, SampleLoss
 
 if TYPE_CHECKING:
     from keras_dalign.head.features import FeatureSet
+    from keras_dalign.numerics import Array
     from keras_dalign.numerics.losses import ConvexLoss
 
-# From so many multiply-adds on, a product is worth a call of a compiled function, and
-# float32 halves its time. Smaller problems are solved in float64 throughout.
+# Above this number of multiply-adds, float32 halves the time of a product. Smaller
+# problems are solved in float64 throughout.
 _LARGE = 2e7
 
-
-# Properties that are computed once.
-_CACHED = ("exact", "fast", "samples", "_gradient_rounding")
+# Cached properties.
+_CACHED = ("exact", "fast", "samples", "_rounding")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -193,7 +196,7 @@ class ConvexProblem:
 
     @property
     def features(self) -> Array:
-        """Normalised features in float64, shape `(n, d)`: computed at each access."""
+        """Normalised features in float64, shape `(n, d)`, computed at each access."""
         return self.rows.dense()
 
     @property
@@ -203,7 +206,7 @@ class ConvexProblem:
 
     @functools.cached_property
     def samples(self) -> SampleLoss:
-        """The loss of all samples, as products take it."""
+        """The loss of all samples as a function of the products."""
         shares = self.weights / self.normalizer
         return SampleLoss(self.loss, self.offset, self.targets, shares)
 
@@ -214,10 +217,10 @@ class ConvexProblem:
 
     @functools.cached_property
     def fast(self) -> Products:
-        """Products for the way down: in float32 if the problem is large.
+        """Products for the iterations: in float32 if the problem is large.
 
-        They are computed on the accelerator, or by several devices, if there are any,
-        and by NumPy otherwise. Small problems have those in float64.
+        They are computed by the accelerator or by several devices if there are any, and
+        by NumPy otherwise. For small problems they are `exact`.
         """
         if self.n * (self.size - self.units) < _LARGE:
             return self.exact
@@ -267,7 +270,7 @@ class ConvexProblem:
         products = products or self.exact
         logits, loss, gradient = products.loss_and_gradient(theta, self.samples)
         if self.replicas.processes > 1:
-            # Processors may differ in the last bit, and that in what comes next.
+            # CPUs may differ in the last bit, which would change the next steps.
             own = np.concatenate([theta, gradient, [loss]])
             theta, gradient, (loss,) = np.split(
                 self.replicas.from_first(own), [self.size, 2 * self.size]
@@ -287,7 +290,7 @@ class ConvexProblem:
 
     def row_lengths(self) -> Array:
         """Bounds on `||phi_i||`, the bias included, shape `(n,)`."""
-        # Normalised rows have length sqrt(d); others are measured.
+        # Normalised rows have length sqrt(d).
         if self.rows.normalisation is None:
             squares = np.einsum("ij,ij->i", self.features, self.features)
         else:
@@ -296,48 +299,25 @@ class ConvexProblem:
         return lengths
 
     def gradient_rounding(self, at: Evaluation, l2: float = 0.0) -> float:
-        """Bound on the norm of what rounding adds to a gradient computed in float64.
-
-        To first order in the unit roundoff `eps`, by the standard bounds on inner
-        products and Cauchy-Schwarz, with `||phi_i||^2 <= ||v_i||^2 sum_k G_ik^2 + 1`:
-        a logit is off by `(d + m + 8) eps (|F0| + ||phi_i|| ||theta||)`; its cotangent
-        by the curvature of the loss times that, and by 16 eps of itself; and the sum
-        over samples by `(n + d + m) eps` of the sum of sizes. Cotangents are bounded by
-        those at `F0` and the curvature, so that the bound is linear in `||theta||`.
+        """Bound on the norm of the rounding error of a gradient computed in float64.
 
         Args:
             at: The evaluation.
             l2: Weight of the L2 term.
 
         Returns:
-            The bound.
+            The bound, to first order in the unit roundoff.
         """
         size = float(np.linalg.norm(at.theta))
-        constant, slope = self._gradient_rounding
-        bound = constant + slope * size
+        bound = self._rounding.bound(size)
         if l2:
             change = at.theta - self.center
             bound += 4 * EPS * l2 * (size + float(np.linalg.norm(change)))
         return bound
 
     @functools.cached_property
-    def _gradient_rounding(self) -> tuple[float, float]:
-        """Constant and slope of the bound without an L2 term."""
-        curvature = self.loss.max_curvature(self.units)
-        inner = (self.d + self.width + 12) * EPS
-        summed = (self.n + self.d + self.width + 16) * EPS
-        lengths = self.row_lengths()
-        constant = slope = 0.0
-        for part in self.rows.blocks(64 * self.units, 2**22):
-            offset, targets = self.offset[part], self.targets[part]
-            offsets = np.linalg.norm(offset, axis=1)
-            # Targets and logits that cancel were rounded at their own size.
-            sizes = inner * offsets + 4 * EPS * np.linalg.norm(targets, axis=1)
-            cotangents = np.linalg.norm(self.loss.gradient(offset, targets), axis=1)
-            shares = lengths[part] * self.samples.shares[part]
-            constant += float(shares @ (curvature * sizes + summed * cotangents))
-            slope += float(shares @ lengths[part])
-        return constant, slope * curvature * (math.sqrt(2.0) * inner + summed)
+    def _rounding(self) -> GradientRounding:
+        return GradientRounding.of_problem(self)
 
     def gram(self, output: int) -> Array:
         """`K_c + 1`: the Gram matrix of one output, bias included, `(n, n)`."""
@@ -357,7 +337,7 @@ class ConvexProblem:
         return other
 
     def single_output(self, output: int) -> ConvexProblem:
-        """The gated features of one output: its products and Gram matrix.
+        """The gated features of one output as a problem, for products and Gram matrix.
 
         Args:
             output: The output.
@@ -402,13 +382,13 @@ class ConvexProblem:
         return FeatureRows(found)
 
     def restricted(self, coordinates: FeatureRows) -> ConvexProblem:
-        """The problem of changes from the center that lie in a subspace.
+        """The problem restricted to changes from the center in a subspace.
 
-        Gates stay what they are; what they gate are the features' coordinates in the
-        subspace. There are no gates `r` in those coordinates.
+        The values of the gates stay the same. They are stored, since the coordinates do
+        not suffice to compute them.
 
         Args:
-            coordinates: From `coordinates`, of the same samples and any gates.
+            coordinates: From `coordinates`, for the same samples and any gates.
 
         Returns:
             The problem, of `k` features, centred at the origin.
@@ -422,7 +402,7 @@ class ConvexProblem:
         return other
 
     def unrestricted(self, basis: Array, theta: Array) -> Array:
-        """Parameters `(size,)` for those of `restricted(basis)`."""
+        """Parameters `(size,)` for parameters of the restricted problem."""
         changes = basis @ theta[: -self.units].reshape(basis.shape[1], -1)
         return self.center + np.concatenate([changes.ravel(), theta[-self.units :]])
 
@@ -430,8 +410,8 @@ class ConvexProblem:
         """The same samples with other weights; features and gates are shared.
 
         Args:
-            factors: What the weights are multiplied by, at least 0, shape `(n,)`. A
-                sample of factor 0 does not count, in the divisor of a mean either.
+            factors: Factors of the weights, at least 0, shape `(n,)`. A sample of
+                factor 0 does not count in the divisor of a mean.
 
         Returns:
             The problem.
@@ -443,7 +423,7 @@ class ConvexProblem:
         return other
 
     def centred(self, center: Array) -> ConvexProblem:
-        """The same problem with the L2 term's zero elsewhere, shape `(size,)`."""
+        """The same problem with the L2 term centred at `center`, shape `(size,)`."""
         other = self._copy(*_CACHED)
         other.center = center
         return other
@@ -464,7 +444,7 @@ class ConvexProblem:
         return other
 
     def _copy(self, *kept: str) -> ConvexProblem:
-        """A copy, without cached properties but for those named."""
+        """A copy that keeps only the cached properties named."""
         other = copy.copy(self)
         for name in set(_CACHED) - set(kept):
             other.__dict__.pop(name, None)

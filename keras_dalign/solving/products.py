@@ -1,15 +1,16 @@
-"""Products with the gated features `Phi` and their transpose, never forming `Phi`.
+"""Products with the gated features `Phi` and their transpose, without forming `Phi`.
 
     (Phi theta)_ic = sum_k G_ick (v_i . q_ck) + b_c,  G_ick = w_ck s(slope r_ck . v_i)
 
-for trained parameters `theta = (q, b)`. Each takes `2 n d C m` flop, a block of rows at
-a time: `P = V Q` for the block, then a sum over `k` with the gates, and the other way
-round. Between the two lies the loss, so that value and gradient take one pass.
-`NumpyProducts` computes in float64, or in float32; `DeviceProducts` does the same in
-float32, compiled by Keras's backend, on accelerators and on several devices.
+for trained parameters `theta = (q, b)`. Each product takes `2 n d C m` flop, a block of
+rows at a time: `P = V Q` for the block, then a sum over `k` with the gates. The
+transpose takes the same steps in reverse. The loss of a block is computed between the
+two, so value and gradient take one pass over the features. `NumpyProducts` computes in
+float64 or float32. `DeviceProducts` computes in float32, compiled by Keras's backend,
+on accelerators and on several devices.
 
-Gates are kept where they take little memory (`n m` numbers where outputs share them),
-and computed again for every block where they do not.
+The values of the gates are stored if they need little memory (`n m` numbers if outputs
+share them). Otherwise they are computed again for every block.
 """
 
 from __future__ import annotations
@@ -26,31 +27,32 @@ import numpy.typing as npt
 from keras_dalign.numerics import threads
 
 if TYPE_CHECKING:
+    from keras_dalign.numerics import Array
     from keras_dalign.numerics.losses import ConvexLoss
-    from keras_dalign.solving.feature_rows import Array, FeatureRows
+    from keras_dalign.solving.feature_rows import FeatureRows
     from keras_dalign.solving.gates import Gates
 
 Result = TypeVar("Result")
 
-# A block of rows, with what is computed from it, fits into the caches.
+# A block of rows and what is computed from it fit into the CPU's caches.
 _BLOCK_BYTES = 2**22
 
-# From so many multiply-adds on, a product is worth several threads.
+# Above this number of multiply-adds, several threads compute a product.
 _THREADED = 2**22
 
-# What is kept of the gates at most.
+# Gate values are stored up to this size.
 _KEPT_GATES_BYTES = 2**29
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SampleLoss:
-    """What makes a loss of the products with all samples.
+    """The loss of all samples as a function of the products `Phi theta`.
 
     Attributes:
         loss: The loss.
-        offset: What is added to the products, `(n, C)`, float64.
+        offset: Added to the products to give the logits, `(n, C)`, float64.
         targets: From `ConvexLoss.targets`, `(n, C)`, float64.
-        shares: Weights over the normaliser, `(n,)`, float64.
+        shares: Sample weights divided by the normaliser, `(n,)`, float64.
     """
 
     loss: ConvexLoss
@@ -82,7 +84,7 @@ class Products(abc.ABC):
 
     @functools.cached_property
     def kept_gates(self) -> np.ndarray | None:
-        """Values of the gates, `(n, G, m)`; None where blocks compute their own."""
+        """Values of the gates, `(n, G, m)`; None if each block computes its own."""
         if self.gates.kept is None and (
             self.gates.nbytes(self.rows.n, self.dtype) > _KEPT_GATES_BYTES
         ):
@@ -201,8 +203,8 @@ class NumpyProducts(Products):
         return logits, sum(part.loss for part in sums), self._gradient(sums)
 
     def _over_rows(self, function: Callable[[slice], Result]) -> list[Result]:
-        """Calls a function for parts of the rows, in threads if there is much to do."""
-        # Computed here, not by each thread.
+        """Calls a function for parts of the rows, in threads if the work is large."""
+        # Computed once, before the threads start.
         _ = self.kept_gates, self.rows.scales
         n = self.rows.n
         return threads.over_rows(function, n, split=n * self.size >= _THREADED)
@@ -244,7 +246,7 @@ class NumpyProducts(Products):
         return logits
 
     def _gradient(self, sums: list[_Sums]) -> Array:
-        """`Phi^T u` of its sums over parts of the rows, shape `(size,)`, float64."""
+        """`Phi^T u` from sums over parts of the rows, shape `(size,)`, float64."""
         features, constant, bias = (
             functools.reduce(np.add, arrays)
             for arrays in zip(

@@ -1,9 +1,9 @@
 """The number of gated units, chosen by the loss on samples held out.
 
-With an L2 term the optimum is certified at every width: nothing needs rank n. With `m`
-random gates the head's kernel is a mean over `m`, so the optimum settles as `m` grows,
-and the samples tell when. Widths are doubled, and nested: the function of the narrower
-head is where the wider one starts.
+With an L2 term the optimum is certified at every width, without a need for rank `n`.
+The kernel of a head with `m` random gates is a mean over the gates, so the optimum
+converges as `m` grows. The width is doubled until held-out samples show no further
+gain. Widths are nested: a wider head starts at the function of the narrower one.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from keras_dalign.solving.l2_path import PATH_TOLERANCE
 from keras_dalign.solving.minimum import Iterate, minimize
 
 if TYPE_CHECKING:
-    from keras_dalign.numerics.gram import Array
+    from keras_dalign.numerics import Array
     from keras_dalign.solving.held_out import HeldOut
 
-# Where the doubling starts.
+# The width before the first doubling.
 FIRST_WIDTH = 8
 
 
@@ -32,9 +32,11 @@ class WidthTrial:
     Attributes:
         width: The width.
         held_out_loss: Loss of the samples held out, at the minimum.
-        held_out_error: Fraction of them that are misclassified; None for squared error.
-        change: How much lower the loss is than at half the width; NaN for the first.
-        standard_error: Of the change, over the samples; NaN for the first.
+        held_out_error: Fraction of these that are misclassified; None for squared
+            error.
+        change: Decrease of the loss from half the width; NaN for the first width.
+        standard_error: Standard error of the change, over the samples; NaN for the
+            first width.
     """
 
     width: int
@@ -79,18 +81,19 @@ def choose_width(
     """Doubles the width until the held-out loss falls by less than its standard error.
 
     Args:
-        samples_at: The samples to train on and to judge by, for a head of a width.
-            Gates are nested: the first ones are the same at every width.
+        samples_at: Returns the samples to train on, and the held-out ones, for a head
+            of a given width. Gates are nested: the first ones are the same at every
+            width.
         start: Parameters to start at, for the first width.
         first: The first width.
-        largest: No wider head is tried.
+        largest: The largest width that is tried.
         l2: Weight of the L2 term, positive.
-        tol: Gap of each minimum, if it is more than a thousandth of the first loss.
-        max_iterations: Most iterations for one width.
+        tol: Gap of each minimum, if it exceeds a thousandth of the first loss.
+        max_iterations: Largest number of iterations for one width.
         on_trial: Called with each trial.
 
     Returns:
-        The width before the doubling that did not help, or the largest.
+        The width before the doubling that did not help, or the largest one.
     """
     trials: list[WidthTrial] = []
     width, theta = first, start
@@ -113,9 +116,9 @@ def choose_width(
         losses = samples.losses(last)
         change = error = np.nan
         if before is not None:
-            falls = before[2] - losses
-            change = float(falls.mean())
-            error = float(falls.std() / np.sqrt(len(falls)))
+            decreases = before[2] - losses
+            change = float(decreases.mean())
+            error = float(decreases.std() / np.sqrt(len(decreases)))
         trials.append(
             WidthTrial(width, float(losses.mean()), samples.error(last), change, error)
         )
@@ -130,17 +133,17 @@ def choose_width(
 
 
 def nested(theta: Array, units: int, narrow: Array, wide: Array) -> Array:
-    """Parameters of a wider head whose function is the same.
+    """Parameters of a wider head with the same function as a narrower one.
 
     Args:
-        theta: Those of the narrower one, shape `(d * units * m + units,)`.
+        theta: Parameters of the narrower head, shape `(d * units * m + units,)`.
         units: Number of outputs.
         narrow: Its output weights, shape `(units, m)` or `(1, m)`.
-        wide: Those of the wider one, whose first gates are the same.
+        wide: Output weights of the wider head, whose first gates are the same.
 
     Returns:
-        Shape `(d * units * M + units,)`: output weights are smaller, so `q` is larger,
-        and the new units start at 0.
+        Shape `(d * units * M + units,)`. The wider head has smaller output weights, so
+        `q` is larger. The new units start at 0.
     """
     m = narrow.shape[1]
     q = theta[:-units].reshape(-1, units, m)

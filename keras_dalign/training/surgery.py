@@ -15,8 +15,8 @@ from keras_dalign import compat
 from keras_dalign.head.alignment_head import GATES, AlignmentHead
 from keras_dalign.head.pointwise_dense import PointwiseDense, is_pointwise
 from keras_dalign.numerics.arguments import choice, flag, integer, keras_model, shown
-from keras_dalign.numerics.losses import convex_loss
-from keras_dalign.numerics.rank import default_width
+from keras_dalign.numerics.default_width import default_width
+from keras_dalign.numerics.keras_losses import convex_loss
 from keras_dalign.training.aligned_model import AlignedModel
 from keras_dalign.training.feature_map import flattened, pooled_less
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from keras_dalign.head.batch_norm import reestimate_batch_norm
 from keras_dalign.head.features import FeaturePass, FeatureSet
-from keras_dalign.numerics.rank import RankCheck, check_rank
+from keras_dalign.numerics.rank import check_rank
 
 if TYPE_CHECKING:
     from keras_dalign.head.alignment_head import AlignmentHead
+    from keras_dalign.numerics.rank_check import RankCheck
     from keras_dalign.training.aligned_model import AlignedModel
     from keras_dalign.training.weight_average import WeightAverage
 

@@ -30,7 +30,7 @@ from keras_dalign.head.features import (
 )
 from keras_dalign.head.objective import checked_weights
 from keras_dalign.numerics.arguments import integer, number, shown
-from keras_dalign.numerics.losses import convex_loss
+from keras_dalign.numerics.keras_losses import convex_loss
 from keras_dalign.solving.head_solver import HeadSolver, first_width
 from keras_dalign.solving.options import VALIDATION, SolveOptions
 from keras_dalign.training.file_batches import file_batches, needs_file_batches
