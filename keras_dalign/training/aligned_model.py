@@ -10,8 +10,9 @@ import keras
 
 from keras_dalign import compat
 from keras_dalign.head import data
-from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead, refuse_hdf5
+from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
 from keras_dalign.head.features import as_inputs, from_inputs
+from keras_dalign.head.saved_state import refuse_hdf5
 from keras_dalign.numerics.arguments import shown
 from keras_dalign.numerics.replicas import runs_on_hosts
 from keras_dalign.training.dalign import DAlign
