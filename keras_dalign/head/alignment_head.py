@@ -269,7 +269,7 @@ class AlignmentHead(keras.layers.Layer):
 
     @property
     def _groups(self) -> int:
-        """Number of outputs with gates of their own; 1 if all share them."""
+        """Number of sets of gates: 1 if outputs share them, else one per output."""
         return 1 if self.share_gates else self.units
 
     def _unit_shapes(self, width: int) -> dict[str, tuple[int, ...]]:
@@ -562,6 +562,7 @@ class AlignmentHead(keras.layers.Layer):
         self._set_trainable()
 
     def _set_trainable(self) -> None:
+        """Passes the head's `trainable` on to the variables of exploitation."""
         for variable in self.exploited_variables:
             variable.trainable = self._trainable
 

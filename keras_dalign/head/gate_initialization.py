@@ -13,7 +13,7 @@ from keras_dalign.numerics.memory import free_gib
 
 # The sigmoid of this number is 1 in every dtype: the gate is always open.
 _ALWAYS_OPEN = 40.0
-# Each kind of random value has a generator of its own, with the seed `[seed, kind]`.
+# Each kind of random value has a separate generator, with the seed `[seed, kind]`.
 _TRAINED, _GATES, _SIGNS = 0, 1, 3
 
 
@@ -26,7 +26,7 @@ def random_gates(
 
     Args:
         dim: Length `d` of the normalised features.
-        groups: Number of outputs with gates of their own; 1 if gates are shared.
+        groups: Number of sets of gates: 1 if outputs share them, else that of outputs.
         width: Number of gates per group.
         slope: Slope of the gates' sigmoid.
         seed: The head's seed.
@@ -88,7 +88,7 @@ def output_signs(width: int, groups: int, seed: int) -> np.ndarray:
 
     Args:
         width: Number of units per group.
-        groups: Number of outputs with gates of their own; 1 if gates are shared.
+        groups: Number of sets of gates: 1 if outputs share them, else that of outputs.
         seed: The head's seed.
 
     Returns:
