@@ -34,6 +34,7 @@ from keras_dalign.head.saved_state import (
     PHASE_INDEX,
     REPLACED_INDEX,
     UNIT_VARIABLES,
+    check_phase,
     check_shapes,
     read_state,
     refuse_hdf5,
@@ -630,10 +631,11 @@ class AlignmentHead(keras.layers.Layer):
             # After a failure Keras calls again with an empty store. The error that it
             # finally raises should be the first one.
             raise ValueError(self._load_error or "No variables of a head were found.")
+        found = read_state(store)
+        index = int(found[PHASE_INDEX])
+        has_units = index != EXPLORING_INDEX or self.gates == "learned"
         try:
-            found = read_state(store)
-            index = int(found[PHASE_INDEX])
-            has_units = index != EXPLORING_INDEX or self.gates == "learned"
+            check_phase(index)
             if has_units:
                 self._check_units(found)
         except ValueError as error:

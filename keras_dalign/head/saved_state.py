@@ -25,7 +25,7 @@ def read_state(store: Any) -> dict[str, np.ndarray]:
         The arrays by name: `phase_index` and, if units were saved, `UNIT_VARIABLES`.
 
     Raises:
-        ValueError: If they are not those of a head, or the phase is unknown.
+        ValueError: If they are not those of a head.
     """
     found = {name: np.asarray(store[name]) for name in store.keys()}  # noqa: SIM118
     if PHASE_INDEX not in found:
@@ -36,13 +36,23 @@ def read_state(store: Any) -> dict[str, np.ndarray]:
                 f"{sorted(found)}"
             )
         found = {names[number]: array for number, array in found.items()}
-    index = int(found[PHASE_INDEX])
+    return found
+
+
+def check_phase(index: int) -> None:
+    """Checks a saved phase index.
+
+    Args:
+        index: The index.
+
+    Raises:
+        ValueError: If it is unknown.
+    """
     if index not in {EXPLORING_INDEX, EXPLOITING_INDEX, REPLACED_INDEX}:
         raise ValueError(
             f"The saved phase of a head must be from 0 to {REPLACED_INDEX}. Received: "
             f"{index}. The file is damaged, or of a later version."
         )
-    return found
 
 
 def check_shapes(
