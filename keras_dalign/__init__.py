@@ -25,17 +25,19 @@ list.
   failure), the `default_width`, column spaces (by factors, Gram matrices or `lsqr`),
   the `quadratic` model and its relaxation;
 - `head`: the `alignment_head` (and `pointwise_dense`, its linear part where that is a
-  convolution), `batch_norm`, `features` and the `objective`; the `quadratic_head`, an
-  output layer of its own;
+  convolution) with `gate_initialization`, `feature_normalization` and `saved_state`;
+  `data` and `streams`, which give batches; `batch_norm`, `features` and the
+  `objective`; and the `quadratic_head`, another output layer;
 - `solving`: `problem` is the convex problem of a head on kept features, and `products`
   multiply by them (in NumPy, or as `device_products`); `minimum` minimises it, by
   L-BFGS or in `closed_form`; `held_out` samples choose the L2 weight (`l2_path`) and
   the `width`; `head_solver` calls these in order, and `solve_message` describes the
   outcome;
-- `training`: `surgery` builds an `aligned_model`, and `feature_map` chooses what its
-  gated units see; `training_run` drives its phases with
-  `dalign` as optimizer and `weight_average` beside it; `switch` stands between the
-  phases;
+- `training`: `surgery` finds the `output_layer` in a `model_graph` and builds an
+  `aligned_model`; `feature_map` chooses the input of the gated units. `training_run`
+  runs the phases on checked `training_data`, with `dalign` as optimizer, `validation`
+  and `run_callbacks`. `switch` goes from one phase to the other, and may set the
+  weights to their `weight_average`;
 - `diagnostics`: the conditions of global convergence, measured on any model.
   `precision` makes float64 copies, `engines` differentiate them on each backend,
   `jacobian` multiplies by the result (`jacobian_builder` chooses the kind);

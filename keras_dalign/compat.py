@@ -1,7 +1,7 @@
-"""The private names of Keras that this package reads, each behind a small function.
+"""The private names of Keras that this package uses, each behind a small function.
 
-Keras has no public way to ask how a symbolic tensor was made. If a release moves one of
-these names, this module is what has to follow, and its tests say so.
+Keras has no public way to find the operation that made a symbolic tensor. If a release
+moves one of these names, only this module has to change; its tests fail then.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class Call:
     """One symbolic call of an operation.
 
     Attributes:
-        operation: What was called: a layer, a model or an operation of `keras.ops`.
+        operation: The layer, model or operation of `keras.ops` that was called.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         inputs: The symbolic tensors among the arguments, flat.
-        outputs: The symbolic tensors that it gave, flat.
+        outputs: The symbolic tensors that it returned, flat.
     """
 
     operation: Any
@@ -52,21 +52,21 @@ def producer(tensor: keras.KerasTensor) -> tuple[Call, int]:
         tensor: The tensor.
 
     Returns:
-        The call, and the place of the tensor among its outputs.
+        The call, and the index of the tensor among its outputs.
     """
     operation, node_index, tensor_index = tensor._keras_history
     return _call(operation._inbound_nodes[node_index]), tensor_index
 
 
 def upstream(tensors: Iterable[keras.KerasTensor]) -> list[Any]:
-    """The operations that symbolic tensors are computed by, each of them once.
+    """The operations that compute symbolic tensors, each of them once.
 
     Args:
         tensors: The tensors.
 
     Returns:
-        Layers (input layers, too), models and operations, as they were called: what is
-        inside of a model is not looked at.
+        Layers (input layers, too), models and operations. A model that was called is
+        one operation; its layers are not listed.
     """
     found: dict[int, Any] = {}
     seen: set[int] = set()
@@ -88,7 +88,7 @@ def calls(graph: keras.Model) -> list[Call]:
         graph: The model.
 
     Returns:
-        The calls, inputs first: by how far they are from the outputs.
+        The calls from the inputs to the outputs, sorted by depth.
     """
     by_depth = graph._nodes_by_depth
     return [_call(node) for d in sorted(by_depth, reverse=True) for node in by_depth[d]]
@@ -109,12 +109,12 @@ def calls_of(operation: Any, graph: keras.Model) -> list[Call]:
 
 
 def is_functional(model: keras.Model) -> bool:
-    """Whether a model was made from symbolic inputs and outputs."""
+    """Whether a model was made of symbolic inputs and outputs."""
     return hasattr(model, "_inputs_struct")
 
 
 def overrides_call(model: keras.Model) -> bool:
-    """Whether a model's class computes something else than Keras's own classes do."""
+    """Whether a model's class has a `call` that is not one of Keras."""
     owner = next(base for base in type(model).__mro__ if "call" in vars(base))
     return not owner.__module__.startswith("keras.")
 
@@ -127,33 +127,33 @@ def graph_ends(model: Any) -> tuple[Any, list[keras.KerasTensor]] | None:
 
     Returns:
         The inputs, in the structure that the model takes, and the outputs, flat. None
-        if it is no Functional or built Sequential model, or has its own `call`.
+        if it is no Functional or built Sequential model, or overrides `call`.
     """
     if not isinstance(model, keras.Model) or overrides_call(model):
         return None
     if isinstance(model, keras.Sequential):
-        # Asked for its inputs, an unbuilt one raises.
+        # The property raises if the model is not built.
         inputs = getattr(model, "inputs", None)
         return (inputs[0], model.outputs) if inputs else None
     return (model.input, model.outputs) if is_functional(model) else None
 
 
 def inputs_of(model: keras.Model) -> list[keras.KerasTensor] | None:
-    """What a model takes, as far as its graph tells.
+    """The symbolic inputs of a model.
 
     Args:
         model: The model.
 
     Returns:
-        Its symbolic inputs, flat; None for a model that is no graph.
+        The inputs, flat; None for a model that is no graph.
     """
-    # Asked for its inputs, an unbuilt Sequential raises.
+    # The property of a Sequential model raises if it is not built.
     inputs = getattr(model, "inputs", None)
     return list(inputs) if inputs else None
 
 
 def saves_as_hdf5() -> bool:
-    """Whether Keras is writing a whole model in its legacy format, or reading one."""
+    """Whether Keras is writing or reading a whole model in its legacy format."""
     return bool(global_state.get_global_attribute("use_legacy_config", False))
 
 
@@ -163,7 +163,7 @@ def build_shapes(model: keras.Model) -> dict[str, Any]:
 
 
 def is_shape(shape: Any) -> bool:
-    """Whether it is the shape of one tensor, not a structure of shapes."""
+    """Whether a value is the shape of one tensor, not a structure of shapes."""
     return isinstance(shape, (tuple, list)) and all(
         size is None or isinstance(size, int) for size in shape
     )
@@ -173,7 +173,7 @@ def loss_options(loss: keras.losses.Loss) -> dict[str, Any]:
     """The arguments of the function that one of Keras's losses wraps.
 
     Args:
-        loss: A loss of Keras's own.
+        loss: An instance of one of Keras's classes.
 
     Returns:
         A new dict; `get_config` leaves some of them out.
@@ -187,7 +187,7 @@ def new_variables(layer: keras.Layer, old: Iterable[Any]) -> Iterator[None]:
 
     Args:
         layer: The layer.
-        old: Variables that it gives up; None is skipped.
+        old: Variables to remove.
 
     Yields:
         Nothing; within the context `layer.add_weight` works.
@@ -197,9 +197,8 @@ def new_variables(layer: keras.Layer, old: Iterable[Any]) -> Iterator[None]:
     tracker.unlock()
     try:
         for variable in old:
-            if variable is not None:
-                layer._untrack_variable(variable)
-        # Paths of variables begin with that of their layer.
+            layer._untrack_variable(variable)
+        # The path of a variable begins with that of its layer.
         with layer._open_name_scope():
             yield
     finally:

@@ -10,7 +10,7 @@ from keras import ops
 from small import KINDS, gates_of
 
 from keras_dalign import AlignmentHead
-from keras_dalign.head import alignment_head
+from keras_dalign.head import gate_initialization
 from keras_dalign.numerics.default_width import default_width, least_gates
 from keras_dalign.numerics.gram import explicit_features, gram_matrix
 
@@ -450,10 +450,10 @@ class TestMemory:
         head = AlignmentHead(2, width=16)
         head.build((None, 7))
         needed = 8 * 8 * 2 * 16 / 2**30
-        monkeypatch.setattr(alignment_head, "free_gib", lambda: 0.99 * needed)
+        monkeypatch.setattr(gate_initialization, "free_gib", lambda: 0.99 * needed)
         with pytest.raises(MemoryError):
             head.start_exploiting()
-        monkeypatch.setattr(alignment_head, "free_gib", lambda: 1.01 * needed)
+        monkeypatch.setattr(gate_initialization, "free_gib", lambda: 1.01 * needed)
         head.start_exploiting()
 
 

@@ -4,7 +4,7 @@ import pytest
 from small import assert_equal, cross_entropy, digits, mlp, weights
 
 import keras_dalign as kd
-from keras_dalign.training.dalign import ContinuedSchedule
+from keras_dalign.training.inner_optimizers import ContinuedSchedule
 
 BACKEND = keras.backend.backend()
 optimizers = keras.optimizers

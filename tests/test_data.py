@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_dalign.head import data
+from keras_dalign.head import data, streams
 
 X = np.arange(20.0).reshape(10, 2)
 Y = np.arange(10)
@@ -395,10 +395,10 @@ def test_targets_of_another_kind_do_not_matter_to_who_ignores_them():
 
 
 def test_a_stream_is_known_to_have_a_batch():
-    started = data.begun(iter([1, 2, 3]))
+    started = streams.nonempty(iter([1, 2, 3]))
     assert isinstance(started, types.GeneratorType)
     assert list(started) == [1, 2, 3]
     numbers = Numbers()
-    assert data.begun(numbers) is numbers
+    assert streams.nonempty(numbers) is numbers
     with pytest.raises(ValueError, match=r"`y` is empty.*created again.*y of type"):
-        data.begun(iter([]), "`y`")
+        streams.nonempty(iter([]), "`y`")

@@ -6,6 +6,7 @@ import pytest
 from small import convnet, cross_entropy, digit_images, digits, mlp
 
 import keras_dalign as kd
+from keras_dalign.training.trunk import input_specs
 
 BACKEND = keras.backend.backend()
 # What Keras imports for a format, and what the tests read it with.
@@ -188,7 +189,7 @@ def two_inputs():
 
 def test_inputs_keep_their_structure_and_names():
     model = kd.align(two_inputs(), n_samples=9)
-    (specs,) = [model._input_specs()]
+    (specs,) = [input_specs(model.trunk)]
     assert [spec.name for spec in specs] == ["left", "right"]
     assert [spec.shape for spec in specs] == [(None, 3), (None, 4)]
     assert {spec.dtype for spec in specs} == {"float32"}

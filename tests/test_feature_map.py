@@ -107,12 +107,36 @@ def test_the_units_see_averages_of_cells(behind):
         (pooling_net, {"gates": "learned"}),
         (lambda: pooling_net(behind=[layers.Dense(3)]), {}),
         (lambda: pooling_net(behind=[layers.Activation("relu")]), {}),
+        (lambda: pooling_net(behind=[layers.Rescaling(0.5, offset=1.0)]), {}),
+        (lambda: pooling_net(behind=[layers.Rescaling([1.0, 2.0, 3.0])]), {}),
     ],
 )
 def test_else_they_see_what_the_output_layer_sees(make, options):
     model = kd.align(make(), N, **options)
     assert model.head.dim == 3 + 1
     assert model.trunk.output_shape == (None, 3)
+
+
+@pytest.mark.parametrize("kind", ["mup", "ntk"])
+def test_a_multiplier_of_parametrize_is_no_obstacle(kind):
+    """The units see the map as it is, the output layer the multiplied average."""
+    x, _ = samples()
+    base = kd.parametrize(
+        pooling_net(channels=3), pooling_net(channels=1), kind=kind, optimizer="sgd"
+    )
+    multipliers = [
+        layer.scale for layer in base.layers if isinstance(layer, layers.Rescaling)
+    ]
+    assert any(scale != 1 for scale in multipliers)
+    model = kd.align(base, n_samples=12 * 3, seed=0)
+    assert model.head.dim == 2 * 2 * 3 + 1
+    np.testing.assert_array_equal(numpy(model(x)), numpy(base(x)))
+    z, u = (numpy(part) for part in model.trunk(x))
+    pooled = numpy(keras.Model(base.input, base.get_layer("pool").output)(x))
+    np.testing.assert_allclose(u.mean(axis=(1, 2)), pooled, rtol=1e-5)
+    scale = z.max() / pooled.max()
+    assert not np.isclose(scale, 1.0)
+    np.testing.assert_allclose(z, scale * pooled, rtol=1e-5)
 
 
 def test_no_name_is_taken_twice():

@@ -24,12 +24,10 @@ def layer(module):
 
 
 def imported(tree):
-    """The modules that a file imports when it is run, wherever it does."""
+    """The modules that a file imports anywhere, also for types alone."""
     nodes = [tree]
     while nodes:
         node = nodes.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            continue
         if isinstance(node, ast.ImportFrom) and node.module:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         if isinstance(node, ast.Import):

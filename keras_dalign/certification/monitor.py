@@ -30,7 +30,7 @@ from keras_dalign.solving.head_solver import first_width
 from keras_dalign.solving.options import SolveOptions
 from keras_dalign.training.aligned_model import AlignedModel
 from keras_dalign.training.dalign import DAlign
-from keras_dalign.training.surgery import output_layer
+from keras_dalign.training.output_layer import output_layer
 
 if TYPE_CHECKING:
     from keras_dalign.numerics import Array, Indices

@@ -1,4 +1,9 @@
-"""The alignment head: the layer that makes a model able to fit any labels."""
+"""The alignment head: the output layer that makes a model able to fit any labels.
+
+A Keras layer is one class, so this file is long: the state of both phases is here.
+Pure functions of the head have files of their own: `gate_initialization`,
+`feature_normalization` and `saved_state`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,30 @@ import numpy as np
 from keras import ops
 
 from keras_dalign import compat
+from keras_dalign.head.feature_normalization import (
+    normalize_exactly,
+    scale_to_length,
+    standardize,
+)
+from keras_dalign.head.gate_initialization import (
+    check_memory,
+    explored_weights,
+    learned_gates,
+    output_signs,
+    random_gates,
+)
 from keras_dalign.head.pointwise_dense import PointwiseDense
+from keras_dalign.head.saved_state import (
+    EXPLOITING_INDEX,
+    EXPLORING_INDEX,
+    PHASE_INDEX,
+    REPLACED_INDEX,
+    UNIT_VARIABLES,
+    check_phase,
+    check_shapes,
+    read_state,
+    refuse_hdf5,
+)
 from keras_dalign.numerics.arguments import (
     choice,
     flag,
@@ -20,26 +48,16 @@ from keras_dalign.numerics.arguments import (
     shown,
 )
 from keras_dalign.numerics.default_width import default_width
-from keras_dalign.numerics.memory import free_gib
 
 EXPLORING = "exploring"
 EXPLOITING = "exploiting"
 PHASES = (EXPLORING, EXPLOITING)
-# What the saved index of the phase says beside it: that gated units take the place of
-# the output layer.
-_REPLACED = 2
-# Where the sigmoid of an always-open gate is 1 in every dtype.
-_OPEN = 40.0
 GATES = ("random", "learned")
 
-# The variables of the gated units.
-_UNITS = ("bias", "q", "r", "w")
-# The head's own variables in the order of Keras: trainable ones first.
-_OWN = ("bias", "q", "phase_index", "r", "w")
+# The head's own variables in the order of Keras's `weights`: trainable ones first.
+_WEIGHT_ORDER = ("bias", "q", PHASE_INDEX, "r", "w")
 # Rows that are converted to float64 at once.
 _ROWS_AT_ONCE = 8192
-
-_ATTRIBUTES = {"phase_index": "_phase_index"}
 
 
 @keras.saving.register_keras_serializable(package="keras_dalign")
@@ -58,41 +76,43 @@ class AlignmentHead(keras.layers.Layer):
 
     - *exploring*. With `gates="random"` the head **is** the linear layer
       `a . z + b0`; there are no gated units yet. With `gates="learned"` there is no
-      linear layer and the gates are tied to the units (`r = q`), which makes every
-      unit `t * s(slope * t)`; `q` and `b` are trained like any other weight.
-    - *exploiting*. The gates `r` are frozen and only `q` and `b` are trained.
-      The output is then linear in what is trained and the training problem is
-      convex. With `replace_dense` the units take the place of the linear layer
-      (`a = b0 = 0`), and the first gate is always open (`s = w = 1`): a linear layer
-      on `v`, which is trained, too. An L2 term then holds all of the last layer.
+      linear layer, and the gates equal the units' weights (`r = q`). Every unit is
+      then `t * s(slope * t)` with `t = q . v`, and `q` and `b` are trained like any
+      other weight.
+    - *exploiting*. The gates `r` are frozen and only `q` and `b` are trained. The
+      output is linear in them, so the training problem is convex. With
+      `replace_dense` the units replace the linear layer (`a = b0 = 0`), and the first
+      gate is always open (`s = w = 1`). Its unit is a linear layer on `v`, which is
+      trained with the others. An L2 term then covers the whole last layer.
 
-    The step from the first to the second is `start_exploiting`, which
-    `AlignedModel` calls at the switch. In a model of another kind, freeze everything
-    else yourself (`head.dense` included), and compile the model again whenever the
-    phase has changed, also by loading weights: compiled functions are of one phase.
+    `start_exploiting` goes from the first phase to the second; `AlignedModel` calls it
+    at the switch. In a model of another kind, freeze all other weights yourself
+    (`head.dense` included). Compile the model again whenever the phase has changed,
+    also by loading weights: a compiled function is valid in one phase only.
 
-    What is promised depends on the number of gated units, `width`:
+    The number of gated units, `width`, decides what is guaranteed:
 
-    - *Any labels can be fitted.* For almost every `r` every label vector is reached
-      if features are distinct, no more than `width * k` samples lie in any subspace of
-      `k` dimensions (for all of them: `width * d >= n`), and every sample has an open
-      gate. The default width, `numerics.default_width`, gives this promise, and
-      exploitation without an L2 term needs it.
+    - *Any labels can be fitted.* For almost every `r` the head reaches every label
+      vector if features are distinct, at most `width * k` samples lie in any subspace
+      of `k` dimensions (for all samples: `width * d >= n`), and every sample has an
+      open gate. The default width, `numerics.default_width`, is large enough.
+      Exploitation without an L2 term needs it.
     - *The optimum with an L2 term is certified* at every width, since the problem is
       strongly convex. The solver then chooses a smaller width by held-out samples.
 
-    Memory: `d * units * width` numbers for `q`, `d * width` for shared gates, and in
-    the forward pass `batch * units * width`.
+    Memory: `d * units * width` numbers for `q`, `d * width` for shared gates, and
+    `batch * units * width` in the forward pass.
 
     Args:
         units: Positive int, number of outputs (classes; 1 for binary problems).
         width: Number of gated units per output. By default it is chosen when the gates
-            are set: `ceil(2 * n_samples / (p + 1))`, but enough gates that one is open
-            for every sample; the solver chooses a smaller one with an L2 term.
+            are set: `ceil(2 * n_samples / (p + 1))`, or more where fewer could leave a
+            sample without an open gate. With an L2 term the solver chooses a smaller
+            one.
         n_samples: Number of training samples that the head must be able to fit.
             Needed unless `width` is given.
-        gates: `"random"` (gates are drawn at the switch) or `"learned"` (gates
-            are the units' own weights, frozen at the switch).
+        gates: `"random"` (gates are drawn at the switch) or `"learned"` (gates are
+            the units' weights, frozen at the switch).
         slope: Positive float, slope of the gate's sigmoid. Steep gates condition
             the exploitation problem better.
         share_gates: Whether all outputs have the same random gates, `r_k` instead of
@@ -101,12 +121,11 @@ class AlignmentHead(keras.layers.Layer):
         seed: Int that determines gates, signs and noise, the same on every
             backend. Defaults to a value derived from Python's global random
             state, which is left as it was.
-        dense: The `keras.layers.Dense` to take over as linear part
+        dense: The `keras.layers.Dense` to use as the linear part
             (`gates="random"` only); its activation is ignored. Or a
-            `PointwiseDense`, to take over a convolution. Defaults to a fresh
-            `Dense`.
+            `PointwiseDense`, which wraps a convolution. Defaults to a new `Dense`.
         output_dtype: String, dtype of the logits. Defaults to the dtype that the head
-            computes in, which is a half-precision one under mixed precision.
+            computes in, which is half precision under mixed precision.
         **kwargs: Keyword arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -150,7 +169,8 @@ class AlignmentHead(keras.layers.Layer):
                 "Received: n_samples=None, width=None. Pass `n_samples=len(x)`, or "
                 "a `width`."
             )
-        self._requested_width = None if width is None else integer("width", width)
+        # The width given to the constructor, if any.
+        self.requested_width = None if width is None else integer("width", width)
         self.gates = choice("gates", gates, GATES)
         self.slope = number("slope", slope, "a positive number", lambda v: v > 0)
         self.share_gates = flag("share_gates", share_gates) and gates == "random"
@@ -179,8 +199,8 @@ class AlignmentHead(keras.layers.Layer):
         self.output_dtype = keras.backend.standardize_dtype(
             output_dtype or self.compute_dtype
         )
-        # Statistics move by a tenth per batch while learned gates explore; at the
-        # switch they are replaced by those of the whole training set.
+        # While learned gates explore, these are moving averages. The switch sets them
+        # to the statistics of the whole training set.
         self.standardize = keras.layers.BatchNormalization(
             momentum=0.9,
             epsilon=1e-6,
@@ -193,13 +213,14 @@ class AlignmentHead(keras.layers.Layer):
         self.r: Any = None
         self.w: Any = None
         self.bias: Any = None
-        # How often units were made or removed: a step compiled before is of others.
+        # How often units were created or removed. A function compiled before uses
+        # variables that are gone.
         self.generation = 0
-        self._replaced = False
-        # Why the last units that were to be loaded were not.
-        self._refusal: str | None = None
+        self._replaces_dense = False
         self._phase = EXPLORING
-        # As Dense: a mask of the features is one of the logits, and of the loss.
+        # Why the last load failed, if it did.
+        self._load_error: str | None = None
+        # As in Dense: the mask of the features applies to the logits and the loss.
         self.supports_masking = True
 
     def build(self, input_shape: Any) -> None:
@@ -231,10 +252,8 @@ class AlignmentHead(keras.layers.Layer):
             autocast=False,
         )
         if self.gates == "learned":
-            self._make_units(self.default_width())
-            rng = np.random.default_rng([self.seed, 0])
-            q = rng.standard_normal(self.q.shape)
-            self.q.assign(q / math.sqrt(self.dim))
+            self._create_units(self.default_width())
+            self.q.assign(explored_weights(self.q.shape, self.seed))
         self.built = True
         self._set_trainable()
 
@@ -243,50 +262,44 @@ class AlignmentHead(keras.layers.Layer):
         """Number of gated units per output; None while there are none."""
         return None if self.q is None else int(self.q.shape[2])
 
-    @property
-    def requested_width(self) -> int | None:
-        """The width that was asked for, if any."""
-        return self._requested_width
-
     def default_width(self) -> int:
-        """The width that was asked for, or one that can fit any labels."""
-        if self._requested_width is not None:
-            return self._requested_width
+        """The width given to the constructor, or one that can fit any labels."""
+        if self.requested_width is not None:
+            return self.requested_width
         return default_width(int(self.n_samples or 1), self.dim, self.slope)
 
-    def _make_units(self, width: int) -> None:
-        """Creates the variables of `width` gated units, in place of any there are."""
-        _check_memory(self.dim, self.units, width)
-        groups = 1 if self.share_gates else self.units
-        self.generation += 1
-        with compat.new_variables(self, [self.q, self.r, self.w, self.bias]):
-            self.bias = self.add_weight(
-                name="bias", shape=(self.units,), initializer="zeros", trainable=True
-            )
-            self.q = self.add_weight(
-                name="q",
-                shape=(self.dim, self.units, width),
-                initializer="zeros",
-                trainable=True,
-            )
-            self.r = self.add_weight(
-                name="r",
-                shape=(self.dim, groups, width),
-                initializer="zeros",
-                trainable=False,
-            )
-            self.w = self.add_weight(
-                name="w",
-                shape=(groups, width),
-                initializer="zeros",
-                trainable=False,
-            )
-        self.w.assign(self._signs(width) / math.sqrt(width))
+    @property
+    def _groups(self) -> int:
+        """Number of sets of gates: 1 if outputs share them, else one per output."""
+        return 1 if self.share_gates else self.units
 
-    def _drop_units(self) -> None:
+    def _unit_shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the gated units' variables, in the order of their creation."""
+        return {
+            "bias": (self.units,),
+            "q": (self.dim, self.units, width),
+            "r": (self.dim, self._groups, width),
+            "w": (self._groups, width),
+        }
+
+    def _create_units(self, width: int) -> None:
+        """Creates the variables of `width` gated units, and removes the old ones."""
+        check_memory(self.dim, self.units, width)
+        self.generation += 1
+        with compat.new_variables(self, self.units_variables):
+            for name, shape in self._unit_shapes(width).items():
+                trained = name in {"bias", "q"}
+                variable = self.add_weight(
+                    name=name, shape=shape, initializer="zeros", trainable=trained
+                )
+                setattr(self, name, variable)
+        signs = output_signs(width, self._groups, self.seed)
+        self.w.assign(signs / math.sqrt(width))
+
+    def _remove_units(self) -> None:
         """Removes the variables of the gated units."""
         self.generation += 1
-        with compat.new_variables(self, [self.q, self.r, self.w, self.bias]):
+        with compat.new_variables(self, self.units_variables):
             self.q = self.r = self.w = self.bias = None
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
@@ -297,14 +310,14 @@ class AlignmentHead(keras.layers.Layer):
             return self._linear(linear)
         v = self.normalize(gated, training=bool(training) and exploring)
         t = _project(v, self.q)
-        # Shared gates, (batch, 1, width), stand for those of every output.
+        # Shared gates, (batch, 1, width), are broadcast over the outputs.
         gate = ops.sigmoid(self.slope * (t if exploring else _project(v, self.r)))
         # Half-precision sums over a thousand units would lose the small ones.
         dtype = keras.backend.result_type(t.dtype, "float32")
         units = ops.cast(gate * t, dtype) * ops.cast(self.w, dtype)
         outputs = ops.sum(units, axis=-1) + ops.cast(self.bias, dtype)
         outputs = ops.cast(outputs, self.output_dtype)
-        if self.dense is not None and not self._replaced:
+        if self.dense is not None and not self._replaces_dense:
             outputs = self._linear(linear) + outputs
         return outputs
 
@@ -318,24 +331,15 @@ class AlignmentHead(keras.layers.Layer):
         Returns:
             `[sqrt(p) * u / ||u||, 1]`, shape `(batch, p + 1)`.
         """
-        p = self.dim - 1
-        features = ops.reshape(features, (-1, p))
+        features = ops.reshape(features, (-1, self.dim - 1))
         dtype = keras.backend.result_type(self.compute_dtype, "float32")
         if self._phase == EXPLORING:
-            # A call of the layer, whose statistics may be looked at and set anew.
+            # The layer is called, so that `reestimate_batch_norm` can set its
+            # statistics.
             u = ops.cast(self.standardize(features, training=training), dtype)
         else:
-            # Batch normalisation computes x / s - mean / s, which cancels where a
-            # feature varies little around a large mean.
-            moments = (self.standardize.moving_mean, self.standardize.moving_variance)
-            mean, variance = (ops.cast(moment, dtype) for moment in moments)
-            u = ops.cast(features, dtype) - mean
-            u = u * ops.rsqrt(variance + self.standardize.epsilon)
-        square = ops.sum(ops.square(u), axis=-1, keepdims=True)
-        # A sample whose features are all at their mean maps to [0, ..., 0, 1].
-        u = u * (math.sqrt(p) * ops.rsqrt(ops.maximum(square, 1e-12)))
-        u = ops.concatenate([u, ops.ones_like(u[:, :1])], axis=-1)
-        return ops.cast(u, self.compute_dtype)
+            u = standardize(features, self.standardize, dtype)
+        return ops.cast(scale_to_length(u), self.compute_dtype)
 
     def normalize_exactly(
         self,
@@ -346,29 +350,19 @@ class AlignmentHead(keras.layers.Layer):
 
         Args:
             features: Array `(n, ...)`.
-            moments: Mean and variance `(p,)` to standardise by; those that the head
-                holds by default.
+            moments: Mean and variance `(p,)` to standardise by. Default: those of the
+                head.
 
         Returns:
             Array `(n, p + 1)`, float64.
         """
         mean, variance = self.standardisation() if moments is None else moments
-        u = np.asarray(features, dtype="float64").reshape(len(features), -1)
-        u = (u - mean) / np.sqrt(variance + self.standardize.epsilon)
-        square = np.sum(u**2, axis=1, keepdims=True)
-        u *= np.sqrt(u.shape[1] / np.maximum(square, 1e-12))
-        return np.concatenate([u, np.ones((len(u), 1))], axis=1)
+        return normalize_exactly(features, mean, variance, self.standardize.epsilon)
 
     def standardisation(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and variance that features are standardised by, `(p,)`, float64."""
-        mean, variance = (
-            ops.convert_to_numpy(moment).astype("float64")
-            for moment in (
-                self.standardize.moving_mean,
-                self.standardize.moving_variance,
-            )
-        )
-        return mean, variance
+        layer = self.standardize
+        return _float64(layer.moving_mean), _float64(layer.moving_variance)
 
     def linear_part(self, z: np.ndarray) -> np.ndarray:
         """`a . z + b0` in NumPy float64.
@@ -377,17 +371,17 @@ class AlignmentHead(keras.layers.Layer):
             z: The output layer's features, shape `(n, p)`.
 
         Returns:
-            Array `(n, units)`; 0 without a linear part, or where it is replaced.
+            Array `(n, units)`; zeros if there is no linear part or it is replaced.
         """
         outputs = np.zeros((len(z), self.units))
-        if self.dense is None or self._replaced:
+        if self.dense is None or self._replaces_dense:
             return outputs
-        kernel = ops.convert_to_numpy(self.dense.kernel).astype("float64")
+        kernel = _float64(self.dense.kernel)
         for start in range(0, len(z), _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
             outputs[rows] = np.asarray(z[rows], "float64") @ kernel
         if self.dense.bias is not None:
-            outputs += ops.convert_to_numpy(self.dense.bias).astype("float64")
+            outputs += _float64(self.dense.bias)
         return outputs
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:  # noqa: ARG002
@@ -403,7 +397,7 @@ class AlignmentHead(keras.layers.Layer):
                 f"'{self.dense.name}' with "
                 f"quantization_mode={self.dense.quantization_mode}"
             )
-        # What Dense.call does, less its activation: aligned models end in logits.
+        # As Dense.call, but without its activation: aligned models end in logits.
         z = ops.matmul(z, self.dense.kernel)
         if self.dense.bias is not None:
             z = ops.add(z, self.dense.bias)
@@ -426,7 +420,7 @@ class AlignmentHead(keras.layers.Layer):
 
     @property
     def inactive_variables(self) -> list[keras.Variable]:
-        """The variables that the current phase does not compute with."""
+        """The variables that the current phase does not use."""
         if self._phase == EXPLOITING:
             return [self._phase_index]
         if self.gates == "learned":
@@ -442,8 +436,8 @@ class AlignmentHead(keras.layers.Layer):
 
     @property
     def replaces_dense(self) -> bool:
-        """Whether gated units have taken the place of the output layer."""
-        return self._replaced
+        """Whether gated units replace the output layer."""
+        return self._replaces_dense
 
     def start_exploiting(
         self,
@@ -451,18 +445,18 @@ class AlignmentHead(keras.layers.Layer):
         width: int | None = None,
         replace_dense: bool = False,
     ) -> None:
-        """Sets and freezes the gates; from here on only `q` and `b` are trained.
+        """Sets and freezes the gates; afterwards only `q` and `b` are trained.
 
-        Random gates are drawn from N(0, I / d), and `q = b = 0`: the function of the
-        head does not change, unless the output layer is replaced, which makes it 0.
-        Learned gates are set to `q` after Gaussian noise is added to it.
+        Random gates are drawn from N(0, I / d), and `q = b = 0`. The head's function
+        does not change, unless the output layer is replaced: it is 0 then. Learned
+        gates are set to `q` after Gaussian noise is added to it.
 
         Args:
             noise: Non-negative float, standard deviation of the noise for learned
                 gates in units of `q`'s root mean square.
             width: Positive int, number of random gates, instead of the default.
-            replace_dense: Whether gated units take the place of the output layer, for
-                random gates. The first of them is always open then.
+            replace_dense: Whether gated units replace the output layer, for random
+                gates. The first gate is then always open.
 
         Raises:
             ValueError: If the head is unbuilt or exploiting already, or if an argument
@@ -482,20 +476,20 @@ class AlignmentHead(keras.layers.Layer):
             )
         if self.gates == "random":
             width = self.default_width() if width is None else integer("width", width)
-            self._replaced = replace_dense
+            self._replaces_dense = replace_dense
             self.set_width(width)
         else:
             self.q.assign(self.gates_at_switch(noise)[0])
-            # As q holds them, which may be rounded.
+            # As `q` holds them, rounded to its dtype.
             self.r.assign(ops.convert_to_numpy(self.q))
-        index = _REPLACED if self._replaced else PHASES.index(EXPLOITING)
+        index = REPLACED_INDEX if self._replaces_dense else EXPLOITING_INDEX
         self._phase_index.assign(index)
         self.sync_phase()
 
     def keep_dense(self) -> None:
-        """Goes back to the output layer and `q = b = 0`: the function before."""
+        """Restores the output layer and sets `q = b = 0`: the function before."""
         self.generation += 1
-        self._phase_index.assign(PHASES.index(EXPLOITING))
+        self._phase_index.assign(EXPLOITING_INDEX)
         self.sync_phase()
         for variable in self.exploited_variables:
             variable.assign(np.zeros(variable.shape))
@@ -503,8 +497,8 @@ class AlignmentHead(keras.layers.Layer):
     def set_width(self, width: int) -> None:
         """Draws `width` random gates and sets `q = b = 0`.
 
-        Gates are nested: the first of them are the same at every width. Where units
-        replace the output layer, the first one is always open.
+        Gates are nested: the first ones are the same at every width. Where units
+        replace the output layer, the first gate is always open.
 
         Args:
             width: Positive int.
@@ -518,16 +512,15 @@ class AlignmentHead(keras.layers.Layer):
                 "The width of learned gates is set when the head is built. Received: "
                 f"width={width}"
             )
-        self._make_units(integer("width", width))
+        self._create_units(integer("width", width))
         r, w = self.gates_at_switch(width=width)
         self.r.assign(r)
         self.w.assign(w)
         self._set_trainable()
 
     def gates_in_use(self) -> tuple[np.ndarray, np.ndarray]:
-        """`r` and `w` as they are, float64; shapes as those of `gates_at_switch`."""
-        r, w = (ops.convert_to_numpy(v).astype("float64") for v in (self.r, self.w))
-        return r, w
+        """The current `r` and `w`, float64; shapes as in `gates_at_switch`."""
+        return _float64(self.r), _float64(self.w)
 
     def gates_at_switch(
         self,
@@ -540,7 +533,7 @@ class AlignmentHead(keras.layers.Layer):
         Args:
             noise: See `start_exploiting`.
             width: Number of random gates, instead of the default.
-            replace_dense: See `start_exploiting`; by default as the head has it.
+            replace_dense: See `start_exploiting`. Default: as in the head's state.
 
         Returns:
             Gates `r` and output weights `w`, float64, of shapes `(d, units, width)` and
@@ -549,41 +542,28 @@ class AlignmentHead(keras.layers.Layer):
         Raises:
             MemoryError: If they do not fit into memory.
         """
-        rng = np.random.default_rng([self.seed, 1])
         if self.gates == "learned":
-            q = np.asarray(ops.convert_to_numpy(self.q), dtype="float64")
-            r = q + noise * np.sqrt(np.mean(q**2)) * rng.standard_normal(q.shape)
-            return r, ops.convert_to_numpy(self.w).astype("float64")
-        width = width or self.default_width()
-        groups = 1 if self.share_gates else self.units
-        _check_memory(self.dim, groups, width)
-        replaced = self._replaced if replace_dense is None else replace_dense
-        drawn = width - replaced
-        # Unit by unit, so that the first ones are the same at every width.
-        r = rng.standard_normal((drawn, self.dim, groups)).transpose(1, 2, 0)
-        r /= math.sqrt(self.dim)
-        w = self._signs(drawn) / math.sqrt(max(drawn, 1))
-        if replaced:
-            opened = np.zeros((self.dim, groups, 1))
-            opened[-1] = _OPEN / self.slope
-            r = np.concatenate([opened, r], axis=2)
-            w = np.concatenate([np.ones((groups, 1)), w], axis=1)
-        return r, w
-
-    def _signs(self, width: int) -> np.ndarray:
-        """Signs of the output weights, shape `(units or 1, width)`, nested as gates."""
-        groups = 1 if self.share_gates else self.units
-        rng = np.random.default_rng([self.seed, 3])
-        return rng.choice([-1.0, 1.0], size=(width, groups)).T
+            return learned_gates(_float64(self.q), noise, self.seed), _float64(self.w)
+        return random_gates(
+            self.dim,
+            self._groups,
+            width or self.default_width(),
+            slope=self.slope,
+            seed=self.seed,
+            first_open=(
+                self._replaces_dense if replace_dense is None else replace_dense
+            ),
+        )
 
     def sync_phase(self) -> None:
-        """Makes the phase that of the saved weights (after they were assigned)."""
+        """Sets the phase to that of the phase variable, after it was assigned."""
         index = int(ops.convert_to_numpy(self._phase_index))
-        self._phase = EXPLORING if index == 0 else EXPLOITING
-        self._replaced = index == _REPLACED
+        self._phase = EXPLORING if index == EXPLORING_INDEX else EXPLOITING
+        self._replaces_dense = index == REPLACED_INDEX
         self._set_trainable()
 
     def _set_trainable(self) -> None:
+        """Passes the head's `trainable` on to the variables of exploitation."""
         for variable in self.exploited_variables:
             variable.trainable = self._trainable
 
@@ -607,37 +587,35 @@ class AlignmentHead(keras.layers.Layer):
             **config,
             "phase": self._phase,
             "width": self.width,
-            "replace_dense": self._replaced,
+            "replace_dense": self._replaces_dense,
         }
 
     def build_from_config(self, config: dict[str, Any]) -> None:
-        """Builds a head in the phase of the saved one.
+        """Builds the head in the phase in which it was saved.
 
-        A model that is loaded builds its optimizer before it loads weights: what is
-        trained must be known by then.
+        Keras builds the optimizer of a loaded model before it loads the weights, so the
+        trainable variables must exist by then.
         """
         config = dict(config)
         phase = config.pop("phase", EXPLORING)
         replaced = config.pop("replace_dense", False)
-        old = "width" not in config
+        is_version_010 = "width" not in config
         width = config.pop("width", None)
         super().build_from_config(config)
-        if old:
-            # Version 0.1.0 had units in both phases, and this default.
-            width = self._requested_width or -(
-                -2 * int(self.n_samples or 1) // self.dim
-            )
+        if is_version_010:
+            # It had units in both phases, and this default width.
+            width = self.requested_width or -(-2 * int(self.n_samples or 1) // self.dim)
         if self.gates == "learned" and width != self.width:
-            self._make_units(width)
+            self._create_units(width)
         if phase == EXPLOITING:
             self.start_exploiting(width=width, replace_dense=replaced)
 
     def save_own_variables(self, store: Any) -> None:
         """Saves the phase and, if there are any, the gated units."""
-        for name in ("phase_index", *_UNITS):
-            variable = getattr(self, _ATTRIBUTES.get(name, name))
-            if variable is not None:
-                store[name] = ops.convert_to_numpy(variable)
+        store[PHASE_INDEX] = ops.convert_to_numpy(self._phase_index)
+        if self.q is not None:
+            for name in UNIT_VARIABLES:
+                store[name] = ops.convert_to_numpy(getattr(self, name))
 
     def load_own_variables(self, store: Any) -> None:
         """Loads the phase and the gated units; random gates of any width.
@@ -647,61 +625,53 @@ class AlignmentHead(keras.layers.Layer):
                 Files of version 0.1.0, whose names are numbers, are read, too.
 
         Raises:
-            ValueError: If they are those of another head, which is left as it was.
+            ValueError: If they are those of another head; this one is not changed.
         """
-        found = {name: np.asarray(store[name]) for name in store.keys()}  # noqa: SIM118
-        if not found:
-            # Keras comes back with nothing after a failure: that one is to be told.
-            raise ValueError(self._refusal or "No variables of a head were found.")
-        if "phase_index" not in found:
-            found = _named(found)
-        index = int(found["phase_index"])
-        if index not in {*range(len(PHASES)), _REPLACED}:
-            self._refusal = (
-                f"The saved phase of a head must be from 0 to {_REPLACED}. Received: "
-                f"{index}. The file is damaged, or of a later version."
-            )
-            raise ValueError(self._refusal)
-        if index == PHASES.index(EXPLORING) and self.gates == "random":
-            if self.q is not None:
-                self._drop_units()
-        else:
-            self._check_units(found)
+        if not store.keys():
+            # After a failure Keras calls again with an empty store. The error that it
+            # finally raises should be the first one.
+            raise ValueError(self._load_error or "No variables of a head were found.")
+        found = read_state(store)
+        index = int(found[PHASE_INDEX])
+        has_units = index != EXPLORING_INDEX or self.gates == "learned"
+        try:
+            check_phase(index)
+            if has_units:
+                self._check_units(found)
+        except ValueError as error:
+            self._load_error = str(error)
+            raise
+        self._load_error = None
+        if has_units:
             width = found["q"].shape[2]
             if width != self.width:
-                self._make_units(width)
-            for name in _UNITS:
+                self._create_units(width)
+            for name in UNIT_VARIABLES:
                 getattr(self, name).assign(found[name])
+        elif self.q is not None:
+            self._remove_units()
         self._phase_index.assign(index)
         self.sync_phase()
 
     def _check_units(self, found: dict[str, np.ndarray]) -> None:
-        """Refuses units whose shapes are not those of this head."""
-        groups = 1 if self.share_gates else self.units
-        shapes = {name: array.shape for name, array in found.items() if name in _UNITS}
-        width = shapes.get("q", (0,))[-1] if self.gates == "random" else self.width
-        wanted = {
-            "q": (self.dim, self.units, width),
-            "r": (self.dim, groups, width),
-            "w": (groups, width),
-            "bias": (self.units,),
-        }
-        self._refusal = None
-        if shapes != wanted:
-            self._refusal = (
-                "The saved units are those of another head. This one has shapes "
-                f"{wanted}, with gates='{self.gates}' and share_gates="
-                f"{self.share_gates}. Received: {shapes}. Align as it was done when "
-                "they were saved; heads of version 0.1.0 have share_gates=False."
-            )
-            raise ValueError(self._refusal)
+        """Refuses saved units whose shapes are not those of this head."""
+        width = self.width
+        if self.gates == "random":
+            # Any width can be loaded.
+            width = found["q"].shape[-1] if "q" in found else 0
+        check_shapes(
+            found,
+            self._unit_shapes(width or 0),
+            gates=self.gates,
+            share_gates=self.share_gates,
+        )
 
     def set_weights(self, weights: list[Any]) -> None:
         """Sets the head's weights and, with them, its phase and width."""
         self.set_weights_of(self, weights)
 
     def set_weights_of(self, owner: keras.Layer, weights: list[Any]) -> None:
-        """Sets the weights of a layer that holds this head, in any phase.
+        """Sets the weights of a layer that contains this head, in any phase.
 
         Args:
             owner: The layer, or the head itself.
@@ -709,12 +679,13 @@ class AlignmentHead(keras.layers.Layer):
                 units, or without them.
 
         Raises:
-            ValueError: If number or shapes do not fit; nothing is changed then.
+            ValueError: If number or shapes do not fit; nothing is changed.
         """
         own = {id(v) for v in [self._phase_index, *self.units_variables]}
         places = [i for i, w in enumerate(owner.weights) if id(w) in own]
         others = [w for w in owner.weights if id(w) not in own]
-        names = _OWN if len(weights) == len(others) + len(_OWN) else ("phase_index",)
+        with_units = len(weights) == len(others) + len(_WEIGHT_ORDER)
+        names = _WEIGHT_ORDER if with_units else (PHASE_INDEX,)
         begin, end = places[0], places[0] + len(names)
         values = [*weights[:begin], *weights[end:]]
         shapes = [tuple(np.shape(value)) for value in values]
@@ -722,8 +693,9 @@ class AlignmentHead(keras.layers.Layer):
         if shapes != wanted:
             raise ValueError(
                 f"The weights are not those of '{owner.name}', whose shapes are "
-                f"{wanted}, and {len(_OWN)} of the head at {begin} (1 while random "
-                f"gates explore). Received: {[np.shape(weight) for weight in weights]}"
+                f"{wanted}, and {len(_WEIGHT_ORDER)} of the head at {begin} (1 while "
+                "random gates explore). Received: "
+                f"{[np.shape(weight) for weight in weights]}"
             )
         self.load_own_variables(dict(zip(names, weights[begin:end], strict=True)))
         for variable, value in zip(others, values, strict=True):
@@ -745,15 +717,15 @@ class AlignmentHead(keras.layers.Layer):
             The arguments.
 
         Raises:
-            ValueError: If Keras asks to write the legacy HDF5 format, which has no
-                place for the phase.
+            ValueError: If Keras writes the legacy HDF5 format, which cannot store the
+                phase.
         """
         if compat.saves_as_hdf5():
             refuse_hdf5()
         config = super().get_config()
         config.update(
             units=self.units,
-            width=self._requested_width,
+            width=self.requested_width,
             n_samples=self.n_samples,
             gates=self.gates,
             slope=self.slope,
@@ -774,28 +746,9 @@ class AlignmentHead(keras.layers.Layer):
         return cls(**config)
 
 
-def _named(numbered: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The variables of a file of version 0.1.0 by name."""
-    names = {str(i): name for i, name in enumerate((*_UNITS, "phase_index"))}
-    if set(numbered) != set(names):
-        raise ValueError(
-            "The saved variables are not those of an alignment head. Received: "
-            f"{sorted(numbered)}"
-        )
-    return {names[number]: array for number, array in numbered.items()}
-
-
-def _check_memory(d: int, units: int, width: int) -> None:
-    """Refuses units that cannot fit before anything is allocated."""
-    gib = 4 * 2 * d * units * width / 2**30
-    free = free_gib()
-    if free is not None and gib > free:
-        raise MemoryError(
-            f"The gated units would take {gib:.3g} GiB, of {free:.3g} GiB that are "
-            f"free: d * units * width = {d} * {units} * {width} weights, and as much "
-            "again to train them. Pass a smaller `width` or the true number of "
-            "samples, or solve with an L2 term, which needs a small width."
-        )
+def _float64(variable: Any) -> np.ndarray:
+    """The value of a variable as a float64 array."""
+    return ops.convert_to_numpy(variable).astype("float64")
 
 
 def _project(v: Any, weights: Any) -> Any:
@@ -806,6 +759,7 @@ def _project(v: Any, weights: Any) -> Any:
 
 
 def _split(inputs: Any) -> tuple[Any, Any]:
+    """The features of the linear part, and those of the gated units."""
     if isinstance(inputs, (list, tuple)):
         linear, gated = inputs
         return linear, gated
@@ -813,21 +767,8 @@ def _split(inputs: Any) -> tuple[Any, Any]:
 
 
 def _split_shapes(input_shape: Any) -> tuple[Any, Any]:
+    """The shapes of the features of the linear part and of the gated units."""
     if isinstance(input_shape[0], (list, tuple)):
         linear, gated = input_shape
         return linear, gated
     return input_shape, input_shape
-
-
-def refuse_hdf5() -> None:
-    """Refuses to save a whole model in Keras's legacy format.
-
-    Raises:
-        ValueError: Always.
-    """
-    raise ValueError(
-        "A model with an alignment head cannot be saved in the legacy HDF5 format, "
-        "which has no place for its phase and would not load. Received: a `filepath` "
-        "that ends in .h5 or .hdf5. Save the model as 'model.keras', or its weights as "
-        "'model.weights.h5'."
-    )

@@ -1,11 +1,10 @@
-"""A batch normalised by its own mean and variance, in as few looks as the backend can.
+"""Batch normalisation by the batch's mean and variance, in few passes over memory.
 
-Mean, variance and normalisation cost three looks at an activation, where inference has
-one. On the processor, TensorFlow has a kernel for the three of them, and PyTorch needs
-two looks if what is centred for the variance is normalised in place. XLA fuses what the
-formula below says. All of them subtract the mean before they square: `E[x^2] - E[x]^2`
-cancels in single precision, and has no digit right where the mean is 1,000 standard
-deviations.
+Mean, variance and normalisation take three passes over an activation; inference takes
+one. On CPUs, TensorFlow has one kernel for all three. PyTorch takes two passes if the
+centred values are normalised in place. XLA fuses the plain formula. All of them
+subtract the mean before they square: `E[x^2] - E[x]^2` cancels in single precision, and
+has no correct digit where the mean is 1,000 standard deviations.
 """
 
 from __future__ import annotations
@@ -26,17 +25,17 @@ _BLOCK_ROWS = 4096
 def moments_and_normalized(
     layer: BatchNormalization, x: Any, mask: Any
 ) -> tuple[Moments, Any]:
-    """What `BatchNormalization` computes in training, and the moments it computes with.
+    """The output of `BatchNormalization` in training, and the moments that it uses.
 
     Args:
         layer: The layer, for its axis, epsilon, scale and offset.
         x: Its input, float32 or float64.
-        mask: Which samples and steps count, of the shape of `x` less its last axis; or
-            None.
+        mask: True where samples and steps count, of the shape of `x` without its last
+            axis; or None.
 
     Returns:
-        Count `()`, mean and population variance `(channels,)`, the two latter arbitrary
-        where the count is 0; and `x` normalised by them.
+        Count `()`, mean and population variance `(channels,)`, and `x` normalised by
+        them. Mean and variance are arbitrary where the count is 0.
     """
     axes = [axis for axis in range(len(x.shape)) if axis != layer.axis % len(x.shape)]
     count = math.prod(ops.shape(x)[axis] for axis in axes)
@@ -78,8 +77,8 @@ def normalize(layer: BatchNormalization, x: Any, mean: Any, variance: Any) -> An
 
 def has_tensorflow_kernel() -> bool:
     """Whether TensorFlow's kernel is used, which its XLA must then not compile."""
-    # XLA makes `E[x^2] - E[x]^2` of it. What cuDNN makes of it is not documented, so
-    # that on accelerators XLA is left to fuse the formula.
+    # XLA compiles it to `E[x^2] - E[x]^2`. The formula of cuDNN is not documented, so
+    # on accelerators XLA fuses the plain formula instead.
     if keras.backend.backend() != "tensorflow":
         return False
     import tensorflow as tf  # noqa: PLC0415  (only where it is the backend)
@@ -136,7 +135,7 @@ def _torch_kernel(
     centred = x.reshape(-1, channels)
     mean = centred.mean(dim=0)
     centred = centred - mean
-    # Nor do norms sum pairwise: over blocks of rows, of which the norms are summed.
+    # Norms do not sum pairwise either, so they are summed over blocks of rows.
     whole = count - count % _BLOCK_ROWS
     blocks = centred[:whole].reshape(-1, _BLOCK_ROWS, channels)
     squares = torch.linalg.vector_norm(blocks, dim=1).square().sum(dim=0)

@@ -34,22 +34,22 @@ def reestimate_batch_norm(
 ) -> int:
     """Sets the statistics of every `BatchNormalization` from the whole data.
 
-    Training keeps exponential moving averages, which after few steps (or with a
-    high momentum) are far from the statistics of the data; what the model then
-    computes in inference mode is not what was trained. Here the mean and the
-    variance of every normalisation's input are pooled over all samples, exactly
-    and in float64. Everything but batch normalisation runs in inference mode:
-    dropout is off.
+    Training keeps exponential moving averages. After few steps, or with a high
+    momentum, they are far from the statistics of the data, and the model computes
+    another function in inference mode than it was trained for. Here the mean and the
+    variance of the input of every normalisation are pooled over all samples, exactly
+    and in float64. All other layers run in inference mode: dropout is off.
 
-    In the first pass a normalisation sees what it sees in training, inputs that
-    were normalised upstream by the statistics of their batch, so that a large
-    `batch_size` is more exact. Each further pass normalises by the statistics just
-    found. The first normalisation is exact after one pass, the second one after
-    two, and so on; in practice one pass is close for all.
+    In the first pass, a normalisation gets the same inputs as in training: layers
+    before it normalise by the statistics of the batch. So a large `batch_size` is more
+    exact.
+    Each further pass normalises by the statistics of the pass before. The first
+    normalisation is exact after one pass, the second one after two, and so on. In
+    practice one pass is close for all.
 
-    Layers with `trainable=False` are left alone: they train with their moving
-    statistics, which therefore cannot be stale. So are layers that take no part in
-    what the model computes in inference mode.
+    Layers with `trainable=False` are not changed: they train with their moving
+    statistics, which cannot be out of date. Layers that the model does not use in
+    inference mode are not changed either.
 
     Args:
         model: Any built Keras model. Only moving means and variances change.
@@ -65,8 +65,8 @@ def reestimate_batch_norm(
     Raises:
         ValueError: If the model is unbuilt or exploits already, if there are no data,
             if `passes` is not a positive int, if a layer is no plain batch
-            normalisation, or if statistics come out non-finite. The model is then
-            left as it was.
+            normalisation, or if statistics come out non-finite. The model is not
+            changed then.
 
     Example:
 
@@ -96,7 +96,7 @@ def reestimate_batch_norm(
 
 
 def batch_norm_layers(model: keras.Model) -> list[BatchNormalization]:
-    """The normalisations that train by batch statistics, each once."""
+    """The layers that normalise by batch statistics in training, each once."""
     keras_model(model)
     layers: list[BatchNormalization] = []
     for layer in model._flatten_layers():
@@ -137,17 +137,17 @@ def _check_is_plain(layer: BatchNormalization) -> None:
 class _MomentsProbe(keras.Model):
     """Maps a batch to the count, mean and variance of each normalisation's input.
 
-    Being a Keras model, it is compiled by Keras on every backend. Outputs have one
-    row per call of the layer, so that the replicas of a distribution strategy come
-    out as further rows; and one array per layer, since small operations by the dozen
-    would take longer to trace than the layers themselves.
+    It is a Keras model, so Keras compiles it on every backend. Outputs have one row per
+    call of the layer; the replicas of a distribution strategy add rows. There is one
+    array per layer, since many small operations would take longer to trace than the
+    layers.
     """
 
     def __init__(
         self, model: keras.Model, layers: list[BatchNormalization], by_batch: bool
     ) -> None:
-        # TensorFlow accepts no name that begins with an underscore, as the class's.
-        # Without autocast: the model casts its inputs itself, or does not.
+        # TensorFlow accepts no name that begins with an underscore, as the default
+        # would. No autocast: the model itself decides how its inputs are cast.
         super().__init__(name="moments_probe", dtype=model.dtype_policy, autocast=False)
         self.model = model
         self.normalizations = layers
@@ -157,7 +157,7 @@ class _MomentsProbe(keras.Model):
         self.built = True
 
     def call(self, inputs: Any) -> dict[str, Any]:
-        """Runs the model in inference mode and looks at its normalisations.
+        """Runs the model in inference mode and measures its normalisations.
 
         Args:
             inputs: The model's inputs.
@@ -181,7 +181,7 @@ class _MomentsProbe(keras.Model):
 
         with _replaced_call(self.model, self.normalizations, normalized):
             self.model(inputs, training=False)
-        # A layer that is called twice has two populations, pooled as one.
+        # The inputs of all calls of a layer are pooled.
         return {
             str(index): rows[0] if len(rows) == 1 else ops.concatenate(rows, axis=0)
             for index, layer in enumerate(self.normalizations)
@@ -216,8 +216,8 @@ def _replaced_call(
 
         return call
 
-    # What a layer under keras.RematScope computes cannot be taken out of it, and
-    # without gradients there is nothing to rematerialise.
+    # Under keras.RematScope, tensors inside of a layer's call cannot be read outside.
+    # Without gradients there is nothing to rematerialise.
     remat = [
         layer for layer in model._flatten_layers() if "_remat_mode" in layer.__dict__
     ]
@@ -244,11 +244,11 @@ def _pool(
         for index, rows in batch.items():
             total = pooled.setdefault(index, [0.0, 0.0, 0.0])
             for (count,), mean, variance in zip(*rows, strict=True):
-                # A batch that is masked out, or a replica that got no samples.
+                # The whole batch is masked, or the replica got no samples.
                 if count == 0:
                     continue
                 n = total[0] + count
-                # What is not finite is found below.
+                # Values that are not finite are refused below.
                 with np.errstate(invalid="ignore", over="ignore"):
                     delta = mean - total[1]
                     total[2] = (

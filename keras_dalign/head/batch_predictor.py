@@ -17,8 +17,8 @@ class BatchPredictor:
 
     Devices and processes that share the model share the rows of each batch.
 
-    A batch that is shorter than an earlier one is filled up with its last sample, or
-    Keras would compile once more.
+    A batch that is shorter than an earlier one is padded with its last sample, since
+    Keras would compile once more for the new size.
 
     Args:
         model: The model.
@@ -59,7 +59,7 @@ class BatchPredictor:
         return array
 
     def features(self, x: Any) -> Any:
-        """What a trunk puts out: features for the head.
+        """The outputs of a trunk: features for the head.
 
         Args:
             x: Inputs of `n` samples.
@@ -79,10 +79,10 @@ class BatchPredictor:
         return features
 
     def predict(self, x: Any) -> Any:
-        """Whatever the model puts out.
+        """The outputs of a model, in any structure.
 
-        Not `keras.Model.predict`: on TensorFlow, ending its iterator takes up to half a
-        second, whatever the data.
+        It does not use `keras.Model.predict`: on TensorFlow, ending its iterator takes
+        up to half a second.
 
         Args:
             x: Inputs of `n` samples.
@@ -96,7 +96,7 @@ class BatchPredictor:
         self._rows = max(self._rows, -(-n // count) * count)
         rows = self._rows
         outputs = self._replicas.predict(self.model, _padded(x, n, rows))
-        # Other strategies of TensorFlow let every replica predict the whole batch.
+        # With other strategies of TensorFlow every replica predicts the whole batch.
         strategy = getattr(self.model, "distribute_strategy", None)
         replicas = getattr(strategy, "num_replicas_in_sync", 1)
 

@@ -1,13 +1,10 @@
-"""One view of all the data that `keras.Model.fit` accepts: batches of NumPy arrays.
+"""Checks the data that `keras.Model.fit` accepts, and reads them as NumPy batches.
 
-Arrays, `tf.data.Dataset`, `keras.utils.PyDataset`, torch `DataLoader` and generators
-come out alike. TensorFlow and PyTorch objects are recognised by name, never imported:
-the core depends on Keras and NumPy alone.
+Arrays and streams (see `streams`) give batches of the same form.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,15 +12,17 @@ import keras
 import numpy as np
 
 from keras_dalign import compat
+from keras_dalign.head.streams import (
+    check_stream,
+    describe,
+    has_base_class,
+    items,
+    take,
+)
 from keras_dalign.numerics.arguments import integer, shown
 from keras_dalign.numerics.replicas import replicas_of
 
 Batch = tuple[Any, Any | None, Any | None]
-
-_KINDS = (
-    "NumPy arrays, tensors, or nested lists, tuples or dicts of them, a "
-    "`tf.data.Dataset`, a `keras.utils.PyDataset`, a torch `DataLoader` or a generator"
-)
 
 
 def is_arrays(x: Any) -> bool:
@@ -59,7 +58,7 @@ def n_samples(x: Any, label: str = "`x`") -> int:
         raise ValueError(
             f"{label} must be made of arrays: NumPy arrays, tensors, or nested lists, "
             "tuples or dicts of them. Convert lists of numbers with `np.asarray`. "
-            f"Received: {_describe(x, label)}"
+            f"Received: {describe(x, label)}"
         )
     shapes = [tuple(leaf.shape) for leaf in keras.tree.flatten(x)]
     if not all(shapes):
@@ -93,7 +92,7 @@ def check_data(
     model: keras.Model | None = None,
     name: str = "",
 ) -> None:
-    """Checks data in any form, as far as they show without reading a stream.
+    """Checks data of any kind, without reading a stream.
 
     Args:
         x: As for `batches`.
@@ -107,8 +106,8 @@ def check_data(
         name: As for `batches`.
 
     Raises:
-        ValueError: If the arguments are no data, disagree in length, are empty, never
-            end, are of a kind or shape that does not fit, or a size is no positive int.
+        ValueError: If the arguments are no data, differ in length, are empty, never
+            end, have the wrong dtype or shape, or if a size is no positive int.
     """
     if steps is not None:
         integer(steps_name or "steps", steps)
@@ -119,26 +118,26 @@ def check_data(
             check_inputs(model, x, name)
         for key, part in (("y", y), ("sample_weight", sample_weight)):
             for leaf in [] if part is None else keras.tree.flatten(part):
-                _check_kind(leaf, _label(key, name), "float32")
+                _check_dtype(leaf, _label(key, name), "float32")
         return
     check_stream(x, steps, f"`{name or 'x'}`", steps_name)
     for key, value in (("y", y), ("sample_weight", sample_weight)):
         if value is not None:
             raise ValueError(
                 f"`{key}` cannot be passed beside a stream: include it in the batches, "
-                f"`(x, y, sample_weight)`. Received: {_describe(x, '`x`')}, {key} of "
+                f"`(x, y, sample_weight)`. Received: {describe(x, '`x`')}, {key} of "
                 f"type {type(value).__name__}"
             )
 
 
 def check_inputs(model: keras.Model, x: Any, name: str = "") -> None:
-    """Checks that arrays are what a model takes, as far as its graph tells.
+    """Checks that arrays fit the inputs of a model.
 
-    Without it, Keras fails from deep inside a compiled function, and takes the real
-    part of complex numbers in silence.
+    Keras would fail inside of a compiled function, and would drop the imaginary part of
+    complex numbers without a warning.
 
     Args:
-        model: The model. Of one that is no graph nothing is known.
+        model: The model. If it is no graph of layers, only complex numbers are refused.
         x: Arrays of shape `(n, ...)`, in a structure that the model takes.
         name: The argument that holds them, if they are no argument themselves.
 
@@ -151,20 +150,20 @@ def check_inputs(model: keras.Model, x: Any, name: str = "") -> None:
     leaves = keras.tree.flatten(x)
     if wanted is None:
         for leaf in leaves:
-            _check_kind(leaf, label, "string")
+            _check_dtype(leaf, label, "string")
         return
     if isinstance(x, dict) and all(tensor.name in x for tensor in wanted):
         leaves = [x[tensor.name] for tensor in wanted]
     if len(leaves) != len(wanted):
         if isinstance(x, dict):
-            return  # Keras picks from a dict what it needs, and says what is missing.
+            return  # Keras picks the entries it needs, and names those missing.
         names = ", ".join(f"'{tensor.name}'" for tensor in wanted)
         raise ValueError(
             f"{label} must hold one array for each input of the model: {names}. "
             f"Received: {len(leaves)} arrays for {len(wanted)} inputs"
         )
     for leaf, tensor in zip(leaves, wanted, strict=True):
-        _check_kind(leaf, label, str(tensor.dtype))
+        _check_dtype(leaf, label, str(tensor.dtype))
         given, shape = tuple(leaf.shape), tuple(tensor.shape)
         if not _fits(given, shape):
             sizes = ["any" if size is None else str(size) for size in shape[1:]]
@@ -176,7 +175,7 @@ def check_inputs(model: keras.Model, x: Any, name: str = "") -> None:
 
 
 def _check_lengths(x: Any, y: Any, sample_weight: Any, name: str) -> None:
-    """Refuses parts that are no arrays, empty, or of different numbers of samples."""
+    """Refuses parts that are no arrays, empty, or of different lengths."""
     n = n_samples(x, _label("x", name))
     for key, part in (("y", y), ("sample_weight", sample_weight)):
         if part is not None and n_samples(part, _label(key, name)) != n:
@@ -189,8 +188,8 @@ def _check_lengths(x: Any, y: Any, sample_weight: Any, name: str) -> None:
 
 
 def _fits(given: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
-    """Whether Keras takes an array for an input, the batch axis aside."""
-    # Keras adds a last axis of length 1 where it is missing, and drops one too many.
+    """Whether an array's shape fits a model's input, without the batch axis."""
+    # Keras adds a missing last axis of length 1, and drops a superfluous one.
     if len(given) == len(wanted) - 1 and wanted[-1] == 1:
         given = (*given, 1)
     elif len(given) == len(wanted) + 1 and given[-1] == 1:
@@ -201,95 +200,23 @@ def _fits(given: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
     )
 
 
-def _check_kind(leaf: Any, label: str, taken: str) -> None:
-    """Refuses what a dtype, that of labels or of a model's input, cannot take."""
-    # Columns of a pandas table have a dtype each.
+def _check_dtype(leaf: Any, label: str, wanted: str) -> None:
+    """Refuses an array that cannot be cast to a dtype without loss of meaning."""
+    # The columns of a pandas table may differ in dtype.
     dtype = np.asarray(leaf).dtype if hasattr(leaf, "iloc") else leaf.dtype
     name = str(getattr(dtype, "name", dtype))
-    if "complex" in name and not taken.startswith("complex"):
+    if "complex" in name and not wanted.startswith("complex"):
         raise ValueError(
             f"{label} must be real: the imaginary part would be lost. Received: "
             f"{shown(leaf)} and dtype {dtype}. Pass real and imaginary parts side by "
             "side."
         )
     numeric = ("bool", "int", "float", "complex")
-    if taken != "string" and not any(kind in name for kind in numeric):
+    if wanted != "string" and not any(kind in name for kind in numeric):
         raise ValueError(
             f"{label} must be numbers: encode names as integers first, and give "
             f"objects a dtype. Received: {shown(leaf)} and dtype {dtype}"
         )
-
-
-def check_stream(
-    x: Any,
-    steps: int | None = None,
-    label: str = "`x`",
-    steps_name: str | None = "steps",
-) -> None:
-    """Checks that something is a stream of batches, and ends; it is not read.
-
-    Args:
-        x: A `tf.data.Dataset`, a `keras.utils.PyDataset`, a torch `DataLoader` or an
-            iterator.
-        steps: Number of batches to read, or None for all.
-        label: What it is called in errors.
-        steps_name: What `steps` is called in errors, or None if there is no such
-            argument.
-
-    Raises:
-        ValueError: If it is none of these, or may never end.
-    """
-    if _has_base(x, "DatasetV2", "tensorflow.python"):
-        # -1 is `tf.data.INFINITE_CARDINALITY`.
-        endless = int(x.cardinality()) == -1
-    elif isinstance(x, keras.utils.PyDataset):
-        endless = x.num_batches is None
-    elif _has_base(x, "DataLoader", "torch.utils.data"):
-        endless = False
-    elif isinstance(x, Iterator):
-        endless = True
-    else:
-        raise ValueError(
-            f"{label} must be {_KINDS}. Convert lists of numbers with `np.asarray`. "
-            f"Received: {_describe(x, label)}"
-        )
-    if endless and steps is None:
-        way_out = (
-            "pass data that end: arrays, a `tf.data.Dataset`, a `PyDataset` or a "
-            "`DataLoader`"
-            if steps_name is None
-            else f"pass `{steps_name}`, the number of batches that make one pass over "
-            "the data"
-        )
-        received = "" if steps_name is None else f", {steps_name}=None"
-        raise ValueError(
-            f"{label} may never end: {way_out}. Received: {_describe(x, label)}"
-            f"{received}"
-        )
-
-
-def begun(x: Any, label: str = "`x`") -> Any:
-    """A stream that has at least one batch.
-
-    Args:
-        x: A stream.
-        label: What it is called in errors.
-
-    Returns:
-        The stream; for an iterator, of which the first batch was read to see, a
-        generator of the same batches.
-
-    Raises:
-        ValueError: If an iterator has no batch.
-    """
-    if not isinstance(x, Iterator):
-        return x
-    for first in x:
-        return (batch for batch in itertools.chain([first], x))
-    raise ValueError(
-        f"{label} is empty: the stream has no batch. One that was read before must be "
-        f"created again. Received: {_describe(x, label)}"
-    )
 
 
 def batches(
@@ -305,16 +232,16 @@ def batches(
     """One pass over the data, in order, in batches of NumPy arrays.
 
     Nothing is shuffled. A `PyDataset` is read by index in this process, without its
-    workers and without `on_epoch_begin` or `on_epoch_end`: looking at the data leaves
-    the user's object as it was.
+    workers and without `on_epoch_begin` or `on_epoch_end`, so reading does not change
+    the user's object.
 
     Args:
         x: Inputs, or a stream of batches `x`, `(x,)`, `(x, y)` or
             `(x, y, sample_weight)`, as in `keras.Model.fit`.
-        y: Targets, for arrays. A stream brings its own.
-        sample_weight: Sample weights, for arrays. A stream brings its own.
+        y: Targets, for arrays. A stream contains its targets.
+        sample_weight: Sample weights, for arrays. A stream contains its weights.
         batch_size: Most samples in a batch, for arrays; see `even_batch_size`. A
-            stream comes batched.
+            stream is batched already.
         steps: Number of batches to read. `None` reads everything, which a generator, an
             infinite `tf.data.Dataset` and an infinite `PyDataset` do not allow.
         model: The model that the batches are for, which they must fit. If several
@@ -326,10 +253,10 @@ def batches(
         arguments, the leaves are writable NumPy arrays of shape `(batch, ...)`.
 
     Raises:
-        ValueError: At once, if the arguments are not data, disagree in length, are
-            empty, or never end; while iterating, if the stream is empty, ends before
-            `steps`, holds something that is no batch of arrays, or is not what the
-            other processes read.
+        ValueError: At once, if the arguments are not data, differ in length, are
+            empty, or never end. While iterating, if the stream is empty, ends before
+            `steps`, holds something that is no batch of arrays, or differs from what
+            the other processes read.
     """
     check_data(
         x, y, sample_weight, batch_size=batch_size, steps=steps, model=model, name=name
@@ -337,17 +264,17 @@ def batches(
     if is_arrays(x):
         stream = _array_batches(x, y, sample_weight, batch_size)
     else:
-        stream = _stream_batches(x, steps, model, name)
-    stream = _take(stream, steps, f"`{name or 'x'}`")
+        stream = (_unpack(item, model, name) for item in items(x, steps))
+    stream = take(stream, steps, f"`{name or 'x'}`")
     replicas = replicas_of(model)
     return stream if replicas.processes == 1 else replicas.alike(stream)
 
 
 def even_batch_size(n: int, batch_size: int) -> int:
-    """The batch size that cuts `n` samples into as many batches, as equal as can be.
+    """The batch size that gives the same number of batches, of nearly equal size.
 
-    A last batch of another size would be compiled once more, and if it is small, its
-    own statistics would be poor.
+    Keras compiles once more for a last batch of another size, and the batch statistics
+    of a small one are poor.
 
     Args:
         n: Number of samples.
@@ -365,7 +292,7 @@ def _is_array(leaf: Any) -> bool:
 
 def _array_batches(x: Any, y: Any, sample_weight: Any, size: int) -> Iterator[Batch]:
     data = [
-        # A pandas object's own slicing means something else: it becomes an array first.
+        # Slicing a pandas object selects by label, so it is converted first.
         keras.tree.map_structure(
             lambda leaf: np.asarray(leaf) if hasattr(leaf, "iloc") else leaf, part
         )
@@ -388,20 +315,8 @@ def _array_batches(x: Any, y: Any, sample_weight: Any, size: int) -> Iterator[Ba
     return (cut(start) for start in range(0, n, size))
 
 
-def _stream_batches(
-    x: Any, steps: int | None, model: keras.Model | None, name: str
-) -> Iterator[Batch]:
-    stream: Iterator[Any]
-    if isinstance(x, keras.utils.PyDataset):
-        # Not `range(steps)`: asking for a batch beyond the end is undefined.
-        last = steps if x.num_batches is None else x.num_batches
-        stream = (x[i] for i in range(last or 0))
-    else:
-        stream = iter(x)
-    return (_unpack(item, model, name) for item in stream)
-
-
 def _unpack(item: Any, model: keras.Model | None, name: str) -> Batch:
+    """One item of a stream as a checked batch of NumPy arrays."""
     if isinstance(item, (list, tuple)) and not 1 <= len(item) <= 3:
         raise ValueError(
             f"The batches of `{name or 'x'}` must be `x`, `(x,)`, `(x, y)` or "
@@ -419,30 +334,8 @@ def _unpack(item: Any, model: keras.Model | None, name: str) -> Batch:
     return x, y, sample_weight
 
 
-def _take(stream: Iterator[Batch], steps: int | None, label: str) -> Iterator[Batch]:
-    n_taken = 0
-    # Never asks for more than `steps`: a generator keeps what it was not asked for.
-    while steps is None or n_taken < steps:
-        try:
-            batch = next(stream)
-        except StopIteration:
-            break
-        n_taken += 1
-        yield batch
-    if n_taken == 0:
-        raise ValueError(
-            f"{label} is empty: the stream ended before its first batch. A generator "
-            "that was read before must be created again. Received: no batch"
-        )
-    if steps is not None and n_taken < steps:
-        raise ValueError(
-            f"{label} ended after {n_taken} batches. Pass fewer `steps`, or a stream "
-            f"that lasts. Received: steps={steps}"
-        )
-
-
 def _to_numpy(leaf: Any) -> np.ndarray:
-    if _has_base(leaf, "Tensor", "torch"):
+    if has_base_class(leaf, "Tensor", "torch"):
         leaf = leaf.detach().cpu()
         if str(leaf.dtype) == "torch.bfloat16":
             leaf = leaf.float()  # NumPy has no such dtype.
@@ -451,21 +344,8 @@ def _to_numpy(leaf: Any) -> np.ndarray:
     return array if array.flags.writeable else array.copy()
 
 
-def _has_base(x: Any, name: str, module: str) -> bool:
-    return any(
-        base.__name__ == name and base.__module__.startswith(module)
-        for base in type(x).__mro__
-    )
-
-
-def _describe(x: Any, label: str) -> str:
-    types = sorted({type(leaf).__name__ for leaf in keras.tree.flatten(x)})
-    text = f"{label.split('`')[1]} of type {type(x).__name__}"
-    return text if types == [type(x).__name__] else f"{text} with leaves {types}"
-
-
 def _label(part: str, name: str) -> str:
-    """What a part of the data is called in errors."""
+    """The name of a part of the data in errors."""
     return f"`{part}` of `{name}`" if name else f"`{part}`"
 
 

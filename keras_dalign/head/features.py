@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import keras
 import numpy as np
@@ -18,7 +18,6 @@ from keras_dalign.numerics.repeats import digests
 
 if TYPE_CHECKING:
     from keras_dalign.head.alignment_head import AlignmentHead
-    from keras_dalign.training.aligned_model import AlignedModel
 
 # The value of `cache_features`, and of `keep`, for features in a file.
 DISK = "disk"
@@ -29,8 +28,8 @@ _SAMPLE_ROWS = 8192
 # Moments are summed in float64 over blocks of rows that stay in the processor's cache.
 _BLOCK_BYTES = 2**20
 
-# Inputs under this key are features already. The marker travels with the data, so
-# that evaluating raw inputs from a callback works in the middle of exploitation.
+# Inputs under this key are features already. The mark is part of the data, so a
+# callback can evaluate raw inputs during exploitation.
 _KEY = "keras_dalign_features"
 
 
@@ -57,7 +56,7 @@ class FeatureSet:
         y: Targets, or None.
         sample_weight: Weights `(n,)`, or None.
         batch_size: Samples in the first batch of the pass.
-        digests: Of the inputs, in the same order, or None if they were not asked for.
+        digests: Digests of the inputs, in the same order, or None if not requested.
     """
 
     z: Any
@@ -67,8 +66,22 @@ class FeatureSet:
     digests: list[bytes] | None = None
 
 
+class HasTrunkAndHead(Protocol):
+    """A model of a trunk and an alignment head, such as `AlignedModel`.
+
+    Attributes:
+        trunk: Maps inputs to features.
+        head: Maps features to logits.
+        loss: The loss that the model was compiled with, or None.
+    """
+
+    trunk: keras.Model
+    head: AlignmentHead
+    loss: Any
+
+
 class FeaturePass:
-    """One pass over the data: moments, a sample of rows and, if asked, everything.
+    """One pass over the data: moments, a sample of rows and, on request, all features.
 
     Args:
         model: The model whose trunk computes the features, in inference mode.
@@ -78,7 +91,7 @@ class FeaturePass:
     """
 
     def __init__(
-        self, model: AlignedModel, keep: bool | str, digest: bool = False
+        self, model: HasTrunkAndHead, keep: bool | str, digest: bool = False
     ) -> None:
         self.model = model
         self.keep = keep
@@ -88,7 +101,7 @@ class FeaturePass:
         self.first_batch = 0
         # Sums over the samples of their difference from the first one, and of its
         # square. No sample is farther than sqrt(n) standard deviations from the mean,
-        # so that the variance loses n roundings of float64 at most.
+        # so the rounding error of the variance is at most n times that of float64.
         self.shift: Any = 0.0
         self.total: Any = 0.0
         self.square: Any = 0.0
@@ -109,10 +122,10 @@ class FeaturePass:
         steps: int | None = None,
         name: str = "",
     ) -> FeaturePass:
-        """Goes over the data once; arguments as `keras_dalign.head.data.batches`.
+        """Reads the data once; arguments as `keras_dalign.head.data.batches`.
 
         Returns:
-            This pass, with what it found.
+            This pass, which then holds the results.
 
         Raises:
             ValueError: If features are non-finite or targets do not fit the loss.
@@ -168,7 +181,7 @@ class FeaturePass:
                 change = u[start : start + step] - self.shift
                 self.total = self.total + change.sum(axis=0)
                 self.square = self.square + np.einsum("ij,ij->j", change, change)
-        # The squares show what is not finite without a look at all of it.
+        # A value that is not finite makes the sum of squares so.
         if not np.isfinite(self.square).all():
             raise ValueError(
                 "The trunk's features are not finite. Received: NaN or infinity for "
@@ -235,15 +248,15 @@ class FeaturePass:
         return FeatureSet(z, y, sample_weight, self.first_batch, self.digests)
 
     def rows(self) -> np.ndarray:
-        """Features of 8,192 samples at most, `(rows, p)`, for the rank check."""
+        """Features of at most 8,192 samples, `(rows, p)`, for the rank check."""
         return self.sample
 
     def positions(self) -> np.ndarray:
-        """Positions in this pass of the samples that `rows` gives, shape `(rows,)`."""
+        """Positions in this pass of the samples of `rows`, shape `(rows,)`."""
         return self.sample_positions
 
     def feature_set(self) -> FeatureSet:
-        """Everything kept, in the order of the pass.
+        """All features that were kept, in the order of the pass.
 
         Returns:
             The features.

@@ -1,7 +1,6 @@
-"""The training objective: which loss, which weights, and whether it is defined at all.
+"""The training objective: its loss, its sample weights, and whether it is defined.
 
-What certificates, forecasts and solvers speak of, read once from the model and the data
-in the same way.
+Certificates, forecasts and solvers all read it here, so they refer to the same one.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def loss_of(model: keras.Model, loss: Any = None) -> ConvexLoss:
-    """The loss that is spoken of: the one given, or the one compiled with.
+    """The loss that was given, or the one that the model was compiled with.
 
     Args:
         model: The model. An aligned one that was not compiled has the loss of its base
@@ -50,7 +49,7 @@ def check_outputs(model: keras.Model, loss: ConvexLoss) -> None:
     """Checks that a model has one output, of logits where the loss takes them.
 
     Args:
-        model: The model. A subclassed one shows its outputs only when it predicts.
+        model: The model. The outputs of a subclassed one are unknown and not checked.
         loss: The loss.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A convolution at a single place, which is a `Dense`."""
+"""A convolution on a map of a single place, in the form of a `Dense` layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _KINDS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 
 
 def is_pointwise(layer: Any) -> bool:
-    """Whether a layer is a convolution that mixes the channels of each place alone.
+    """Whether a layer is a convolution that mixes channels only, each place by itself.
 
     Args:
         layer: Anything.
@@ -30,9 +30,9 @@ def is_pointwise(layer: Any) -> bool:
 class PointwiseDense(keras.layers.Layer):
     """A convolution with kernels of size 1 as a `Dense` on feature vectors.
 
-    On a map of a single place such a convolution is a `Dense`. This layer has the
-    attributes of one, but it computes by the convolution, and with its weights: outputs
-    and gradients are the convolution's bit for bit. Its activation is left out.
+    On a map of a single place such a convolution is equivalent to a `Dense`. This layer
+    has the attributes of a `Dense`, and computes with the convolution and its weights:
+    outputs and gradients are equal bit for bit. The activation is not applied.
 
     Args:
         convolution: The layer, one that `is_pointwise`.
@@ -75,7 +75,7 @@ class PointwiseDense(keras.layers.Layer):
         """Computes the outputs, shape `(batch, units)`."""
         layer = self.convolution
         inputs = ops.reshape(inputs, (-1, *self._place(inputs.shape[-1])))
-        # With the layer's own strides and padding: how PyTorch rounds depends on them.
+        # With the layer's strides and padding, as PyTorch's rounding depends on them.
         outputs = layer.convolution_op(inputs, layer.kernel)
         if layer.bias is not None:
             place = (1, *self._place(self.units))

@@ -41,8 +41,8 @@ class QuadraticHead(keras.layers.Layer):
     the second-order term of a two-layer network of width `m` in the change `w` of its
     weights `w0` (Bai & Lee, "Beyond linearization", ICLR 2020). Gates `w0_r ~ N(0, I)`
     and signs `a_r = +-1` are random and fixed; outputs share them. Only `w` is trained.
-    The objective is the loss plus `penalty * sum_cr |w_cr|^4`, which Keras adds by
-    itself when it trains.
+    The objective is the loss plus `penalty * sum_cr |w_cr|^4`, which Keras adds as a
+    regularizer.
 
     This is not convex in `w`, but it is in the matrices `M_cr = w_cr w_cr^T`. Of a
     model that ends in this layer, `certify` bounds the distance of the objective from
@@ -71,7 +71,7 @@ class QuadraticHead(keras.layers.Layer):
         `(batch, units)`.
 
     Attributes:
-        penalty: See above. Compile a model anew after changing it.
+        penalty: See above. Compile the model again after changing it.
         w: The trained weights, shape `(d, units, width)`.
         w0: The gates, shape `(d, width)`.
         signs: `a`, shape `(width,)`.
@@ -171,7 +171,7 @@ class QuadraticHead(keras.layers.Layer):
         return ops.cast(ops.sum(gated, axis=-1), self.compute_dtype)
 
     def gates_exactly(self, u: np.ndarray) -> Array:
-        """What the squares of `w_cr . u` are multiplied by, in NumPy float64.
+        """The factors of the squares of `w_cr . u`, in NumPy float64.
 
         Args:
             u: Features, shape `(n, d)`.

@@ -1,4 +1,4 @@
-"""Rows that come batch by batch, in one array at the end: in memory or in a file."""
+"""Collects rows batch by batch into one array, in memory or in a file."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from keras_dalign.numerics.memory import raise_disk_full
 class RowStore:
     """Collects the batches of one array without a second copy of them.
 
-    In memory, an array of a known number of rows is made once and filled; of an unknown
-    number, batches are kept and joined at the end, each being dropped as it is copied.
-    On disk, they are appended to a temporary file, in the folder that `TMPDIR` names,
-    and the array is a memory map of it. The file has no name (on Windows, it has one
-    until it is closed): its space is free again as soon as nothing refers to the array,
-    however the process ends.
+    In memory, an array of a known number of rows is allocated once and filled. If the
+    number is unknown, batches are kept and joined at the end; each is freed when it has
+    been copied.
+
+    On disk, batches are appended to a temporary file in the folder that `TMPDIR` names,
+    and the array is a memory map of the file. The file has no name (on Windows, it has
+    one until it is closed), so its space is freed as soon as nothing refers to the
+    array, however the process ends.
 
     Args:
         n: Number of rows, or an upper bound, if it is known.
@@ -42,7 +44,7 @@ class RowStore:
             batch: Shape `(rows, ...)`; every batch has the same `...`.
 
         Raises:
-            OSError: If the disk is full. The file is then gone.
+            OSError: If the disk is full. The file is deleted then.
         """
         if self._file is not None:
             self._write(batch)
@@ -71,7 +73,7 @@ class RowStore:
             raise_disk_full(gib, at_least=self._n is None)
 
     def close(self) -> None:
-        """Gives the file back; an array that was made of it stays."""
+        """Closes the file; an array that maps it stays valid."""
         if self._file is not None:
             self._file.close()
 
@@ -79,14 +81,14 @@ class RowStore:
         """Everything that was added.
 
         Returns:
-            An array `(rows, ...)`, a `numpy.memmap` where it lies on disk. Nothing can
-            be added any more.
+            An array `(rows, ...)`, a `numpy.memmap` if it is on disk. No rows can be
+            added afterwards.
         """
         if self._file is not None:
             like = self._parts[0]
             shape = (self._rows, *like.shape[1:])
-            # Writable, as PyTorch warns of what is not. A private map would count as
-            # memory, and be refused where it is larger than that.
+            # Writable, as PyTorch warns of read-only arrays. Not a private map, which
+            # counts as memory and fails where it is larger.
             array = np.memmap(self._file, like.dtype, mode="r+", shape=shape)
             self.close()
             return array

@@ -1,4 +1,8 @@
-"""The model that trains in two phases: a trunk and an alignment head."""
+"""The model that trains in two phases: a trunk and an alignment head.
+
+A Keras model is one class, so this file is long: it overrides all of Keras's methods
+that depend on the phase.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from keras_dalign import compat
 from keras_dalign.head import data
-from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead, refuse_hdf5
+from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
 from keras_dalign.head.features import as_inputs, from_inputs
+from keras_dalign.head.saved_state import refuse_hdf5
 from keras_dalign.numerics.arguments import shown
 from keras_dalign.numerics.replicas import runs_on_hosts
 from keras_dalign.training.dalign import DAlign
 from keras_dalign.training.training_data import check_class_weight
 from keras_dalign.training.training_run import TrainingRun
+from keras_dalign.training.trunk import feature_shape, frozen_features, input_specs
 
 if TYPE_CHECKING:
     from keras_dalign.training.switch import SwitchReport
@@ -26,20 +31,18 @@ if TYPE_CHECKING:
 class AlignedModel(keras.Model):
     """A trunk and an `AlignmentHead`, trained in two phases by one `fit`.
 
-    Inputs and outputs (logits) are those of the base model. While exploring,
-    training is Keras's own; in exploitation the trunk is a fixed function in
-    inference mode and the only trainable variables are the head's `q` and `b`.
-    `keras_dalign.align` makes one from a model; the constructor makes one from
-    parts.
+    Inputs and outputs (logits) are those of the base model. While exploring, it trains
+    as any Keras model. In exploitation the trunk is a fixed function in inference mode,
+    and only the head's `q` and `b` are trainable. `keras_dalign.align` makes one from a
+    model; the constructor makes one from parts.
 
-    Compiled with `DAlign`, `fit` explores, switches and exploits. Compiled with any
-    other optimizer, the model trains as an ordinary Keras model in the phase that
-    it is in.
+    Compiled with `DAlign`, `fit` explores, switches and exploits. Compiled with another
+    optimizer, the model trains as an ordinary Keras model in its current phase.
 
     Args:
         trunk: A built Keras model that maps the inputs to features, shape
             `(batch, p)`, or to a pair of features (see `AlignmentHead`).
-        head: The `AlignmentHead`. It is built here if it is not yet.
+        head: The `AlignmentHead`. It is built if necessary.
         **kwargs: Keyword arguments of `keras.Model`.
 
     Raises:
@@ -58,11 +61,11 @@ class AlignedModel(keras.Model):
                 f"`head` must be an AlignmentHead. Received: head={shown(head)}"
             )
         if not head.built:
-            head.build(_feature_shape(trunk))
+            head.build(feature_shape(trunk))
         self.trunk = trunk
         self.head = head
         self.switch_report: SwitchReport | None = None
-        # What the base model was compiled with, as a loss of logits; see `align`.
+        # The base model's compiled loss, as a loss of logits; see `align`.
         self.inherited_loss: keras.losses.Loss | None = None
         self._compiled_for = (head.phase, head.generation)
         self.built = True
@@ -89,28 +92,28 @@ class AlignedModel(keras.Model):
         width: int | None = None,
         replace_dense: bool = False,
     ) -> None:
-        """Sets the head's gates and freezes the trunk, without looking at data.
+        """Sets the head's gates and freezes the trunk, without reading data.
 
-        `fit` does this, after re-estimating batch-norm statistics and the head's
+        `fit` calls it, after it has re-estimated batch-norm statistics and the head's
         standardisation. Arguments as `AlignmentHead.start_exploiting`.
         """
         with self.variable_scope():
             self.head.start_exploiting(noise, width, replace_dense)
-        self._follow_phase()
+        self._update_for_phase()
 
     def set_width(self, width: int) -> None:
-        """Draws other random gates; see `AlignmentHead.set_width`."""
+        """Draws random gates of another width; see `AlignmentHead.set_width`."""
         with self.variable_scope():
             self.head.set_width(width)
-        self._follow_phase()
+        self._update_for_phase()
 
     def variable_scope(self) -> Any:
-        """Where new variables belong: on TensorFlow, to the model's strategy."""
+        """A context to create variables in: that of TensorFlow's strategy, if any."""
         strategy = getattr(self, "distribute_strategy", None)
         return contextlib.nullcontext() if strategy is None else strategy.scope()
 
     def snapshot(self) -> Callable[[], None]:
-        """Records weights, phase and switch report; call the result to restore them."""
+        """Copies weights, phase and switch report; call the result to restore them."""
         units = {id(variable) for variable in self.head.units_variables}
         variables = [v for v in self.variables if id(v) not in units]
         values = [keras.ops.convert_to_numpy(v).copy() for v in variables]
@@ -124,12 +127,12 @@ class AlignedModel(keras.Model):
             with self.variable_scope():
                 self.head.load_own_variables(store)
             self.switch_report = report
-            self._follow_phase()
+            self._update_for_phase()
 
         return restore
 
-    def _follow_phase(self) -> None:
-        """Forgets functions that were compiled in another phase or for other units."""
+    def _update_for_phase(self) -> None:
+        """Makes optimizer and compiled functions fit the head's phase and units."""
         optimizer = getattr(self, "optimizer", None)
         if isinstance(optimizer, DAlign):
             with self.variable_scope():
@@ -159,7 +162,7 @@ class AlignedModel(keras.Model):
             if auto_scale_loss and self.dtype_policy.name == "mixed_float16":
                 optimizer.scale_losses()
             optimizer.build_exploration(self._explored_variables())
-            optimizer.before_loading = self._follow_phase
+            optimizer.before_loading = self._update_for_phase
             auto_scale_loss = False
         super().compile(
             optimizer=optimizer,
@@ -172,10 +175,10 @@ class AlignedModel(keras.Model):
             jit_compile=jit_compile,
             auto_scale_loss=auto_scale_loss,
         )
-        self._follow_phase()
+        self._update_for_phase()
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compiles a loaded model as it was compiled when saved."""
+        """Compiles a loaded model as it was compiled before it was saved."""
         self.compile(**keras.saving.deserialize_keras_object(config))
         if not self.optimizer.built:
             self.optimizer.build(self.trainable_variables)
@@ -203,28 +206,27 @@ class AlignedModel(keras.Model):
     ) -> keras.callbacks.History:
         """Trains the model: explore, switch, exploit. Arguments as in Keras.
 
-        Callbacks and `History` see one training run; the log entry `phase` is 0
-        while exploring and 1 in exploitation. A model that exploits already goes
-        on exploiting.
+        Callbacks and `History` see one training run. The log entry `phase` is 0 while
+        exploring and 1 in exploitation. A model that exploits already continues to.
 
         `exploit_data` are the samples of exploitation, where they differ from those of
         exploration: `(x, y)` or `(x, y, sample_weight)` of arrays, or a stream. If `x`
-        is a stream that augments its samples, give them without augmentation here:
-        otherwise exploitation keeps the features of one augmented pass. The batch-norm
-        statistics are re-estimated over them, too.
+        is a stream that augments its samples, pass them here without augmentation.
+        Otherwise exploitation uses the features of one augmented pass. The batch-norm
+        statistics are re-estimated over these samples, too.
 
         Returns:
             The history of the whole run.
 
         Raises:
-            ValueError: If the data are empty, non-finite, of a shape or kind that the
-                model does not take, or more than the head's `n_samples`, if a stream
-                has no end or no batch, if labels do not fit the loss, if
-                `class_weight` is no dict or stands beside `sample_weight`, if the loss
-                is not convex in the logits, or if `exploit_data` is given to a model
-                that is not compiled with `DAlign`.
-            MemoryError: If the gated units do not fit into memory: the model explores
-                on, as it was.
+            ValueError: If the data are empty, non-finite, of a shape or dtype that the
+                model does not take, or more than the head's `n_samples`; if a stream
+                has no end or no batch; if labels do not fit the loss; if
+                `class_weight` is no dict, or is given with `sample_weight`; if the
+                loss is not convex in the logits; or if `exploit_data` is given to a
+                model that is not compiled with `DAlign`.
+            MemoryError: If the gated units do not fit into memory. The model is then
+                still exploring, with its weights as before.
         """
         check_class_weight(class_weight, sample_weight)
         arguments = {
@@ -259,7 +261,7 @@ class AlignedModel(keras.Model):
                 f"optimizer={getattr(self, 'optimizer', None)!r}"
             )
         if data.is_arrays(x) or isinstance(x, (list, tuple)):
-            # Keras would put all of a list into its message.
+            # Keras's error would show the whole list.
             data.check_data(x, y, sample_weight, model=self)
         return super().fit(
             x,
@@ -274,21 +276,22 @@ class AlignedModel(keras.Model):
         )
 
     def train_step(self, *args: Any) -> Any:
-        """One step: Keras's own, in exploitation on the frozen trunk's features.
+        """One training step, in exploitation on the frozen trunk's features.
 
         Called with `(data)` on TensorFlow and PyTorch and with `(state, data)` on
         JAX, as Keras defines it.
 
         Returns:
-            The logs, and on JAX the new state beside them.
+            The logs; on JAX a pair of the logs and the new state.
         """
         *state, batch = args
         if self.phase == EXPLOITING:
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
             if from_inputs(x) is None:
-                # Outside of the differentiated part of the step: no gradient and
-                # no activation of the trunk is ever kept.
-                batch = (as_inputs(self._frozen_features(x, *state)), y, sample_weight)
+                # Before the differentiated part of the step, so that neither gradients
+                # nor activations of the trunk are kept.
+                features = frozen_features(self, x, *state)
+                batch = (as_inputs(features), y, sample_weight)
         return self._reducible(super().train_step(*state, batch))
 
     def test_step(self, *args: Any) -> Any:
@@ -296,12 +299,12 @@ class AlignedModel(keras.Model):
         return self._reducible(super().test_step(*args))
 
     def _reducible(self, logs: Any) -> Any:
-        """Logs of a step as Keras can average them over the hosts of TensorFlow.
+        """The logs of a step in a form that Keras can average over several hosts.
 
-        It does so along an axis that the logs, which are numbers, do not have.
+        Keras averages over hosts along the first axis, which scalar logs do not have.
 
         Returns:
-            The logs, on several hosts with an axis of length 1 each.
+            The logs; on several hosts of TensorFlow with an axis of length 1 each.
         """
         if not runs_on_hosts(getattr(self, "_distribute_strategy", None)):
             return logs
@@ -310,28 +313,13 @@ class AlignedModel(keras.Model):
         )
         return expanded
 
-    def _frozen_features(self, x: Any, state: Any = None) -> Any:
-        if state is not None:
-            variables = self.trainable_variables + self.non_trainable_variables
-            values = list(state[0]) + list(state[1])
-            with keras.StatelessScope(
-                state_mapping=list(zip(variables, values, strict=True))
-            ):
-                return self.trunk(x, training=False)
-        if keras.backend.backend() == "torch":
-            import torch  # noqa: PLC0415  (only where it is the backend)
-
-            with torch.no_grad():
-                return self.trunk(x, training=False)
-        return self.trunk(x, training=False)
-
     def _maybe_symbolic_build(
         self, iterator: Any = None, data_batch: Any = None
     ) -> None:
-        """Builds metrics in the scope of the strategy, on the share of one replica.
+        """Builds metrics in the scope of the strategy, on the batch of one replica.
 
-        Keras averages the shares for it, which fails where they differ in length, and
-        on several hosts. Called by Keras on TensorFlow alone.
+        Keras uses the average of the replicas' batches, which fails on several hosts
+        and where the batches differ in length. Keras calls this on TensorFlow only.
         """
         strategy = self._distribute_strategy
         if strategy is not None and iterator is not None:
@@ -343,38 +331,38 @@ class AlignedModel(keras.Model):
 
     def make_train_function(self, force: bool = False) -> Any:
         """Compiles the training step of the current phase."""
-        self._follow_phase()
+        self._update_for_phase()
         return super().make_train_function(force)
 
     def make_test_function(self, force: bool = False) -> Any:
         """Compiles the evaluation step of the current phase."""
-        self._follow_phase()
+        self._update_for_phase()
         return super().make_test_function(force)
 
     def make_predict_function(self, force: bool = False) -> Any:
         """Compiles the prediction step of the current phase."""
-        self._follow_phase()
+        self._update_for_phase()
         return super().make_predict_function(force)
 
     def _explored_variables(self) -> list[keras.Variable]:
-        """What exploration trains, also when the model exploits already."""
+        """The variables that exploration trains, whatever the phase."""
         variables = self.trunk.trainable_variables + self.head.explored_variables
-        # The output layer may be one of the trunk's, called a second time.
+        # The output layer may be part of the trunk, too.
         return list({id(variable): variable for variable in variables}.values())
 
     @property
     def trainable_variables(self) -> list[keras.Variable]:
-        """What the current phase trains."""
+        """The variables that the current phase trains."""
         if self.phase == EXPLOITING:
             return self.head.exploited_variables if self.trainable else []
         return super().trainable_variables
 
     @property
     def non_trainable_variables(self) -> list[keras.Variable]:
-        """All other variables that the current phase computes with.
+        """All other variables that the current phase uses.
 
-        Inactive variables are among the `weights`, but no state of a step: JAX would
-        hand them around for nothing.
+        Inactive variables are among the `weights`, but they are no state of a step:
+        JAX would pass them through every step without need.
         """
         others = self.trainable_variables + self.head.inactive_variables
         left_out = {id(v) for v in others}
@@ -382,7 +370,7 @@ class AlignedModel(keras.Model):
 
     @property
     def trainable_weights(self) -> list[keras.Variable]:
-        """What the current phase trains."""
+        """The variables that the current phase trains."""
         return self.trainable_variables
 
     @property
@@ -398,7 +386,7 @@ class AlignedModel(keras.Model):
             ValueError: If the file is to have Keras's legacy HDF5 format.
         """
         if str(filepath).endswith((".h5", ".hdf5")):
-            # Before Keras empties a file that is there.
+            # Before Keras truncates an existing file.
             refuse_hdf5()
         super().save(filepath, *args, **kwargs)
 
@@ -414,19 +402,19 @@ class AlignedModel(keras.Model):
 
         Args:
             filepath: Path of the artifact.
-            format: One of Keras's formats: `"tf_saved_model"`, `"onnx"`, `"litert"`,
-                ...; which of them there are depends on the backend.
-            verbose: Whether to print where it was saved.
+            format: One of Keras's formats, such as `"tf_saved_model"`, `"onnx"` or
+                `"litert"`. The backend decides which are available.
+            verbose: Whether to print the path.
             input_signature: Shapes and dtypes of the inputs, as in Keras. Default:
                 those that the trunk was built with, for any number of samples.
-            **kwargs: What the format takes.
+            **kwargs: Options of the format.
 
         Raises:
             ValueError: If the shapes of the inputs are not known.
         """
         if input_signature is None:
-            # Keras knows the inputs of graphs, and of models that were called.
-            input_signature = [self._input_specs()]
+            # Keras finds the inputs only of graphs, and of models that were called.
+            input_signature = [input_specs(self.trunk)]
         super().export(
             filepath,
             format=format,
@@ -435,41 +423,17 @@ class AlignedModel(keras.Model):
             **kwargs,
         )
 
-    def _input_specs(self) -> Any:
-        """Shapes and dtypes of the inputs, in the structure that the trunk takes."""
-        trunk = self.trunk
-        ends = compat.graph_ends(trunk)
-        if ends is not None or compat.is_functional(trunk):
-            inputs = trunk.input if ends is None else ends[0]
-            return keras.tree.map_structure(
-                lambda tensor: keras.InputSpec(
-                    shape=(None, *tensor.shape[1:]),
-                    dtype=tensor.dtype,
-                    name=tensor.name,
-                ),
-                inputs,
-            )
-        shapes = list(compat.build_shapes(trunk).values())
-        if len(shapes) != 1 or not compat.is_shape(shapes[0]):
-            raise ValueError(
-                "The shapes of the model's inputs are unknown. Received: "
-                f"input_signature=None for the trunk {shown(trunk)}. Pass "
-                "input_signature=[keras.InputSpec(shape=(None, ...), dtype='float32')]."
-            )
-        return keras.InputSpec(shape=(None, *shapes[0][1:]), dtype=trunk.input_dtype)
-
     def set_weights(self, weights: list[Any]) -> None:
         """Sets all weights and, with them, the phase and the width."""
         with self.variable_scope():
             self.head.set_weights_of(self, weights)
-        self._follow_phase()
+        self._update_for_phase()
 
     def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """Loads all weights and, with them, phase and width; arguments as in Keras.
 
         Raises:
-            ValueError: If they are those of another model; this one is then left as
-                it was.
+            ValueError: If they are those of another model; this one is not changed.
         """
         before = [keras.ops.convert_to_numpy(v) for v in self._optimizer_variables()]
         restore = self.snapshot()
@@ -478,7 +442,7 @@ class AlignedModel(keras.Model):
                 super().load_weights(filepath, *args, **kwargs)
         except ValueError as error:
             restore()
-            # The optimizer of exploitation begins anew wherever units do.
+            # New units have a new optimizer of exploitation.
             for variable, value in zip(
                 self._optimizer_variables(), before, strict=True
             ):
@@ -490,9 +454,10 @@ class AlignedModel(keras.Model):
                 f"it as it was when the weights were saved. Keras said: {error}"
             ) from error
         finally:
-            self._follow_phase()
+            self._update_for_phase()
 
     def _optimizer_variables(self) -> list[keras.Variable]:
+        """The variables of the optimizer, with `DAlign` of both phases."""
         optimizer = getattr(self, "optimizer", None)
         if isinstance(optimizer, DAlign):
             return optimizer.all_variables
@@ -500,7 +465,7 @@ class AlignedModel(keras.Model):
 
     @property
     def inputs(self) -> Any:
-        """The symbolic inputs, those of the trunk."""
+        """The symbolic inputs of the trunk."""
         return self.trunk.inputs
 
     @property
@@ -550,14 +515,3 @@ class AlignedModel(keras.Model):
         model = cls(**config)
         model.inherited_loss = keras.losses.get(loss)
         return model
-
-
-def _feature_shape(trunk: keras.Model) -> Any:
-    try:
-        return trunk.output_shape
-    except AttributeError as error:
-        raise ValueError(
-            "The head cannot be built from a trunk whose output shape is unknown. "
-            f"Received: trunk={shown(trunk)}. Build the head first by calling it once: "
-            "`head(trunk(batch))`."
-        ) from error

@@ -1,4 +1,8 @@
-"""The optimizer that explores with one optimizer and exploits with another."""
+"""The optimizer that explores with one optimizer and exploits with another.
+
+A Keras optimizer is one class, so this file is long: it passes every method on to the
+optimizer of the current phase.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,27 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_dalign.head.alignment_head import EXPLOITING, EXPLORING
 from keras_dalign.head.features import DISK
 from keras_dalign.numerics.arguments import choice, number, shown
-from keras_dalign.solving.options import SolveOptions
+from keras_dalign.training.dalign_arguments import (
+    check_exploitation,
+    checked_explore,
+    checked_optimizer,
+)
+from keras_dalign.training.inner_optimizers import (
+    ContinuedSchedule,
+    fresh_copy,
+    loss_scaled,
+    unwrapped,
+)
+from keras_dalign.training.no_steps import NoSteps
 from keras_dalign.training.weight_average import WeightAverage
 
-# What `exploit_optimizer` is called when it is the solver, and when it is the solver
-# wherever the features can be kept.
+# Values of `exploit_optimizer`: the solver, and the solver wherever the features can be
+# kept.
 SOLVE = "solve"
 AUTO = "auto"
 
@@ -38,43 +52,41 @@ _ON_THE_INNER_OPTIMIZER = (
 class DAlign(keras.optimizers.Optimizer):
     """Turns any Keras optimizer into two-phase training to a global minimum.
 
-    Compile an `AlignedModel` with it and one `fit` does both phases: the first
-    epochs train the whole model with `inner_optimizer` (exploration), then the convex
-    head is taken to its global minimum (exploitation), by default full batch with an
-    L2 term that the data choose, certified. Each optimizer holds its own variables;
-    learning rates, schedules, weight decay, clipping, EMA and loss scaling are those
-    of the optimizer of the current phase.
+    Compile an `AlignedModel` with it, and one `fit` runs both phases. The first epochs
+    train the whole model with `inner_optimizer` (exploration). Then the convex problem
+    of the head is minimised to a certified gap (exploitation), by default full batch
+    and with an L2 term that the data choose. Each phase has its optimizer, with its own
+    state, learning rate, schedule, weight decay, clipping, EMA and loss scaling.
 
-    Two ways to use it: *faster*, where a part of the epochs is explored (the default),
-    and *better*, where all of them are, `explore=1.0`, and the solver comes on top.
+    There are two ways to use it. *Faster*, the default: a part of the epochs explores.
+    *Better*, `explore=1.0`: all epochs explore, and the solver runs afterwards.
 
     Args:
         inner_optimizer: The `keras.optimizers.Optimizer` (or its name) that
             trains the base model.
         exploit_optimizer: What trains the head in the second phase. `"solve"`
-            minimises the convex problem full batch, as `keras_dalign.solve` does: each
-            iteration is an epoch for callbacks and `History` (with `gap` and
-            `objective`, what is minimised, in the logs), it ends at the gap that was
-            asked for or after `max_iterations`, whatever `epochs` is. The features of
-            streams are kept, too. `"auto"` (the default) is `"solve"` where the
-            features can be kept, else None, with a warning. None trains the remaining
-            epochs with a fresh copy of `inner_optimizer`, whose learning-rate schedule,
-            if it has one, goes on where exploration left it. A Keras optimizer (or its
-            name) does so with a schedule that starts at step 0.
+            minimises the convex problem full batch, as `keras_dalign.solve` does. Each
+            iteration is an epoch for callbacks and `History`, whose logs also hold
+            `objective`, the value that is minimised, and its `gap`. It ends at the gap
+            `tol` or after `max_iterations`, whatever `epochs` is. It keeps the features
+            of streams, too. `"auto"` (the default) is `"solve"` where the features can
+            be kept, else None, with a warning. None trains the remaining epochs with a
+            new copy of `inner_optimizer`; its learning-rate schedule, if any, continues
+            from the last step of exploration. A Keras optimizer (or its name) trains
+            the remaining epochs, too; its schedule starts at step 0.
         explore: Float in (0, 1], fraction of the epochs spent in exploration; or a
             non-negative int, their number (0: exploit from the first epoch; 1: one
             epoch). 1.0 leaves no epoch to a Keras optimizer, so it needs the solver.
         noise: Non-negative float, standard deviation of the Gaussian noise added
             to learned gates at the switch, in units of the weights' root mean
-            square. Random gates take none.
+            square. It has no effect on random gates.
         cache_features: `"auto"`, `True`, `"disk"` or `False`. Whether exploitation
             computes the trunk's features once and keeps them. `"auto"` does so for
-            arrays, `True` also for streams (one pass is stored, so random
-            augmentation stops): in memory if they fit, else in a temporary file,
-            which is gone after the run. `"disk"` is `True` with the file in any
-            case; `False` never keeps them. The file is in the folder that the
-            environment variable `TMPDIR` names; one that is itself held in memory
-            (tmpfs) spares none.
+            arrays, `True` also for streams (one pass is stored, so random augmentation
+            stops). They are kept in memory if they fit, else in a temporary file, which
+            is deleted after the run. `"disk"` always uses the file. `False` never keeps
+            features. The file is in the folder that the environment variable `TMPDIR`
+            names; a folder in memory (tmpfs) saves no memory.
         name: Name of the optimizer.
         solve_options: Dict with any of `tol`, `method`, `l2` and `max_iterations`, as
             in `keras_dalign.solve`, and `judge`: which samples choose the L2 weight and
@@ -82,9 +94,9 @@ class DAlign(keras.optimizers.Optimizer):
             `"validation"` (those of `validation_split` or `validation_data`).
             `{"l2": 0}` minimises the plain loss.
         average_weights: Float in [0, 1). At the switch the weights are set to their
-            average over about this share of the steps of exploration, which itself is
-            not changed. 0 switches from the last weights. Where `inner_optimizer` has
-            `use_ema`, its average is taken instead.
+            average over about this share of the steps of exploration. Exploration
+            itself is not changed. 0 uses the last weights. Where `inner_optimizer` has
+            `use_ema`, its average is used instead.
 
     Raises:
         ValueError: If an argument is out of its range, or at the first step if
@@ -124,30 +136,42 @@ class DAlign(keras.optimizers.Optimizer):
                     f"on `exploit_optimizer`). Received: {key}={shown(value)}"
                 )
             raise TypeError(f"DAlign got an unexpected argument. Received: {key}=...")
-        # A callable, as a number would become one more variable to carry around.
-        super().__init__(learning_rate=_no_rate_of_its_own, name=name)
-        self.explore = _checked_explore(explore)
+        # A callable, as a number would become a variable of the training step.
+        super().__init__(learning_rate=_no_learning_rate, name=name)
+        for key, value in {
+            "inner_optimizer": inner_optimizer,
+            "exploit_optimizer": exploit_optimizer,
+        }.items():
+            if isinstance(value, DAlign):
+                raise ValueError(f"DAlign cannot wrap DAlign. Received: {key}={value}")
+        self.explore = checked_explore(explore)
         self.noise = number("noise", noise, "a non-negative number", lambda v: v >= 0)
         if not isinstance(cache_features, bool):
             wanted = "True, False, 'disk' or 'auto'"
             choice("cache_features", cache_features, (AUTO, DISK), wanted)
         self.cache_features = cache_features
-        self.inner_optimizer = _checked_optimizer("inner_optimizer", inner_optimizer)
+        self.inner_optimizer = checked_optimizer("inner_optimizer", inner_optimizer)
         if (
             isinstance(exploit_optimizer, str)
             and exploit_optimizer == AUTO
             and cache_features is False
         ):
             exploit_optimizer = None
-        # `"auto"`, `"solve"`, None for a copy of the inner one, or else an optimizer.
+        # `"auto"`, `"solve"`, None for a copy of `inner_optimizer`, or an optimizer.
         self._exploit_by = exploit_optimizer
-        self._check_exploitation(solve_options)
+        check_exploitation(
+            exploit_optimizer,
+            solves=self.solves,
+            explore=self.explore,
+            cache_features=cache_features,
+            solve_options=solve_options,
+        )
         self.solve_options = dict(solve_options or {})
         if self.solves:
             exploit_optimizer = NoSteps(name=SOLVE)
         elif exploit_optimizer is None:
-            exploit_optimizer = _fresh_copy(self.inner_optimizer)
-        self.exploit_optimizer = _checked_optimizer(
+            exploit_optimizer = fresh_copy(self.inner_optimizer)
+        self.exploit_optimizer = checked_optimizer(
             "exploit_optimizer", exploit_optimizer
         )
         if self.exploit_optimizer is self.inner_optimizer:
@@ -164,48 +188,13 @@ class DAlign(keras.optimizers.Optimizer):
         )
         self.weight_average: WeightAverage | None = None
         self._phase = EXPLORING
-        # Called before the optimizers' state is loaded: the loaded head may have
-        # units that the optimizer of exploitation was not built for.
+        # Called before the state of the optimizers is loaded: the optimizer of
+        # exploitation must be built for the units of the loaded head first.
         self.before_loading: Callable[[], None] | None = None
-
-    def _check_exploitation(self, solve_options: Any) -> None:
-        """Refuses arguments that do not fit what exploitation is.
-
-        Raises:
-            ValueError: If they do not.
-        """
-        received = f"exploit_optimizer={self._exploit_by!r}"
-        if not self.solves:
-            if solve_options is not None:
-                raise ValueError(
-                    "`solve_options` belong to the solver, which exploits if features "
-                    "are kept. Received: solve_options="
-                    f"{solve_options} with {received} and "
-                    f"cache_features={self.cache_features}"
-                )
-            if isinstance(self.explore, float) and self.explore == 1.0:
-                raise ValueError(
-                    "explore=1.0 leaves no epochs to a Keras optimizer in "
-                    f"exploitation. Received: {received} with "
-                    f"cache_features={self.cache_features}. Leave both out for the "
-                    "solver, which needs none, or explore a smaller part."
-                )
-            return
-        if self.cache_features is False:
-            raise ValueError(
-                "The solver goes over the features many times, so they must be kept. "
-                f"Received: cache_features=False with {received}."
-            )
-        if not isinstance(solve_options, (dict, type(None))):
-            raise ValueError(
-                "`solve_options` must be a dict. Received: "
-                f"solve_options={shown(solve_options)}"
-            )
-        SolveOptions.from_dict(solve_options or {})
 
     def active_optimizer(self) -> keras.optimizers.Optimizer:
         """Returns the optimizer of the current phase."""
-        # A method: Keras saves every optimizer that is an attribute, under its name.
+        # A method, since Keras saves every optimizer that is an attribute.
         if self._phase == EXPLOITING:
             return self.exploit_optimizer
         return self.inner_optimizer
@@ -222,14 +211,14 @@ class DAlign(keras.optimizers.Optimizer):
 
     @property
     def may_fall_back(self) -> bool:
-        """Whether training steps may take the place of the solver."""
+        """Whether training steps may replace the solver."""
         return isinstance(self._exploit_by, str) and self._exploit_by == AUTO
 
     def fall_back(self) -> None:
-        """Exploits with a fresh copy of the inner optimizer instead of the solver."""
+        """Replaces the solver by a new copy of `inner_optimizer`."""
         self._exploit_by = None
         self.solve_options = {}
-        self.exploit_optimizer = _fresh_copy(self.inner_optimizer)
+        self.exploit_optimizer = fresh_copy(self.inner_optimizer)
 
     def exploration_epochs(self, epochs: int) -> int:
         """Number of exploration epochs in a run of `epochs`.
@@ -238,8 +227,8 @@ class DAlign(keras.optimizers.Optimizer):
             epochs: Int, epochs of the whole run.
 
         Returns:
-            The number; for a fractional `explore` below 1 both phases get an epoch as
-            soon as there are two.
+            The number. For a fractional `explore` below 1 and at least two epochs, both
+            phases get one.
 
         Raises:
             ValueError: If an integer `explore` is larger than `epochs`.
@@ -257,19 +246,19 @@ class DAlign(keras.optimizers.Optimizer):
         return self.explore
 
     def enter(self, phase: str) -> None:
-        """Makes `phase` the current one: its optimizer takes the next step."""
+        """Makes `phase` the current phase, whose optimizer takes the next step."""
         self._phase = phase
         if phase == EXPLOITING and self._exploit_by is None:
-            schedule = _unwrapped(self.exploit_optimizer)._learning_rate
+            schedule = unwrapped(self.exploit_optimizer)._learning_rate
             if isinstance(schedule, ContinuedSchedule):
-                explored = _unwrapped(self.inner_optimizer)._iterations
+                explored = unwrapped(self.inner_optimizer)._iterations
                 schedule.start = int(ops.convert_to_numpy(explored))
 
     def scale_losses(self) -> None:
-        """Wraps both optimizers for float16 training, unless they are already."""
+        """Wraps both optimizers for float16 training, if they are not wrapped yet."""
         if not self.built:
-            self.inner_optimizer = _loss_scaled(self.inner_optimizer)
-            self.exploit_optimizer = _loss_scaled(self.exploit_optimizer)
+            self.inner_optimizer = loss_scaled(self.inner_optimizer)
+            self.exploit_optimizer = loss_scaled(self.exploit_optimizer)
 
     def build_exploration(self, variables: list[keras.Variable]) -> None:
         """Builds the optimizer of exploration on the variables that it trains.
@@ -278,7 +267,7 @@ class DAlign(keras.optimizers.Optimizer):
             ValueError: If it was built on other variables already.
         """
         if self.built:
-            known = _unwrapped(self.inner_optimizer)._trainable_variables
+            known = unwrapped(self.inner_optimizer)._trainable_variables
             if [id(v) for v in known] != [id(v) for v in variables]:
                 raise ValueError(
                     "DAlign was built for another model already. Received: a model "
@@ -287,7 +276,7 @@ class DAlign(keras.optimizers.Optimizer):
                 )
             return
         self.inner_optimizer.build(variables)
-        if self.average_weights and not _unwrapped(self.inner_optimizer).use_ema:
+        if self.average_weights and not unwrapped(self.inner_optimizer).use_ema:
             steps = self.add_variable(
                 (), initializer="zeros", dtype="int", name="averaged_steps"
             )
@@ -297,11 +286,12 @@ class DAlign(keras.optimizers.Optimizer):
         self.built: bool = True
 
     def build_exploitation(self, variables: list[keras.Variable]) -> None:
-        """Builds the optimizer of exploitation on the units that there are, if any.
+        """Builds the optimizer of exploitation on the units, if there are any.
 
-        Units are made anew when the width changes; the optimizer then begins anew, too.
+        A change of the width creates new units. A new optimizer replaces the old one
+        then.
         """
-        optimizer = _unwrapped(self.exploit_optimizer)
+        optimizer = unwrapped(self.exploit_optimizer)
         if self.exploit_optimizer.built:
             known = optimizer._trainable_variables
             if [id(v) for v in known] == [id(v) for v in variables]:
@@ -329,8 +319,8 @@ class DAlign(keras.optimizers.Optimizer):
     def variables(self) -> list[keras.Variable]:
         """Own variables and those of the optimizer of the current phase.
 
-        They are the state of a training step. The other phase's optimizer is saved all
-        the same.
+        They are the state of a training step. The optimizer of the other phase is
+        saved, too.
         """
         return self._step_variables + self.active_optimizer().variables
 
@@ -365,8 +355,8 @@ class DAlign(keras.optimizers.Optimizer):
         """Pure version of `apply`: returns new trainable and optimizer variables."""
         if not self.built:
             self.build(trainable_variables)
-        # The active optimizer's own stateless_apply is called, as loss scaling
-        # updates its state inside a `cond`, where assignments would leak.
+        # Loss scaling updates its state inside a `cond`, where assignments would leak,
+        # so the `stateless_apply` of the active optimizer is called.
         own = self._step_variables
         given = optimizer_variables[: len(own)]
         trained, active = self.active_optimizer().stateless_apply(
@@ -381,7 +371,7 @@ class DAlign(keras.optimizers.Optimizer):
         return trained, values + active
 
     def scale_loss(self, loss: Any) -> Any:
-        """Scales the loss as the optimizer of the current phase asks."""
+        """Scales the loss as the optimizer of the current phase does."""
         return self.active_optimizer().scale_loss(loss)
 
     @property
@@ -412,14 +402,14 @@ class DAlign(keras.optimizers.Optimizer):
         return self._iterations
 
     def finalize_variable_values(self, var_list: list[keras.Variable]) -> None:
-        """Ends the phase's training, e.g. by taking over averaged weights."""
+        """Ends the training of a phase, for instance by setting averaged weights."""
         self.active_optimizer().finalize_variable_values(var_list)
         if (
             keras.backend.backend() == "jax"
-            and _unwrapped(self.active_optimizer()).use_ema
+            and unwrapped(self.active_optimizer()).use_ema
         ):
-            # The average and the weight would share one buffer, which the next
-            # training step could not donate twice.
+            # Average and weight share one buffer here. The next training step would
+            # donate it twice, which fails.
             for variable in var_list:
                 variable.assign(ops.copy(variable.value))
 
@@ -435,17 +425,17 @@ class DAlign(keras.optimizers.Optimizer):
             variable.assign(value)
 
     def save_own_variables(self, store: Any) -> None:
-        """Saves own variables; Keras saves those of both optimizers by itself."""
+        """Saves own variables; Keras saves those of both optimizers."""
         for index, variable in enumerate(self._variables):
             store[str(index)] = variable.numpy()
 
     def load_own_variables(self, store: Any) -> None:
-        """Loads own variables; Keras loads those of both optimizers by itself."""
+        """Loads own variables; Keras loads those of both optimizers."""
         if self.before_loading is not None:
             self.before_loading()
         known = store.keys()
         for index, variable in enumerate(self._variables):
-            # Files of version 0.2.0 have no average: it begins with the next step.
+            # Files of version 0.2.0 have no average; it starts with the next step.
             if str(index) in known:
                 variable.assign(store[str(index)])
 
@@ -483,129 +473,6 @@ class DAlign(keras.optimizers.Optimizer):
         return cls(**config)
 
 
-@keras.saving.register_keras_serializable(package="keras_dalign")
-class NoSteps(keras.optimizers.Optimizer):
-    """Stands for the solver, which is no optimizer: it takes no steps.
-
-    Without it there would be no learning rate for callbacks to read in exploitation.
-
-    Args:
-        learning_rate: Float, of no effect.
-        name: Name of the optimizer.
-        **kwargs: What else Keras's optimizers take, of no effect.
-    """
-
-    def __init__(
-        self, learning_rate: float = 0.0, name: str | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(learning_rate=learning_rate, name=name, **kwargs)
-
-    def update_step(self, *_: Any) -> None:
-        """Refuses the step.
-
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError(
-            "With exploit_optimizer='solve' there are no training steps in "
-            "exploitation. Received: a step of one batch. Call `fit`, or "
-            "`keras_dalign.solve`."
-        )
-
-
-@keras.saving.register_keras_serializable(package="keras_dalign")
-class ContinuedSchedule(keras.optimizers.schedules.LearningRateSchedule):
-    """A learning-rate schedule that goes on from a later step.
-
-    Args:
-        schedule: The schedule to continue.
-        start: Int, the step of `schedule` that is this one's step 0.
-    """
-
-    def __init__(
-        self,
-        schedule: keras.optimizers.schedules.LearningRateSchedule,
-        start: int = 0,
-    ) -> None:
-        super().__init__()
-        self.schedule = schedule
-        self.start = start
-
-    def __call__(self, step: Any) -> Any:
-        """The learning rate at `step` steps after `start`."""
-        return self.schedule(step + self.start)
-
-    def get_config(self) -> dict[str, Any]:
-        """The arguments that rebuild this schedule."""
-        return {
-            "schedule": keras.optimizers.schedules.serialize(self.schedule),
-            "start": self.start,
-        }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> ContinuedSchedule:
-        """Rebuilds a schedule from `get_config`."""
-        schedule = keras.optimizers.schedules.deserialize(config["schedule"])
-        return cls(schedule, config["start"])
-
-
-def _no_rate_of_its_own() -> float:
+def _no_learning_rate() -> float:
+    """The learning rate of DAlign itself, which is never used."""
     return 0.0
-
-
-def _checked_explore(explore: Any) -> float:
-    if isinstance(explore, (int, np.integer)) and not isinstance(explore, bool):
-        if explore >= 0:
-            return int(explore)
-    elif isinstance(explore, (float, np.floating)) and 0.0 < explore <= 1.0:
-        return float(explore)
-    raise ValueError(
-        "`explore` must be a fraction of the epochs (a float above 0, at most 1.0) or "
-        f"a number of epochs (a non-negative int). Received: explore={shown(explore)}"
-    )
-
-
-def _checked_optimizer(name: str, optimizer: Any) -> keras.optimizers.Optimizer:
-    if isinstance(optimizer, str):
-        try:
-            optimizer = keras.optimizers.get(optimizer)
-        except ValueError as error:
-            raise ValueError(
-                f"`{name}` must be a Keras optimizer or the name of one. Received: "
-                f"{name}='{optimizer}'"
-            ) from error
-    if not isinstance(optimizer, keras.optimizers.Optimizer):
-        raise ValueError(
-            f"`{name}` must be a Keras optimizer or the name of one. Received: "
-            f"{name}={shown(optimizer)} (of type {type(optimizer).__name__})"
-        )
-    if isinstance(optimizer, DAlign):
-        raise ValueError(f"DAlign cannot wrap DAlign. Received: {name}={optimizer}")
-    if optimizer.built:
-        raise ValueError(
-            f"`{name}` was built for other variables already. Received: an optimizer "
-            f"with {len(optimizer.variables)} variables. Pass a fresh one."
-        )
-    return optimizer
-
-
-def _fresh_copy(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    config = keras.saving.serialize_keras_object(optimizer)
-    copy = keras.saving.deserialize_keras_object(config)
-    unwrapped = _unwrapped(copy)
-    schedule = unwrapped._learning_rate
-    if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
-        unwrapped.learning_rate = ContinuedSchedule(schedule)
-    return copy
-
-
-def _loss_scaled(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        return optimizer
-    return keras.optimizers.LossScaleOptimizer(optimizer, name=optimizer.name)
-
-
-def _unwrapped(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    while isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        optimizer = optimizer.inner_optimizer
-    return optimizer

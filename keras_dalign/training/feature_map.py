@@ -1,10 +1,9 @@
-"""What gated units see by default: the feature map behind a global average pooling.
+"""The default input of gated units: the feature map in front of a global pooling.
 
 A convolutional network averages its last feature map over all places in front of its
-output layer. Gated units need not be as forgetful: they are given the same map in a
-coarse grid, whose cells are averages, too. There are as many cells as the samples can
-feed, since the number of gated units falls as that of features grows, and
-`width * d = 2 n` numbers per output are what exploitation trains in any case.
+output layer. Gated units can use more of the map: they get its averages over the cells
+of a coarse grid. The number of samples limits the number of cells. Exploitation trains
+`width * d = 2 n` numbers per output, so more features mean fewer gated units.
 """
 
 from __future__ import annotations
@@ -14,45 +13,52 @@ import math
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_dalign import compat
 
 # Fewer samples than this for each feature would leave less than six gated units.
 _SAMPLES_PER_FEATURE = 3
-# What is cached, and what the switch's rank check has to look at, grow with them.
+# The cache and the time of the switch's rank check grow with the number of features.
 _MOST_FEATURES = 2048
 _POOLINGS = {
     keras.layers.GlobalAveragePooling2D: keras.layers.AveragePooling2D,
     keras.layers.GlobalAveragePooling3D: keras.layers.AveragePooling3D,
 }
-# What may stand between the pooling and the output layer.
+# Layers that may lie between the pooling and the output layer; see `_is_passed`, too.
 _PASSED = (keras.layers.Dropout, keras.layers.Flatten)
 
 
 def pooled_less(
     features: keras.KerasTensor, n_samples: int
 ) -> tuple[keras.KerasTensor, keras.KerasTensor] | None:
-    """The feature map that a global average pooling made features of, in a grid.
+    """The feature map in front of a global average pooling, averaged over a grid.
 
-    The pooling may stand inside of a Functional or Sequential model that is called as a
-    layer, at any depth. A model of the same layers is then called in its place, which
-    puts out the map, too.
+    The pooling may lie inside of a Functional or Sequential model that is called as a
+    layer, at any depth. It is then replaced by a model of the same layers that also
+    puts out the map.
+
+    A multiplier between the pooling and the output layer, such as those of
+    `keras_dalign.parametrize`, does not apply to the averages: the head standardises
+    them.
 
     Args:
         features: Features of an output layer, shape `(batch, p)`.
         n_samples: Number of training samples.
 
     Returns:
-        The features again, made beside the map, and the averages of the map over the
-        cells of the finest grid that has no more than `n_samples / 3` and no more than
-        2,048 features, shape `(batch, rows, columns, channels)` (channels first where
-        the pooling has them there). Cells are of one size, and overlap a little where
-        they do not divide the map. None if the features are no pooled map, if its size
-        is unknown, if the samples are too few for more than one cell, or if the model
-        that the pooling is in is called more than once on the way: Keras would not keep
-        its weights shared in a file.
+        The features, computed in the same graph as the map, and the averages of the map
+        over the cells of a grid, shape `(batch, rows, columns, channels)` (channels
+        first where the pooling has them there). The grid is the finest one with at most
+        `n_samples / 3` and at most 2,048 features. Cells have one size, and overlap a
+        little where they do not divide the map.
+
+        None if the features are no pooled map, if its size is unknown, or if the
+        samples are too few for more than one cell. None, too, if the model that
+        contains the pooling is called more than once: Keras would not keep its weights
+        shared in a file.
     """
-    found = _beside(features)
+    found = _find_pooling(features)
     if found is None:
         return None
     features, pooling, feature_map = found
@@ -80,8 +86,8 @@ def flattened(
 
     Args:
         tensor: Features, shape `(batch, ...)`.
-        name: Name of the layer that does it; longer if it is taken.
-        dtype: Dtype policy of this layer.
+        name: Name of the new layer; a longer one is used if it is taken.
+        dtype: Dtype policy of the new layer.
 
     Returns:
         The features, shape `(batch, p)`.
@@ -90,23 +96,23 @@ def flattened(
 
 
 def _unused(name: str, tensor: keras.KerasTensor) -> str:
-    """The name, longer if an operation that the tensor is computed by has it."""
+    """A name that no operation in the graph of the tensor has: the name, or longer."""
     taken = {operation.name for operation in compat.upstream([tensor])}
     while name in taken:
         name += "_"
     return name
 
 
-def _beside(
+def _find_pooling(
     features: keras.KerasTensor,
 ) -> tuple[keras.KerasTensor, keras.layers.Layer, keras.KerasTensor] | None:
-    """Pooled features, the layer that pooled, and the map: all in the same graph."""
+    """The features, the pooling layer and its input, all in the same graph."""
     call, index = compat.producer(features)
     layer = call.operation
     if type(layer) in _POOLINGS:
         return features, layer, call.inputs[0]
-    if type(layer) in _PASSED:
-        found = _beside(call.inputs[0])
+    if _is_passed(layer):
+        found = _find_pooling(call.inputs[0])
         if found is None:
             return None
         pooled, pooling, feature_map = found
@@ -121,13 +127,21 @@ def _beside(
     if ends is None or layer in compat.upstream(call.inputs):
         return None
     inputs, outputs = ends
-    found = _beside(outputs[index])
+    found = _find_pooling(outputs[index])
     if found is None:
         return None
     inside, pooling, inside_map = found
     both = keras.Model(inputs, [inside, inside_map], name=layer.name)
     features, feature_map = both(*call.args, **call.kwargs)
     return features, pooling, feature_map
+
+
+def _is_passed(layer: Any) -> bool:
+    """Whether a layer between pooling and output layer leaves the pooled map usable."""
+    if type(layer) is keras.layers.Rescaling:
+        # A plain multiplier, as `parametrize` puts in front of an output layer.
+        return bool(np.ndim(layer.scale) == 0 and np.all(np.equal(layer.offset, 0)))
+    return type(layer) in _PASSED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +154,7 @@ class _Grid:
 
     @classmethod
     def of(cls, shape: list[int], most: int) -> _Grid:
-        """The finest grid with at most so many cells along each side."""
+        """The finest grid with at most `most` cells along each side."""
         cells = tuple(max(_divisions(side, most)) for side in shape)
         strides = tuple(side // n for side, n in zip(shape, cells, strict=True))
         size = tuple(
@@ -152,12 +166,12 @@ class _Grid:
 
 def _divisions(side: int, most: int) -> list[int]:
     """The numbers of cells along a side whose cells overlap by less than a half."""
-    # Cells of one size without padding: Keras's backends pad averages differently.
+    # Cells have one size and no padding: Keras's backends pad averages differently.
     return [n for n in range(1, min(side, most) + 1) if side % n < side // n]
 
 
 def _grid(shape: list[int], channels: int, n_samples: int) -> _Grid | None:
-    """The finest grid with few enough features; None if that is a single cell."""
+    """The finest grid within the limit of features; None if it has a single cell."""
     most = min(n_samples / _SAMPLES_PER_FEATURE, _MOST_FEATURES)
     for along in range(max(shape), 1, -1):
         grid = _Grid.of(shape, along)

@@ -1,4 +1,4 @@
-"""Training batches of features that lie in a file, on TensorFlow."""
+"""Training batches of features that are kept in a file, on TensorFlow."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from keras_dalign.head.features import FeatureSet, as_inputs
 
 
 def needs_file_batches(features: FeatureSet) -> bool:
-    """Whether `fit` would copy features that lie in a file."""
-    # JAX and PyTorch take slices of arrays.
+    """Whether `fit` would copy features that are kept in a file into memory."""
+    # With JAX and PyTorch, Keras slices arrays.
     return keras.backend.backend() == "tensorflow" and any(
         _is_map(leaf) for leaf in keras.tree.flatten(features.z)
     )
@@ -32,10 +32,9 @@ def file_batches(
 ) -> Iterator[Any]:
     """The batches that `fit` would make of the features as arrays.
 
-    Keras's own pipeline for arrays copies them into a tensor, which is what features in
-    a file are to spare. Here it shuffles and batches the numbers of the rows, whence
-    the batches are the same, sample by sample; the rows themselves are read from the
-    file, a batch ahead.
+    Keras's pipeline for arrays copies them into a tensor, which features in a file are
+    meant to avoid. Here the pipeline shuffles and batches row numbers, so the batches
+    hold the same samples. The rows are read from the file, one batch ahead.
 
     Args:
         features: The features, with targets and weights.
@@ -45,8 +44,8 @@ def file_batches(
         class_weight: As in `fit`.
 
     Yields:
-        A `tf.data.Dataset` of `(inputs, targets)` or `(inputs, targets, weights)`, good
-        until the end of the `with` statement.
+        A `tf.data.Dataset` of `(inputs, targets)` or `(inputs, targets, weights)`. It
+        is valid until the end of the `with` statement.
     """
     import tensorflow as tf  # noqa: PLC0415  (only where it is the backend)
 
@@ -78,14 +77,14 @@ def file_batches(
         found = [read(index, part) for index, part in enumerate(parts)]
         return (as_inputs(tuple(found) if len(found) > 1 else found[0]), *rest)
 
-    # Its length is lost on the way, and Keras would take the end for a lack of data.
+    # Without the length, Keras would warn at the end that data are missing.
     size = tf.data.experimental.assert_cardinality(adapter.num_batches)
     batches = adapter.get_tf_dataset().map(look_up).apply(size)
     try:
         yield batches.prefetch(tf.data.AUTOTUNE)
     finally:
-        # TensorFlow never forgets a function that a graph has called, and what that
-        # refers to would stay on the disk.
+        # TensorFlow keeps every function that a graph has called. The arrays that the
+        # function refers to would stay on the disk.
         leaves.clear()
 
 

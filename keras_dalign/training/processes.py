@@ -1,4 +1,4 @@
-"""What devices and processes need before they train one model."""
+"""Checks before several devices or processes train one model."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ def check_processes(
 ) -> None:
     """Compares model, options and arrays of all processes that share the model.
 
-    Streams are not read for it; how many samples they held, and with which targets, the
-    solver compares.
+    Streams are not read. The solver compares their samples and targets later.
 
     Args:
         model: The model.
         x: Inputs: arrays or a stream.
         y: Targets, for arrays.
         sample_weight: Sample weights, for arrays.
-        options: Whatever else decides on what is computed.
+        options: All other arguments that change the result.
 
     Raises:
-        ValueError: If the processes were given different things.
+        ValueError: If the processes got different ones.
     """
     replicas = replicas_of(model.head)
     if replicas.processes == 1:
@@ -51,7 +50,7 @@ def check_processes(
 
 
 def check_batches(model: AlignedModel, n: int, batch_size: int) -> None:
-    """Looks for batches that Keras cannot share among the devices, on JAX.
+    """Checks that Keras can share each batch among the devices, on JAX.
 
     Args:
         model: The model.

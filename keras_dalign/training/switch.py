@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("keras_dalign")
 
-# The rank check is complete up to so many samples (half a second on two cores), and
-# looks at a sample beyond.
+# Up to this number the rank check uses all samples (half a second on two cores).
 _COMPLETE_ROWS = 2048
+# With more samples it uses so many of them.
 _SAMPLED_ROWS = 1024
-# Of many outputs with gates of their own, each is checked on fewer samples.
+# Where many outputs have gates of their own, each is checked on fewer samples.
 _LEAST_ROWS = 256
 
 
 @dataclass(frozen=True)
 class SwitchReport:
-    """What happened at the switch.
+    """Report of the switch.
 
     Attributes:
         n_samples: Samples seen.
         n_batch_norms: Batch-normalisation layers whose statistics were
-            re-estimated (the head's standardisation not counted).
+            re-estimated, without the head's standardisation.
         rank: The rank check; None where exploitation has an L2 term, which needs none.
         seconds: Wall time of the switch.
         averaged: Whether the weights were set to their average over the last steps.
@@ -75,11 +75,11 @@ def switch(
 ) -> tuple[SwitchReport, FeatureSet | None]:
     """Takes a model from exploration to exploitation.
 
-    Two passes over the data: one re-estimates the trunk's batch-norm statistics,
-    one computes the features in inference mode, which give the head's
-    standardisation and the rank check. Before, the weights are set to their average
-    over the last steps. Then the gates are set and the trunk is
-    frozen. On an error the model is left exploring, as it was.
+    First the weights are set to their average over the last steps. Two passes over the
+    data follow. One re-estimates the trunk's batch-norm statistics. The other computes
+    the features in inference mode, for the head's standardisation and the rank check.
+    Then the gates are set and the trunk is frozen. On an error, the model is restored
+    and still exploring.
 
     Args:
         model: An exploring `AlignedModel`.
@@ -89,9 +89,9 @@ def switch(
         batch_size: Int, samples per batch for arrays.
         steps: Int, batches per pass over an endless stream.
         noise: Float, see `AlignmentHead.start_exploiting`.
-        average: The average of the weights to go on from; None for the last weights.
+        average: The average to set the weights to; None to keep the last weights.
         width: Number of random gates; None for the default.
-        replace_dense: Whether gated units take the place of the output layer.
+        replace_dense: Whether gated units replace the output layer.
         rank_matters: Whether to check the rank. An L2 term makes the optimum unique at
             any rank.
         keep_features: Whether to return the features: False, True or `"disk"`, see
@@ -131,7 +131,7 @@ def switch(
     report = SwitchReport(features.n, n_batch_norms, rank, seconds, averaged)
     model.switch_report = report
     logger.info("%s", report)
-    # Repeated inputs alone cost rank, too, but no width could change that.
+    # No reason is given where only repeated inputs reduce the rank, as no width helps.
     if rank is not None and rank.reason is not None:
         warnings.warn(f"The rank check at the switch failed: {rank}", stacklevel=2)
     return report, features.feature_set() if keep_features else None

@@ -1,15 +1,21 @@
-"""The samples of a phase, as `fit` was given them, and checked."""
+"""The samples of a phase as they were given to `fit`, and checks of them."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
+from keras.src.trainers.data_adapters.array_slicing import train_validation_split
+from keras.src.trainers.data_adapters.data_adapter_utils import (
+    class_weight_to_sample_weights,
+)
 
 from keras_dalign.head import data
 from keras_dalign.head.objective import single_array
+from keras_dalign.head.streams import nonempty
 from keras_dalign.numerics.arguments import number, shown
 
 if TYPE_CHECKING:
@@ -17,10 +23,10 @@ if TYPE_CHECKING:
     from keras_dalign.numerics.losses import ConvexLoss
     from keras_dalign.training.aligned_model import AlignedModel
 
-# Names of the arguments that hold data of their own.
+# Names of the arguments that hold other data than `x`, `y` and `sample_weight`.
 VALIDATION_DATA, EXPLOIT = "validation_data", "exploit_data"
 
-# Labels become one row of floats per class while they are checked.
+# Labels are checked in blocks of rows, as the check makes an array `(rows, classes)`.
 _CHECKED_AT_ONCE = 8192
 
 
@@ -33,7 +39,7 @@ class TrainingData:
         y: Targets, for arrays.
         sample_weight: Weights `(n,)`, for arrays.
         steps: Batches in a pass over the stream, or None for all of them.
-        name: The argument that holds them, if they are no arguments themselves.
+        name: The argument that holds them; empty for `x`, `y` and `sample_weight`.
         steps_name: The argument that `steps` comes from, or None if there is none.
     """
 
@@ -54,8 +60,26 @@ class TrainingData:
         """Number of samples; None for a stream."""
         return data.n_samples(self.x) if self.is_array else None
 
+    def n_batches(self, batch_size: int) -> int | None:
+        """Number of batches in a pass.
+
+        Args:
+            batch_size: Samples in a batch of arrays.
+
+        Returns:
+            The number, or None if it is unknown.
+        """
+        if self.steps is not None:
+            return self.steps
+        if self.n is not None:
+            return math.ceil(self.n / batch_size)
+        try:
+            return len(self.x)
+        except TypeError:
+            return None
+
     def check(self, model: AlignedModel, loss: ConvexLoss) -> None:
-        """Looks for what the model or its loss cannot take; streams are not read.
+        """Checks that arrays fit the model and its loss; streams are not read.
 
         Args:
             model: The model.
@@ -93,19 +117,19 @@ class TrainingData:
         for start in range(0, n, _CHECKED_AT_ONCE):
             loss.targets(y[start : start + _CHECKED_AT_ONCE], model.head.units)
 
-    def begun(self) -> TrainingData:
-        """The same data, of which an iterator is known to have a batch."""
-        x = data.begun(self.x, f"`{self.name or 'x'}`")
+    def nonempty(self) -> TrainingData:
+        """The same data, after a check that an iterator has a batch."""
+        x = nonempty(self.x, f"`{self.name or 'x'}`")
         return self if x is self.x else dataclasses.replace(self, x=x)
 
     def check_number(self, head: AlignmentHead) -> None:
-        """Checks that a head is made for so many samples; streams are not read.
+        """Checks the number of samples against the head's; streams are not read.
 
         Args:
             head: The head.
 
         Raises:
-            ValueError: If arrays hold more.
+            ValueError: If arrays hold more samples than the head was made for.
         """
         n = self.n
         if n is not None and head.n_samples is not None and n > head.n_samples:
@@ -119,19 +143,19 @@ class TrainingData:
 def given_as(
     name: str, given: Any, steps: int | None = None, steps_name: str | None = None
 ) -> TrainingData:
-    """Samples that one argument holds.
+    """Interprets an argument that holds data.
 
     Args:
-        name: The argument.
+        name: Name of the argument.
         given: `(x, y)` or `(x, y, sample_weight)` of arrays, or a stream.
         steps: Batches in a pass over the stream, or None for all of them.
         steps_name: The argument that `steps` comes from, or None if there is none.
 
     Returns:
-        The data, not checked yet.
+        The data, unchecked.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If it is neither such a tuple nor a stream.
     """
     is_tuple = isinstance(given, (list, tuple))
     if is_tuple and len(given) in {2, 3} and data.is_arrays(given[0]):
@@ -147,15 +171,51 @@ def given_as(
     return TrainingData(given, steps=steps, name=name, steps_name=steps_name)
 
 
+def split_for_validation(
+    x: Any, y: Any, sample_weight: Any, validation_split: float, exploit_data: Any
+) -> tuple[Any, Any, Any, Any]:
+    """Splits off the samples for validation, as Keras does.
+
+    Args:
+        x: Inputs.
+        y: Targets.
+        sample_weight: Sample weights, or None.
+        validation_split: The share of the samples that is split off.
+        exploit_data: The data of exploitation, if they differ.
+
+    Returns:
+        Inputs, targets and weights for training, and a tuple of those for validation.
+
+    Raises:
+        ValueError: If `x` is a stream, or there are data of exploitation.
+    """
+    if not data.is_arrays(x):
+        raise ValueError(
+            "`validation_split` needs arrays. Received: validation_split="
+            f"{validation_split} with x of type {type(x).__name__}. Pass "
+            "validation_data."
+        )
+    if exploit_data is not None:
+        raise ValueError(
+            "`validation_split` does not split `exploit_data`, which may hold the "
+            "samples that are split off. Received: both, validation_split="
+            f"{validation_split}. Pass validation_data."
+        )
+    (x, y, sample_weight), validation_data = train_validation_split(
+        (x, y, sample_weight), validation_split=validation_split
+    )
+    return x, y, sample_weight, validation_data
+
+
 def check_class_weight(class_weight: Any, sample_weight: Any) -> None:
     """Checks the weights of classes.
 
     Args:
         class_weight: A dict from classes to weights, or None.
-        sample_weight: The weights of the samples beside it.
+        sample_weight: The sample weights that were given with it, or None.
 
     Raises:
-        ValueError: If it is another thing, or both are given.
+        ValueError: If it is no such dict, or both are given.
     """
     if class_weight is None:
         return
@@ -181,3 +241,30 @@ def check_class_weight(class_weight: Any, sample_weight: Any) -> None:
             f"sample_weight={shown(sample_weight)}. Multiply the sample weights by "
             "those of their classes, and leave `class_weight` out."
         )
+
+
+def class_weighted(
+    y: Any, sample_weight: Any, class_weight: dict[int, float] | None
+) -> Any:
+    """The sample weights, or the weights of the samples' classes.
+
+    Args:
+        y: Labels of the samples.
+        sample_weight: Their weights, or None.
+        class_weight: Weights by class, or None.
+
+    Returns:
+        Weights `(n,)`, or None.
+
+    Raises:
+        ValueError: If both are given.
+    """
+    if not class_weight:
+        return sample_weight
+    if sample_weight is not None:
+        raise ValueError(
+            "`class_weight` and the sample weights of a stream cannot be given "
+            f"both. Received: class_weight={shown(class_weight)} beside them. "
+            "Leave `class_weight` out."
+        )
+    return class_weight_to_sample_weights(y, class_weight)

@@ -1,9 +1,9 @@
 """A running average of the weights that exploration trains.
 
-A trunk that is stopped on a high learning rate is noisy; the average over its last
-steps is not. The average is kept beside the run, in the same compiled step, and changes
-nothing in it. Its window is a share of the steps so far, so that it does not depend on
-the length of the run, and exploration may end after any of them.
+Training that stops at a high learning rate leaves noisy weights; their average over the
+last steps has less noise. The compiled training step also updates the average, which
+has no effect on the training. The window is a share of the steps so far, so exploration
+may end after any step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class WeightAverage:
     count most, and those before fade as a power of `t`.
 
     Args:
-        variables: What is averaged.
+        variables: The variables to average.
         share: Float in (0, 1], the window as a share of the steps so far.
         add_variable: Makes a variable of the shape of another one, given that one and a
             name, as `keras.optimizers.Optimizer.add_variable_from_reference`.
@@ -44,14 +44,14 @@ class WeightAverage:
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """Its state: the number of steps, and the averages."""
+        """The state: the number of steps, and the averages."""
         return [self.steps, *self.averages]
 
     def update(self, values: list[Any] | None = None) -> None:
-        """Takes in the weights after a step.
+        """Adds the weights after a step to the average.
 
         Args:
-            values: Their values; by default those that the variables have.
+            values: Values of the weights. Default: the current ones.
         """
         self.steps.assign_add(1)
         fade = 1.0 / self.share - 1.0
