@@ -58,7 +58,23 @@ class Layout:
 
     def run(self, run: Run) -> Path:
         """The folder of a run."""
-        return self.root / "runs" / run.name
+        return self.runs / run.name
+
+    @property
+    def runs(self) -> Path:
+        """The folder of all runs."""
+        return self.root / "runs"
+
+    @property
+    def rerun(self) -> Path:
+        """Code and parameters of a rerun that is not finished."""
+        return self.root / "backups" / "rerun.json"
+
+    @property
+    def measured(self) -> tuple[Path, ...]:
+        """The folders of what runs, tunings and frontiers measured."""
+        names = ("timings", "metrics", "tuning", "frontier")
+        return tuple(self.results / name for name in names)
 
     def timing(self, run: Run) -> Path:
         """A run's wall time, apart from what DVC hashes."""

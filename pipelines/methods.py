@@ -21,8 +21,9 @@ import keras_dalign as kd
 from pipelines import temperature as temperatures
 from pipelines.exploration import Exploration, Job, discard, explore, fit, objective
 from pipelines.held_out import held_out
+from pipelines.method_settings import SHORT, SOLVE
 from pipelines.optimizers import optimizer
-from pipelines.params import SHORT, SOLVE, pick
+from pipelines.params import pick
 from pipelines.stream import FollowEpoch
 
 if TYPE_CHECKING:

@@ -13,10 +13,23 @@ import keras_dalign as kd
 from pipelines.studies import sample
 from pipelines.studies.claims import Claim
 from pipelines.studies.curves import mean_curves
-from pipelines.studies.sample import Row, by_seed
+from pipelines.studies.sample import DIGITS, Row, by_seed
+from pipelines.studies.settings import check, count, counts, number
 
 TITLE = "Aligned iterates converge"
 PANELS = 2
+
+_SETTINGS = {
+    "n": count(2, DIGITS),
+    "widths": counts(1, 10**5),
+    "two_phase_widths": counts(1, 10**5),
+    "depth": count(1, 100),
+    "steps": count(),
+    "explore": count(),
+    "moments": count(),
+    "learning_rate": number(1e-12, 1e3),
+    "seeds": count(1, 1000),
+}
 
 
 def cells(settings: Mapping[str, Any]) -> list[Row]:
@@ -30,7 +43,11 @@ def cells(settings: Mapping[str, Any]) -> list[Row]:
 
     Returns:
         The cells.
+
+    Raises:
+        ValueError: If settings are missing, unknown or out of range.
     """
+    check("iterates", settings, _SETTINGS)
     plans = [(width, 1) for width in settings["widths"]]
     plans += [(width, 2) for width in settings["two_phase_widths"]]
     return [

@@ -20,8 +20,8 @@ import keras_dalign as kd
 from pipelines.studies.claims import Claim
 from pipelines.studies.curves import mean_curves
 from pipelines.studies.parametrizations import network
-from pipelines.studies.sample import Row, by_seed, pooled_digits, slope
-from pipelines.studies.settings import check
+from pipelines.studies.sample import DIGITS, Row, by_seed, pooled_digits, slope
+from pipelines.studies.settings import check, count, counts, number
 
 TITLE = "Which parametrisation moves features, and keeps them independent"
 PANELS = 4
@@ -90,19 +90,19 @@ RUNS = {
 }
 
 _RATES = {"sgd": "learning_rate", "adam": "adam_learning_rate"}
-_BOUNDS = {
-    "n": (2, 1797),
-    "base": (1, 10**5),
-    "widths": (1, 10**5),
-    "deep_widths": (1, 10**5),
-    "adam_widths": (1, 10**5),
-    "uneven_widths": (4, 10**5),
-    "steps": (1, 10**6),
-    "adam_steps": (1, 10**6),
-    "uneven_steps": (1, 10**6),
-    "learning_rate": (1e-12, 1e3),
-    "adam_learning_rate": (1e-12, 1e3),
-    "seeds": (1, 10**3),
+_SETTINGS = {
+    "n": count(2, DIGITS),
+    "base": count(1, 10**5),
+    "widths": counts(1, 10**5),
+    "deep_widths": counts(1, 10**5),
+    "adam_widths": counts(1, 10**5),
+    "uneven_widths": counts(4, 10**5),
+    "steps": count(1, 10**6),
+    "adam_steps": count(1, 10**6),
+    "uneven_steps": count(1, 10**6),
+    "learning_rate": number(1e-12, 1e3),
+    "adam_learning_rate": number(1e-12, 1e3),
+    "seeds": count(1, 10**3),
 }
 
 
@@ -121,7 +121,7 @@ def cells(settings: Mapping[str, Any]) -> list[Row]:
         ValueError: If a setting has a wrong name, or is out of its range, or a run has
             a single width.
     """
-    check("parametrizations", settings, _BOUNDS)
+    check("parametrizations", settings, _SETTINGS)
     for key in {run.widths for run in RUNS.values()}:
         widths = settings[key]
         if len(set(widths)) < 2 or len(set(widths)) < len(widths):
