@@ -15,12 +15,15 @@ SHORT = "short"
 # Exploitation by the solver.
 SOLVE = "solve"
 
+# The arguments of `keras_dalign.align` that methods with a head take as settings.
+HEAD = ("features", "layer", "share_gates", "slope", "width")
+
 # The settings of each kind of method: the keyword arguments of its function in
 # `methods.KINDS`.
 SETTINGS = {
     "base": ("average", "epochs", "reestimate", "temperature"),
     "last_layer": ("explore",),
-    "two_phase": ("average", "exploit", "explore", "gates", "l2"),
+    "two_phase": ("average", "exploit", "explore", "gates", "l2", *HEAD),
 }
 
 
@@ -67,7 +70,8 @@ def check_method(name: str, settings: Mapping[str, Any], mistakes: Mistakes) -> 
     kind = settings.get("kind")
     if "kind" in settings and kind not in SETTINGS:
         mistakes.check_choice(f"kind of method (of `{where}`)", SETTINGS, kind)
-    known = SETTINGS.get(kind, _RANGES) if isinstance(kind, str) else _RANGES
+    anything = {name for names in SETTINGS.values() for name in names}
+    known = SETTINGS.get(kind, anything) if isinstance(kind, str) else anything
     mistakes.check_keys(where, settings, ["kind"], known)
     for key, (wanted, fits) in _RANGES.items():
         if key in settings and not fits(settings[key]):

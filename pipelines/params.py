@@ -68,7 +68,7 @@ class Grid:
     seeds: tuple[int, ...]
 
     def runs(self) -> list[Run]:
-        """All runs. The methods of a seed follow each other, as their times compare."""
+        """All runs, those of a seed one after another so that times are comparable."""
         return [
             Run(dataset, augmentation, method, seed)
             for dataset in self.datasets
@@ -110,11 +110,11 @@ class TrainParams:
         recipes: By augmentation, the name of an entry of `recipes`: the best for the
             base model of those that `tune` compares, and the same for all methods.
         checkpoints: Shares of the epochs after which the base model's weights are
-            kept, for methods to go on from.
+            kept, for methods to start from.
         augment: The standard augmentation: `crop`, the pixels of padding before a
             random crop, and `flip`, whether images are mirrored at random.
-        short: By augmentation, the share of the epochs that takes the base model as
-            long as our default takes.
+        short: By augmentation, the share of the epochs with which the base model takes
+            as long as our default.
     """
 
     model: Mapping[str, Any]
@@ -256,7 +256,7 @@ def load(path: Path | None = None) -> Params:
             none, the repository's.
 
     Returns:
-        What it says.
+        The parameters.
 
     Raises:
         ValueError: If keys, types, values or names are wrong. The message has all
@@ -298,7 +298,7 @@ def parser(description: str | None, *names: str) -> argparse.ArgumentParser:
         *names: `"dataset"`, `"augmentation"`, `"method"`, `"recipe"`, `"seed"`.
 
     Returns:
-        A parser, which knows `--root` and `--params`, too.
+        A parser, which also has `--root` and `--params`.
     """
     line = argparse.ArgumentParser(description=(description or "").split("\n", 1)[0])
     for name in names:

@@ -446,17 +446,24 @@ def test_names_are_checked_where_sections_can_be_read(tmp_path):
     assert "Received: 'dalgn'" in message
 
 
+def keyword_arguments(function):
+    parameters = inspect.signature(function).parameters.values()
+    kinds = {each.kind for each in parameters}
+    names = {
+        each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    return names, inspect.Parameter.VAR_KEYWORD in kinds
+
+
 def test_the_settings_of_methods_are_the_arguments_of_their_functions():
-    assert {
-        kind: tuple(
-            sorted(
-                name
-                for name, each in inspect.signature(function).parameters.items()
-                if each.kind is inspect.Parameter.KEYWORD_ONLY
-            )
+    head = set(method_settings.HEAD)
+    assert keyword_arguments(kd.align) == (head | {"gates", "seed", "copy"}, False)
+    assert set(methods.KINDS) == set(method_settings.SETTINGS)
+    for kind, function in methods.KINDS.items():
+        names, takes_head = keyword_arguments(function)
+        assert set(method_settings.SETTINGS[kind]) == names | (
+            head if takes_head else set()
         )
-        for kind, function in methods.KINDS.items()
-    } == method_settings.SETTINGS
 
 
 def test_a_rerun_keeps_only_what_it_made_itself(params, tmp_path, monkeypatch):

@@ -144,7 +144,7 @@ def certify(
         )
     if parameters is not None and not gradient_bound:
         raise ValueError(
-            "`parameters` says what the gradient bound speaks of: pass "
+            "`parameters` is for the gradient bound: pass "
             f"gradient_bound=True, too. Received: parameters={parameters!r}"
         )
     parts = quadratic_parts(model)

@@ -140,8 +140,8 @@ class AlignmentMonitor(keras.callbacks.Callback):
         self.every = integer("every", every)
         if not data.is_arrays(x):
             raise ValueError(
-                "The monitor looks at the same samples again and again, so `x` must be "
-                "arrays. Take some batches from a stream, and pass their samples. "
+                "The monitor measures the same samples in several epochs, so `x` must "
+                "be arrays. Take some batches from a stream, and pass their samples. "
                 f"Received: x of type {type(x).__name__}"
             )
         if y is None:

@@ -103,7 +103,7 @@ class SolveResult:
     def _repr_html_(self) -> str:
         rows = {
             "value": f"{self.value:.6g}",
-            "gap": f"<b>{self.gap:.3g}</b> (asked for: {self.tol:.3g})",
+            "gap": f"<b>{self.gap:.3g}</b> (requested: {self.tol:.3g})",
             "L2 weight": f"{self.l2:.3g}",
             "width": str(self.width),
             "method": html.escape(f"{self.method} ({self.why})"),

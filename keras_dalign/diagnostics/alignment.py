@@ -422,6 +422,6 @@ def _check_precision(
         if value is not None and value < eps:
             raise ValueError(
                 f"`{name}` is below machine precision, {eps:.2g} for a Jacobian in "
-                f"{dtype}: nothing that small can be told from rounding. "
+                f"{dtype}, so rounding alone may exceed it. "
                 f"Received: {name}={value}"
             )

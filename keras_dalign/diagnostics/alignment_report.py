@@ -91,12 +91,12 @@ class AlignmentReport:
 
     @property
     def condition(self) -> float | None:
-        """`sigma_max / sigma_min`; None for rank 0, and if the route cannot tell."""
+        """`sigma_max / sigma_min`; None for rank 0 and for `"lsqr"`."""
         return self.sigma_max / self.sigma_min if self.sigma_min else None
 
     @property
     def worst_output(self) -> int:
-        """The output with the largest residual of its own."""
+        """The output with the largest residual."""
         return int(np.argmax(self.residuals))
 
     def to_dict(self) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class AlignmentReport:
             )
         return (
             f"Not aligned: a share of {self.residual:.3g} {share}; output {worst} is "
-            f"worst, with {self.residuals[worst]:.3g} of its own.{repeats}"
+            f"worst, with {self.residuals[worst]:.3g} of its targets.{repeats}"
         )
 
     def _spectrum(self) -> str:

@@ -125,7 +125,7 @@ def plan_route(
                 f"{shape[0]} x {shape[1]}, and {size_text(allowed)} are allowed. Use "
                 '`method="auto"`, fewer samples, or more `max_memory`.'
             )
-        return made(route, f"method={method!r} was asked for")
+        return made(route, f"method={method!r} was requested")
     why = []
     cheaper = flops["dense"] > max(_QUICK_FLOPS, _FLOP_RATIO * flops["gram"])
     order: tuple[Method, ...] = ("gram", "dense") if cheaper else ("dense", "gram")

@@ -117,7 +117,7 @@ def jacobian(
         except RebuildError as error:
             dtype_reason = str(error)
     else:
-        dtype_reason = "the model's own dtype was asked for"
+        dtype_reason = "the model's own dtype was requested"
     wide = copy is not model
     stream.wide = wide
     with untouched_graph(model):

@@ -91,7 +91,7 @@ def check_structure(
     holds = error <= tolerance
     causes: tuple[StructureCause, ...] = ()
     if not holds:
-        # At parameters of 0 no degree can be told from another.
+        # At parameters of 0 all degrees look the same.
         worst = here if here.error > tolerance and np.any(here.theta) else elsewhere
         with untouched_graph(model):
             path = output_path(model, RereadData(x, batch_size, steps, model).first())

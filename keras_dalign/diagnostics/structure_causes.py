@@ -128,14 +128,14 @@ class StructureDiagnosis:
         )
         if repeated:
             what += f"; tied weights: {repeated}"
-            change = "Give the last layer weights of its own"
+            change = "Give the last layer separate weights"
         elif len(self._layers()) > 1:
             what += f"; they are those of several layers: {self._names(self._layers())}"
             change = "Take those of the last layer alone: parameters='last'"
         else:
             change = (
                 "Look for weights that are used in several places, also within one "
-                "layer, and give the last layer weights of its own"
+                "layer, and give the last layer separate weights"
             )
         return StructureCause("degree", what, change)
 
@@ -184,7 +184,7 @@ class StructureDiagnosis:
         ends = self._names([end.layer for end in self._path.last])
         return StructureCause(
             "inner parameters",
-            f"layers with weights stand behind {', '.join(before[:4])}: {ends}",
+            f"layers with weights come after {', '.join(before[:4])}: {ends}",
             "Take the weights of the last layer alone: parameters='last'",
         )
 

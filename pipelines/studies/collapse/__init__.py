@@ -1,4 +1,4 @@
-"""Trained features lose rank; what a late switch and the noise make of the head."""
+"""Trained features lose rank; the head's rank and condition at late switches."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def cells(settings: Mapping[str, Any]) -> list[Row]:
     Args:
         settings: `n`, `widths`, `two_phase_widths` (of those that are trained in two
             phases as well), `depth`, `steps`, `explore` (steps of exploration of the
-            two-phase runs), `moments` (how many are looked at), `learning_rate`,
+            two-phase runs), `moments` (how many steps are measured), `learning_rate`,
             `seeds`.
 
     Returns:
@@ -76,17 +76,17 @@ def measure(settings: Mapping[str, Any], cell: Row) -> list[Row]:
         optimizer = kd.DAlign(
             optimizer, None, explore=settings["explore"], average_weights=0
         )
-    look = _Look(x, y, settings["steps"], settings["moments"])
+    measurements = _Measurements(x, y, settings["steps"], settings["moments"])
     sample.full_batch(
         model,
         x,
         y,
         optimizer=optimizer,
         epochs=settings["steps"],
-        callbacks=[look],
+        callbacks=[measurements],
     )
     name = f"width {width}{', two phases' if phases == 2 else ''}"
-    return [{**cell, "network": name, **row} for row in look.rows]
+    return [{**cell, "network": name, **row} for row in measurements.rows]
 
 
 def claims(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[Claim]:
@@ -133,7 +133,7 @@ def claims(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[Claim]:
     ]
 
 
-class _Look(keras.callbacks.Callback):
+class _Measurements(keras.callbacks.Callback):
     """Measures loss and alignment at some steps, denser at the beginning."""
 
     def __init__(self, x: np.ndarray, y: np.ndarray, steps: int, moments: int) -> None:

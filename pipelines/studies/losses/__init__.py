@@ -311,7 +311,7 @@ def _head_claims(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[Claim
 
 
 def _condition(head: Row) -> float:
-    """Smallest over largest singular value, which float64 tells down to its epsilon."""
+    """Smallest over largest singular value, resolved down to the epsilon of float64."""
     least = float(np.finfo(np.float64).eps)
     return float(max(head["sigma_min"] / head["sigma_max"], least))
 

@@ -51,8 +51,8 @@ def measure(settings: Mapping[str, Any], cell: Row) -> list[Row]:
     """Residual of an initial network on data with and without conflicts.
 
     A share of the images is repeated in place of others, with another label. No
-    function of the images can give both; the part of the labels that is out of reach
-    is known: what remains of `Y_l` when the labels of equal images are averaged.
+    function of the images can give both. The least residual is known: the norm of `Y_l`
+    minus its means over equal images, relative to that of `Y_l`.
 
     Args:
         settings: As for `cells`.
