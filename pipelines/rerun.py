@@ -52,7 +52,8 @@ def main(*, params: Params | None = None, root: Path = Path()) -> None:
         keras.utils.clear_session(free_memory=False)
         frontier.main(run.dataset, run.seed, params=params, root=root)
     report.main(params=params, root=root)
-    dvc(root, "commit", "--force", "--quiet")
+    # Without a target, DVC would commit the other profiles as well.
+    dvc(root, "commit", "--force", "--quiet", "dvc.yaml")
     started.unlink()
 
 
