@@ -1,4 +1,4 @@
-"""Kernels beside the alignment head: what approximates or predicts a wide network.
+"""Kernels that approximate wide networks or predict their training.
 
 Random features of the tangent kernel (Zandieh, Han, Avron, Shoham, Kim, Shin, NeurIPS
 2021), the kernel with a weight for each layer (Tan, Wu, Zhou, Huang 2023), orthogonal

@@ -1,9 +1,9 @@
 """Neural collapse of four losses, against rank.
 
-With cross-entropy, squared error, focal loss or label smoothing alike, features and
-output layer of a classifier with weight decay end as one simplex (Zhou et al., NeurIPS
-2022): each class at its mean, so that centred features have rank K - 1. The alignment
-head must still tell all samples apart.
+Trained with weight decay, features and output layer of a classifier converge to a
+simplex, for cross-entropy, squared error, focal loss and label smoothing (Zhou et al.,
+NeurIPS 2022). All features of a class then equal its mean, so that centred features
+have rank K - 1. The alignment head needs features that still separate all samples.
 """
 
 from __future__ import annotations

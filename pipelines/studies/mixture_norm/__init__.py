@@ -1,4 +1,4 @@
-"""Mixture normalisation against batch normalisation: does it take fewer updates?
+"""Mixture normalisation against batch normalisation, by the updates that they take.
 
 Mahdi Kalayeh and Mubarak Shah (IEEE TPAMI 2019) report that convolutional networks take
 31 to 47 % fewer updates with it. One component is batch normalisation.
@@ -131,7 +131,7 @@ def best(rows: Sequence[Row]) -> list[Row]:
 
 
 def updates_to(rows: Sequence[Row], target: float) -> dict[int, int]:
-    """When the test error first was at the target, by seed.
+    """The update at which the test error first reached the target, by seed.
 
     Args:
         rows: Of one network, number of components and learning rate.

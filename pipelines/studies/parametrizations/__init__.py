@@ -1,10 +1,11 @@
-"""Parametrisations of the width: do features move, and stay linearly independent?
+"""Parametrisations of the width: movement and linear independence of features.
 
-Under the maximal update parametrisation (muP), features of a wide network that SGD
-trains move by as much at every width, and stay linearly independent, so that a point
-where training comes to rest is a global minimum: Z. Chen, G. Yang, Q. Zhao, Q. Gu, ICML
-2025. Under the standard and the NTK parametrisation they stay independent, and stand
-still in the limit; under the mean-field one they move, and collapse.
+Under the maximal update parametrisation (muP), features of a wide network trained by
+SGD move by the same amount at every width, and stay linearly independent. A
+stationary point of training is then a global minimum (Z. Chen, G. Yang, Q. Zhao, Q. Gu,
+ICML 2025).
+Under the standard and the NTK parametrisation they stay independent, but do not move in
+the limit. Under the mean-field one they move, but collapse.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def cells(settings: Mapping[str, Any]) -> list[Row]:
 
 
 def measure(settings: Mapping[str, Any], cell: Row) -> list[Row]:
-    """Trains a network and looks at its features.
+    """Trains a network and measures its features.
 
     Args:
         settings: As for `cells`.
