@@ -42,9 +42,10 @@ list.
   `precision` makes float64 copies, `engines` differentiate them on each backend,
   `jacobian` multiplies by the result (`jacobian_builder` chooses the kind);
   `tangent_kernel`, `structure`, `alignment` and `gradient_bound` use it;
-- `certification`: `certificate`, `forecast` and `solver` take models and data as users
-  have them; `quadratic_bound` and `quadratic_solver` are for the quadratic head;
-  `monitor` draws all of it during training.
+- `certification`: `certify`, `forecast` and `solver` take models and data as users have
+  them, and return a `certificate`, a `forecast_result` or a solve result;
+  `quadratic_bound` and `quadratic_solver` are for the quadratic head; `monitor` logs
+  the conditions during training.
 
 Outside the layers are `models` (residual networks) and `parametrization`, which makes
 a new model's width scale by muP or another parametrisation (`growth` has the rules for
@@ -54,8 +55,10 @@ each layer).
 from importlib.metadata import version
 
 from keras_dalign import models
-from keras_dalign.certification.certificate import Certificate, certify
-from keras_dalign.certification.forecast import Forecast, forecast
+from keras_dalign.certification.certificate import Certificate
+from keras_dalign.certification.certify import certify
+from keras_dalign.certification.forecast import forecast
+from keras_dalign.certification.forecast_result import Forecast
 from keras_dalign.certification.monitor import AlignmentMonitor
 from keras_dalign.certification.quadratic_bound import QuadraticBound
 from keras_dalign.certification.quadratic_solver import (
@@ -67,7 +70,8 @@ from keras_dalign.diagnostics.alignment import check_alignment
 from keras_dalign.diagnostics.alignment_report import AlignmentReport
 from keras_dalign.diagnostics.jacobian import Jacobian
 from keras_dalign.diagnostics.jacobian_builder import jacobian
-from keras_dalign.diagnostics.structure import StructureReport, check_structure
+from keras_dalign.diagnostics.structure import check_structure
+from keras_dalign.diagnostics.structure_report import StructureReport
 from keras_dalign.diagnostics.tangent_kernel import tangent_kernel
 from keras_dalign.head.alignment_head import AlignmentHead
 from keras_dalign.head.batch_norm import reestimate_batch_norm

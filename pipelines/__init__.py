@@ -9,17 +9,19 @@ Stages, each a module with a `main` to import, and a command `python pipelines S
    `results/metrics/`;
 5. `report`: tables, figures, verdict and page of all runs, into `results/`.
 
-Beside them, `tune` looks for the base model's best recipe on held-out training samples,
+In addition, `tune` looks for the base model's best recipe on held-out training samples,
 and `frontier` measures error and time against the share that is explored.
 
-`readme` writes what they found into the README, and `gate` checks that it belongs to
-the code. `reproduce` compares fresh results with the committed ones. `resume` runs a
-profile cell by cell, also in a clone that has neither data nor runs.
+`readme` writes the results into the README, and `gate` checks that they belong to the
+code. `reproduce` compares fresh results with the committed ones. `resume` runs what is
+left of a profile, also in a clone that has neither data nor runs. `rerun` runs all of
+it again in one process, and records it with DVC.
 
-`dvc repro` runs them as dvc.yaml says, `python -m pipelines.quickstart` in one
-process. Both run the grid of a params.yaml: the root's is the profile `quick`, and
-`profiles/` has larger ones; `profiles/README.md` says how to run them. Pipelines use
-the public names of `keras_dalign` only, but for its average of the weights.
+`dvc repro` runs the stages as dvc.yaml says, `python -m pipelines.quickstart` in one
+process and without DVC. Both run the grid of a params.yaml: the root's is the profile
+`quick`, and `profiles/` has larger ones; `profiles/README.md` says how to run them.
+Pipelines use only public names of `keras_dalign`, except for its average of the
+weights.
 
 How to extend the grid:
 

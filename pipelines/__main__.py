@@ -18,6 +18,7 @@ STAGES = (
     "readme",
     "gate",
     "resume",
+    "rerun",
     "quickstart",
     "reproduce",
     "study",

@@ -1,4 +1,4 @@
-"""The running average of the weights, kept beside the training of a base model."""
+"""The running average of the weights during the training of a base model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHARE = 0.1
 
 
 class RunningAverage(keras.callbacks.Callback):
-    """Keeps the average that `DAlign` would, and changes nothing in the training.
+    """Keeps the average that `DAlign` keeps, without changing the training.
 
     Its variables are among those of the optimizer, so that they are backed up and
     restored together.
@@ -39,7 +39,7 @@ class RunningAverage(keras.callbacks.Callback):
         self._seconds = 0.0
 
     def take_seconds(self) -> float:
-        """Says how long it worked since it was asked last."""
+        """The seconds spent averaging since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
@@ -50,7 +50,7 @@ class RunningAverage(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
         """Keras's hook."""
         begin = time.perf_counter()
-        # JAX's trainer hands the weights around, and puts them back when asked.
+        # JAX's trainer keeps the weights outside the model; this writes them back.
         if hasattr(self.model, "jax_state_sync"):
             self.model.jax_state_sync()
         self._update()
@@ -62,10 +62,10 @@ class RunningAverage(keras.callbacks.Callback):
 
 
 def _compiled(function: Any) -> Any:
-    """The function, on TensorFlow as a graph: a tenth of the time of its ops alone."""
+    """The function, compiled on TensorFlow, where this takes a tenth of the time."""
     if keras.backend.backend() != "tensorflow":
         return function
     import tensorflow as tf  # noqa: PLC0415
 
-    # Traced at once, so that no epoch pays for it.
+    # Traced here, so that no epoch's time includes it.
     return tf.function(function).get_concrete_function()

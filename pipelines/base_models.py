@@ -1,6 +1,6 @@
 """Base models: plain Keras models that end in logits.
 
-Another one is a function in `BUILDERS`; its settings stand in params.yaml.
+Another one is a function in `BUILDERS`; its settings are in params.yaml.
 """
 
 from __future__ import annotations

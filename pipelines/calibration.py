@@ -1,4 +1,4 @@
-"""How good the probabilities of a classifier are. Needs NumPy only."""
+"""Measures of the probabilities of a classifier, in NumPy."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def on_disk(root: Path = ROOT) -> dict[str, bytes]:
 
 
 def digests(tree: Tree, commands: Iterable[Sequence[str]]) -> dict[str, str]:
-    """What the files that some commands run contain.
+    """Digests of the files that some commands run.
 
     Args:
         tree: The code.
@@ -54,11 +54,11 @@ def digests(tree: Tree, commands: Iterable[Sequence[str]]) -> dict[str, str]:
 def files(tree: Tree, command: Sequence[str]) -> set[str]:
     """The files that `python pipelines WORDS` runs or may run.
 
-    A module runs the packages that it lies in, and what it imports anywhere: within
-    functions, too, but not for types alone. Of a module whose name is put together from
-    what is only known then, such as `import_module(f"pipelines.{stage}")`, the last
-    part is taken to be a word of the command, and where none fits, any module there is.
-    Files beside the modules of a package, such as a style sheet, belong to it.
+    A module runs its packages and all that it imports, also within functions, but not
+    under `TYPE_CHECKING`. Some names are put together at run time, such as
+    `import_module(f"pipelines.{stage}")`. Their last part is assumed to be a word of
+    the command, or, if no word fits, any module. Other files in the folder of a
+    package, such as a style sheet, belong to it.
 
     Args:
         tree: The code.
@@ -87,13 +87,13 @@ def files(tree: Tree, command: Sequence[str]) -> set[str]:
             }
             todo += candidates & {prefix + word for word in command} or candidates
     paths = {modules[name] for name in found}
-    beside = {
+    other_files = {
         path
         for path in tree
         if not path.endswith(".py")
         and str(PurePosixPath(path).with_name("__init__.py")) in paths
     }
-    return paths | beside
+    return paths | other_files
 
 
 def _name(path: str) -> str:
@@ -109,7 +109,7 @@ def _imports(
 
     Args:
         source: Its code.
-        package: The package that it lies in.
+        package: Its package.
         path: Its path, for the error's text.
 
     Returns:
@@ -117,7 +117,7 @@ def _imports(
         beginnings of names that are put together.
 
     Raises:
-        ValueError: If nothing is known of a name.
+        ValueError: If a name is put together in another way.
     """
     names, prefixes = set(), set()
     for node in _run(ast.parse(source)):
@@ -147,7 +147,7 @@ def _last(function: ast.expr) -> str:
 
 
 def _run(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those that are there for types alone."""
+    """All nodes except those under `TYPE_CHECKING`."""
     todo = [tree]
     while todo:
         node = todo.pop()

@@ -1,8 +1,8 @@
 """Stage 4: test error, calibration, training loss and certified gap of a run.
 
-Needs NumPy only, so that it takes no time, and recomputes the training loss in
-float64 from the logits, independently of the certificate. The probabilities on the test
-data are judged by their negative log likelihood, calibration error and Brier score.
+Needs NumPy only, so it is fast. The training loss is recomputed in float64 from the
+logits, independently of the certificate. The measures of the probabilities on the test
+data are their negative log likelihood, calibration error and Brier score.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The base training of a seed: what methods share, and where each may start.
+"""The base training of a seed, which methods share.
 
 With random gates, exploration is the training of the base model, bit for bit. So the
 base model is trained once for each data set, augmentation and seed, its weights are
-kept at some epochs, and every method with random gates goes on from one of them.
+kept at some epochs, and every method with random gates starts from one of them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pipelines.layout import Layout
     from pipelines.params import Params, Recipe, Run, TrainParams
 
-# What the names of files with averages end in.
+# End of the names of files with averages.
 _AVERAGE = "-average"
 
 
@@ -59,15 +59,15 @@ class Job:
         return cls(run, data, params.train[run.dataset], recipe)
 
     def lasting(self, share: float) -> Job:
-        """The same with a share of the epochs, rounded up to whole ones."""
-        # Products such as 0.07 * 100 may be above what they stand for.
+        """The job with a share of the epochs, rounded up to whole ones."""
+        # Rounding may put products such as 0.07 * 100 above an integer.
         epochs = math.ceil(share * self.train.epochs - 1e-9)
         train = dataclasses.replace(self.train, epochs=epochs)
         return dataclasses.replace(self, train=train)
 
     @property
     def short(self) -> float:
-        """The share of the epochs that takes the base as long as our default."""
+        """The share of the epochs with which the base takes the time of our default."""
         noun = f"augmentation (under `train.{self.run.dataset}.short`)"
         return pick(noun, self.train.short, self.run.augmentation)
 
@@ -107,7 +107,7 @@ class Job:
         start: int = 0,
         average: RunningAverage | None = None,
     ) -> Recorder:
-        """What notes losses, seconds and, ten times, the test error."""
+        """A recorder of losses, seconds and, ten times, the test error."""
         every = max(1, epochs // 10)
         tested = {e for e in range(start + 1, epochs + 1) if e % every == 0} | {epochs}
         return Recorder(self.data.x_test, self.data.y_test, tested, backup, average)
@@ -142,7 +142,7 @@ class Exploration:
         return cls(job, layout.run(run), entries)
 
     def epoch(self, share: float) -> int:
-        """The epoch at a share of all."""
+        """The number of epochs of a share, at least 1."""
         return max(1, round(share * self.job.train.epochs))
 
     def model(self, share: float, *, average: bool = False) -> keras.Model:
@@ -184,7 +184,7 @@ class Exploration:
         return list(files.read_arrays(path, *map(_name, range(count))))
 
     def until(self, share: float) -> list[dict[str, float]]:
-        """What was noted in a share of the epochs."""
+        """The records of a share of the epochs."""
         return list(self.epochs[: self.epoch(share)])
 
     def seconds(self, share: float, *, average: bool = False) -> float:
@@ -206,8 +206,8 @@ def explore(
     Args:
         job: What to train on, and how.
         folder: Where to keep its weights; it is made.
-        backup: A path beside which the run is backed up after every epoch; a run that
-            was killed goes on from there, and gives what it would have given.
+        backup: A path next to which the run is backed up after every epoch. A killed
+            run continues from there, and gives the same weights.
         shares: The shares of the epochs after which the weights are kept.
         average: Whether their running average is kept, too.
 
@@ -255,19 +255,19 @@ def fit(
         model: The model.
         epochs: Number of epochs.
         callbacks: More callbacks.
-        backup: A path beside which the run is backed up after every epoch; one that
-            was killed goes on from there. `discard` removes what is there.
-        average: What averages the model's weights beside the training.
+        backup: A path next to which the run is backed up after every epoch. A killed
+            run continues from there. `discard` removes the backup.
+        average: Averages the model's weights during the training.
 
     Returns:
-        What was noted, before a kill as well.
+        The recorder, also with the epochs before a kill.
     """
     stream = job.stream()
     records = backup.with_suffix(".json") if backup else None
     recorder = job.recorder(epochs, records, average=average)
     resuming: list[keras.callbacks.Callback] = []
     if backup is not None:
-        # What is not built is not restored either.
+        # Only a built optimizer is restored.
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         folder = str(backup.with_suffix(""))
@@ -275,7 +275,7 @@ def fit(
     model.fit(
         stream,
         epochs=epochs,
-        # The stream shuffles; Keras would draw the order of batches from elsewhere.
+        # The stream shuffles, with a seed of its epoch; Keras would not.
         shuffle=False,
         verbose=0,
         callbacks=[
@@ -287,13 +287,13 @@ def fit(
         ],
     )
     if records is not None and not recorder.epochs:
-        # All epochs had been trained before the kill.
+        # The run was killed after its last epoch.
         recorder.resume(epochs)
     return recorder
 
 
 def discard(backup: Path) -> None:
-    """Removes the backup of a run that is kept elsewhere by now."""
+    """Removes the backup of a run whose results have been written."""
     backup.with_suffix(".json").unlink(missing_ok=True)
     shutil.rmtree(backup.with_suffix(""), ignore_errors=True)
 
@@ -324,7 +324,7 @@ def _name(index: int) -> str:
 
 
 class _Checkpoints(keras.callbacks.Callback):
-    """Keeps the weights, and their average, after some of the epochs."""
+    """Writes the weights, and their average, after some of the epochs."""
 
     def __init__(
         self, folder: Path, epochs: set[int], average: RunningAverage | None

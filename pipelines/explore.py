@@ -1,8 +1,7 @@
 """Stage 2: train the base model, for all methods that start from it.
 
 Writes its weights and their running average at the epochs that `checkpoints` in the
-parameters names, and what was noted by epoch. A run that was killed goes on where it
-was.
+parameters names, and the records by epoch. A killed run continues from its last epoch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What all figures have in common: style, colours, and how they are written."""
+"""Style and colours of all figures, and how they are written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipelines import files
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
+# Okabe and Ito's colours, distinguishable with colour blindness.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 # A method has one colour in all figures of all profiles. Base training is grey.
 _METHODS = {
@@ -68,7 +68,7 @@ def color(method: str, methods: Sequence[str]) -> str:
 
 @contextmanager
 def drawing(path: Path, **settings: Any) -> Iterator[Figure]:
-    """Gives a figure that is written when the block ends well.
+    """Gives a figure that is written if the block raises nothing.
 
     Args:
         path: Where to write the PNG. The same figure gives the same bytes.
@@ -78,7 +78,7 @@ def drawing(path: Path, **settings: Any) -> Iterator[Figure]:
         The figure, empty.
     """
     with mpl.rc_context(STYLE):
-        # A Figure of its own draws without a window system.
+        # A Figure without pyplot draws without a window system.
         figure = Figure(layout="constrained", **settings)
         yield figure
         write(figure, path)

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-# Error numbers: no room on the disk, or none that this user may take.
+# Error numbers: the disk is full, or this user's quota is used up.
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path that becomes `path` when the block ends well.
+    """Gives a temporary path that replaces `path` if the block raises nothing.
 
     Args:
         path: The file or folder to write. An old one is replaced as a whole.
@@ -41,7 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def explaining_a_full_disk(folder: Path) -> Iterator[None]:
-    """Makes the folder, and says what to do if its disk is full within the block.
+    """Makes the folder, and explains the error if the disk gets full in the block.
 
     Args:
         folder: Where the block writes.

@@ -1,7 +1,7 @@
 """Error and time against the share of epochs that is explored, without augmentation.
 
-One method, started from the base training of a seed at several epochs; at the last one
-it is post hoc, on the finished base.
+One method starts from the base training of a seed at several epochs. At the last one it
+is applied post hoc, to the finished base.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main(
 
     Args:
         dataset: Name of a prepared data set.
-        seed: Seed of an exploration that is there.
+        seed: Seed of a finished exploration.
         params: The parameters; those of params.yaml by default.
         root: The folder of all files.
 

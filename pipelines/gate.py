@@ -1,8 +1,8 @@
 """Checks that the committed results belong to the committed code.
 
-Strict for the profile `quick`, in the repository's root, which takes two minutes to run
-again. Of the others it says how much is out of date, as their reports do: they take
-hours, and `--all` is strict for them as well, before a release.
+It fails if results of the profile `quick` are out of date, which take two minutes to
+make again. For the other profiles, which take hours, it prints how many stages are out
+of date. With `--all`, for releases, it fails for these, too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from pipelines.layout import ROOT, Layout
 
-# What DVC exits with where data are missing that were never made.
+# Exit codes of DVC, also if data are missing that were never made.
 _CODES = (0, 1, 255)
 
 
@@ -69,7 +69,7 @@ def would_run(pipeline: Path, root: Path) -> set[str]:
         RuntimeError: If DVC cannot read the pipeline.
     """
     dvc = (sys.executable, "-m", "dvc", "repro", "--dry", "--allow-missing")
-    # It fails at what was never run, for want of data, and goes on.
+    # Stages that were never run fail, as their data are missing; DVC continues.
     result = subprocess.run(
         [*dvc, "--keep-going", str(pipeline.relative_to(root))],
         cwd=root,

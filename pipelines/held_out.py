@@ -1,4 +1,4 @@
-"""Training samples that are left out of training, to judge what it gives."""
+"""Training samples that are held out of training, to measure its result on."""
 
 from __future__ import annotations
 

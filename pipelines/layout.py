@@ -1,4 +1,4 @@
-"""Where the stages' files lie."""
+"""The paths of the stages' files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Layout:
         return self.root / "data" / f"{dataset}.npz"
 
     def description(self, dataset: str) -> Path:
-        """What is known of a prepared data set: counts, shapes, hash."""
+        """The description of a prepared data set: counts, shapes, hash."""
         return self.root / "data" / f"{dataset}.json"
 
     def checkpoint(self, run: Run, epoch: int) -> Path:
@@ -37,7 +37,7 @@ class Layout:
         return self.run(run) / f"epoch-{epoch:03d}.npz"
 
     def backup(self, run: Run) -> Path:
-        """What a killed run goes on from; outside of what DVC removes."""
+        """The backup of a killed run; DVC does not remove it."""
         return self.root / "backups" / f"{run.name}.npz"
 
     def logits(self, run: Run) -> Path:
@@ -53,15 +53,31 @@ class Layout:
         return self.run(run) / "certificate.json"
 
     def provenance(self, run: Run) -> Path:
-        """With what a run was made."""
+        """The environment and data of a run."""
         return self.run(run) / "provenance.json"
 
     def run(self, run: Run) -> Path:
         """The folder of a run."""
-        return self.root / "runs" / run.name
+        return self.runs / run.name
+
+    @property
+    def runs(self) -> Path:
+        """The folder of all runs."""
+        return self.root / "runs"
+
+    @property
+    def rerun(self) -> Path:
+        """Code and parameters of a rerun that is not finished."""
+        return self.root / "backups" / "rerun.json"
+
+    @property
+    def measured(self) -> tuple[Path, ...]:
+        """The folders of what runs, tunings and frontiers measured."""
+        names = ("timings", "metrics", "tuning", "frontier")
+        return tuple(self.results / name for name in names)
 
     def timing(self, run: Run) -> Path:
-        """A run's wall time, apart from what DVC hashes."""
+        """A run's wall time, in a file that DVC does not hash."""
         return self.results / "timings" / f"{run.name}.json"
 
     def metrics(self, run: Run) -> Path:
@@ -70,7 +86,7 @@ class Layout:
 
     @property
     def results(self) -> Path:
-        """The folder of what is committed."""
+        """The folder of the committed results."""
         return self.root / "results"
 
     @property
@@ -85,7 +101,7 @@ class Layout:
 
     @property
     def code(self) -> Path:
-        """Which code the results were made with; not hashed, as it names commits."""
+        """The code that made the results; DVC does not hash it, as it names commits."""
         return self.results / "code.json"
 
     @property
@@ -104,11 +120,11 @@ class Layout:
 
     @property
     def html(self) -> Path:
-        """The report for people who would rather look than read."""
+        """The report as a page."""
         return self.results / "report.html"
 
     def tuning(self, dataset: str, augmentation: str, recipe: str) -> Path:
-        """What a recipe reached on held-out training samples."""
+        """The errors of a recipe on held-out training samples."""
         return self.results / "tuning" / f"{dataset}-{augmentation}-{recipe}.json"
 
     def frontier(self, dataset: str, seed: int) -> Path:
@@ -120,12 +136,12 @@ class Layout:
         return self.results / "studies" / f"{name}.json"
 
     def study_cells(self, name: str) -> Path:
-        """The cells of a study that is not finished; outside of what DVC removes."""
+        """The cells of a study that is not finished; DVC does not remove them."""
         return self.root / "backups" / "studies" / name
 
     @property
     def study_metrics(self) -> Path:
-        """What the claims of all studies rest on, as DVC metrics."""
+        """The numbers of the claims of all studies, as DVC metrics."""
         return self.results / "study-metrics.json"
 
     def study_figure(self, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""One process a run: two of them would overwrite each other's files."""
+"""A lock for each run, so that only one process at a time writes its files."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from filelock import FileLock, Timeout
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keeps other processes off a run.
+    """Locks a run for this process.
 
-    The lock ends with the process, however that ends.
+    The lock ends with the block, and with the process, however it ends.
 
     Args:
         path: A path that belongs to the run alone; `.lock` is added to it.

@@ -1,4 +1,4 @@
-"""Methods: how a run ends, given the base training that it shares with others.
+"""Methods: how a run is finished after the base training that methods share.
 
 A kind of method is a function in `KINDS`; params.yaml names methods and gives each a
 kind and its settings.
@@ -21,8 +21,9 @@ import keras_dalign as kd
 from pipelines import temperature as temperatures
 from pipelines.exploration import Exploration, Job, discard, explore, fit, objective
 from pipelines.held_out import held_out
+from pipelines.method_settings import SHORT, SOLVE
 from pipelines.optimizers import optimizer
-from pipelines.params import SHORT, SOLVE, pick
+from pipelines.params import pick
 from pipelines.stream import FollowEpoch
 
 if TYPE_CHECKING:
@@ -31,18 +32,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a method made.
+    """The result of a method.
 
     Attributes:
         model: The model, from images to logits.
-        epochs: What was noted by epoch; see `recording.Recorder`.
-        phases: Wall time in seconds of `explore`, `switch` and `exploit`, without what
-            measuring the test error took.
+        epochs: The records of each epoch; see `recording.Recorder`.
+        phases: Wall time in seconds of `explore`, `switch` and `exploit`, without the
+            time for measuring the test error.
         parameters: Numbers of parameters: `base` (the base model's), `total` and
             `exploited`.
         l2: The weight of the L2 term that was minimised with the loss.
         switch: The rank check at the switch, where there was one.
-        temperature: What logits are divided by, where it was fitted.
+        temperature: What logits are divided by, if it was fitted.
     """
 
     model: keras.Model
@@ -64,17 +65,17 @@ def base(
     average: bool = False,
     temperature: float | None = None,
 ) -> Trained:
-    """The base model, with the favours that are asked for.
+    """The base model, with the requested improvements.
 
     Args:
         job: What to train on, and how.
         shared: Reads the base training of the seed.
-        backup: A path beside which a run of its own is backed up.
+        backup: A path next to which a separate run is backed up.
         epochs: The share of the epochs that it is trained for, rounded up to whole
-            ones, or `"short"`, the share that the parameters call so. Any but 1 is a
-            run of its own, whose schedule ends with it.
+            ones, or `"short"`, that share in the parameters. Any but 1 is a separate
+            run, whose schedule has that length.
         reestimate: Whether its batch-norm statistics are re-estimated at the end.
-        average: Whether its weights are set to their running average before.
+        average: Whether its weights are first set to their running average.
         temperature: The share of the training samples on which a temperature is fitted,
             which the logits are divided by. A second model, trained in the same way on
             the other samples, gives the logits to fit it on.
@@ -117,7 +118,7 @@ def _base(
     reestimate: bool,
     average: bool,
 ) -> tuple[keras.Model, list[dict[str, float]], dict[str, float]]:
-    """A base model, what was noted, and its phases; without exploration, trains it."""
+    """A base model, its records and phases; trained here without an exploration."""
     if exploration is None:
         with tempfile.TemporaryDirectory() as folder:
             exploration = explore(job, Path(folder), backup, average=average)
@@ -147,13 +148,13 @@ def two_phase(
 ) -> Trained:
     """The base model with an alignment head: explore, switch, exploit.
 
-    With random gates the exploration is that of the base model, which is shared; with
-    learned gates it is a run of its own.
+    With random gates the exploration is that of the base model, which is shared. With
+    learned gates it is a separate run.
 
     Args:
         job: What to train on, and how.
         shared: Reads the base training of the seed.
-        backup: A path beside which a run of its own is backed up.
+        backup: A path next to which a separate run is backed up.
         gates: `"random"` or `"learned"`.
         explore: The share of the epochs that is explored.
         exploit: `"copy"`, a fresh copy of the optimizer, for the other epochs; or
@@ -162,7 +163,7 @@ def two_phase(
         average: Whether the switch sets the weights to their running average, which the
             shared exploration keeps. With `"solve"` and `"auto"` it makes a run of
             `DAlign` with its defaults.
-        **head: What else `keras_dalign.align` takes.
+        **head: More arguments of `keras_dalign.align`.
 
     Returns:
         The model after exploitation.
@@ -194,7 +195,7 @@ def two_phase(
     keras.utils.set_random_seed(job.run.seed)
     noting = 0.0
     if exploit == SOLVE:
-        # In batches as large as those of `fit`, so that all is rounded alike.
+        # In batches as large as those of `fit`, for the same rounding.
         solved = kd.solve(
             model,
             job.data.x_train,
@@ -232,7 +233,7 @@ def two_phase(
 
 
 def _rank_record(rank: Any) -> dict[str, Any]:
-    """The rank check of a switch; empty where an L2 term makes it needless."""
+    """The rank check of a switch; empty if an L2 term makes it unnecessary."""
     if rank is None:
         return {}
     return {
@@ -251,7 +252,7 @@ def last_layer(
     *,
     explore: float = 0.6,
 ) -> Trained:
-    """Exploitation without gated units: the base model's own last layer alone.
+    """Exploitation without gated units: trains the base model's last layer alone.
 
     As `two_phase` otherwise: batch-norm statistics are re-estimated, the trunk is a
     fixed function in inference mode, and the features of images that are not augmented
@@ -339,12 +340,12 @@ def finish(
 
     Args:
         job: What to train on, and how.
-        settings: `kind` of the method, and what else it takes.
+        settings: `kind` of the method, and its settings.
         shared: Reads the base training of the seed.
-        backup: A path beside which a run of its own is backed up.
+        backup: A path next to which a separate run is backed up.
 
     Returns:
-        What the method made.
+        The result of the method.
     """
     kind = pick("kind of method", KINDS, str(settings.get("kind")))
     rest = {key: value for key, value in settings.items() if key != "kind"}
@@ -369,7 +370,7 @@ class _Seed(keras.callbacks.Callback):
 
 
 def _exploit(job: Job, model: keras.Model, start: int) -> Recorder:
-    """Fits the epochs after the first `start`; says what was noted."""
+    """Fits the epochs after the first `start`; returns their recorder."""
     epochs = job.train.epochs
     recorder = job.recorder(epochs, start=start)
     settings = {"initial_epoch": start, "epochs": epochs, "verbose": 0}

@@ -45,7 +45,7 @@ def optimizer(
         recipe: The recipe.
         steps: Steps of an epoch.
         epochs: Epochs of the whole training.
-        start: The epochs after which it goes on from another optimizer.
+        start: The number of epochs that another optimizer has trained before.
 
     Returns:
         An optimizer that was not used yet.

@@ -1,8 +1,8 @@
-"""Which commits results were made with, and what of their code has changed since.
+"""The commits that results were made with, and the changes of their code since.
 
-The report notes, for every commit, the files that the stages ran and what they
-contained. Whatever shows the results compares that with the code as it is now, without
-git, and so without what a clone may lack.
+The report records, for every commit, the files that the stages ran and digests of them.
+Reports compare these with the current code. This needs no git history, which a clone
+may lack.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from pipelines import closure, files, repository
 
-# Of a folder with more changed files, their number is said and not their names.
+# For a folder with more changed files, their number is listed instead of their names.
 _NAMED = 3
 
 Commands = Sequence[Sequence[str]]
@@ -25,8 +25,8 @@ class Origins:
 
     Attributes:
         made: By commit, what was made with it. The commit "" is not known.
-        changed: The files that the results came from and that are not the same now.
-        unknown: The commits of which this is not known.
+        changed: The files that made the results and have changed since.
+        unknown: The commits for which the changes are not known.
     """
 
     made: Mapping[str, Sequence[str]]
@@ -54,7 +54,7 @@ class Origins:
 
     @property
     def sentence(self) -> str:
-        """What of the code has changed."""
+        """A sentence about the changes of the code."""
         texts = []
         if self.changed:
             which = " one or more of these commits" if len(self.made) > 1 else ""
@@ -73,11 +73,11 @@ class Origins:
 def record(
     path: Path, made: Mapping[str, Iterable[str | None]], commands: Commands
 ) -> None:
-    """Notes the code of results.
+    """Records the code of results.
 
     Args:
-        path: The file to write. Of commits that git does not have, what an old one says
-            is kept.
+        path: The file to write. For commits that git does not have, entries of an
+            earlier file are kept.
         made: By a name for readers, the commits that it was made with; None if one is
             not known.
         commands: The words of the stages that made them, as for `closure.files`.

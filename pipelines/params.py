@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-# The base training that methods share, where the name of a method stands otherwise.
+from pipelines.method_settings import check_method, is_share
+from pipelines.mistakes import Mistakes, unknown
+from pipelines.sections import build_fields, is_integer
+
+# Names the base training that methods share, in place of a method.
 EXPLORATION = "exploration"
-# The epochs of a base that takes as long as our default; see `TrainParams.short`.
-SHORT = "short"
-# How the solver is called among the ways to exploit.
-SOLVE = "solve"
 
 HERE = Path("params.yaml")
 FILE = Path(__file__).resolve().parent.parent / "params.yaml"
@@ -68,7 +68,7 @@ class Grid:
     seeds: tuple[int, ...]
 
     def runs(self) -> list[Run]:
-        """All runs. The methods of a seed follow each other, as their times compare."""
+        """All runs, those of a seed one after another so that times are comparable."""
         return [
             Run(dataset, augmentation, method, seed)
             for dataset in self.datasets
@@ -110,11 +110,11 @@ class TrainParams:
         recipes: By augmentation, the name of an entry of `recipes`: the best for the
             base model of those that `tune` compares, and the same for all methods.
         checkpoints: Shares of the epochs after which the base model's weights are
-            kept, for methods to go on from.
+            kept, for methods to start from.
         augment: The standard augmentation: `crop`, the pixels of padding before a
             random crop, and `flip`, whether images are mirrored at random.
-        short: By augmentation, the share of the epochs that takes the base model as
-            long as our default takes.
+        short: By augmentation, the share of the epochs with which the base model takes
+            as long as our default.
     """
 
     model: Mapping[str, Any]
@@ -129,7 +129,7 @@ class TrainParams:
 
     def __post_init__(self) -> None:
         for augmentation, share in self.short.items():
-            if not _is_share(share):
+            if not is_share(share):
                 raise ValueError(
                     "`short` must be a share of the epochs, above 0 and at most 1, by "
                     f"augmentation. Received: {share!r} for {augmentation!r}"
@@ -172,13 +172,13 @@ class Tuning:
     samples: int | None = None
 
     def __post_init__(self) -> None:
-        if not _is_share(self.validation) or self.validation == 1:
+        if not is_share(self.validation) or self.validation == 1:
             raise ValueError(
                 "`tune.validation` must be a share of the training samples, above 0 "
                 f"and below 1. Received: {self.validation!r}"
             )
         if self.samples is not None and not (
-            _is_number(self.samples) and self.samples == int(self.samples) > 0
+            is_integer(self.samples) and self.samples > 0
         ):
             raise ValueError(
                 "`tune.samples` must be a positive number of samples, or null for all. "
@@ -230,25 +230,14 @@ class Params:
     frontier: Frontier = field(default_factory=Frontier)
 
     def __post_init__(self) -> None:
-        for dataset in self.grid.datasets:
-            pick("data set (under `prepare`)", self.prepare, dataset)
-            train = pick("data set (under `train`)", self.train, dataset)
-            for augmentation in self.grid.augmentations:
-                pick(
-                    "recipe",
-                    self.recipes,
-                    pick(
-                        f"augmentation (under `train.{dataset}.recipes`)",
-                        train.recipes,
-                        augmentation,
-                    ),
-                )
-        for method in self.grid.methods:
-            pick("method", self.methods, method)
-        for method, settings in self.methods.items():
-            _check_method(method, settings)
-        for recipe in self.tune.recipes:
-            pick("recipe", self.recipes, recipe)
+        """Checks that the sections fit together.
+
+        Raises:
+            ValueError: If they do not, with all mistakes.
+        """
+        mistakes = Mistakes(f"The profile {self.profile!r}")
+        _check_names(vars(self), mistakes)
+        mistakes.raise_if_any()
 
     def recipe(self, dataset: str, augmentation: str) -> Recipe:
         """The recipe of a data set, the same for all methods."""
@@ -267,34 +256,19 @@ def load(path: Path | None = None) -> Params:
             none, the repository's.
 
     Returns:
-        What it says.
+        The parameters.
 
     Raises:
-        ValueError: If a section lacks a key or has one too many.
+        ValueError: If keys, types, values or names are wrong. The message has all
+            mistakes, each with the nearest right name.
     """
     path = path or (HERE if HERE.is_file() else FILE)
     raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path.name} must be a mapping. Received: {raw!r}")
-    known = {each.name for each in dataclasses.fields(Params)}
-    sections: dict[str, Any] = {name: raw[name] for name in raw if name in known}
-    if "grid" in sections:
-        sections["grid"] = _section(Grid, "grid", _tuples(sections["grid"]))
-    one: dict[str, type[Any]] = {"tune": Tuning, "frontier": Frontier}
-    for name, kind in one.items():
-        if name in sections:
-            sections[name] = _section(kind, name, _tuples(sections[name]))
-    many: dict[str, type[Any]] = {
-        "prepare": DataParams,
-        "train": TrainParams,
-        "recipes": Recipe,
-    }
-    for name, kind in many.items():
-        sections[name] = {
-            dataset: _section(kind, f"{name}.{dataset}", _tuples(values))
-            for dataset, values in sections.get(name, {}).items()
-        }
-    return _section(Params, path.name, sections)
+    mistakes = Mistakes(path.name)
+    fields = build_fields(Params, "", raw, mistakes)
+    _check_names(fields, mistakes)
+    mistakes.raise_if_any()
+    return Params(**fields)
 
 
 def pick(noun: str, choices: Mapping[str, _T], name: str) -> _T:
@@ -309,13 +283,10 @@ def pick(noun: str, choices: Mapping[str, _T], name: str) -> _T:
         `choices[name]`.
 
     Raises:
-        ValueError: If there is no such name; the message lists those there are.
+        ValueError: If there is no such name; the message lists all names.
     """
     if name not in choices:
-        raise ValueError(
-            f"There is no such {noun}. Received: {name!r}; there are "
-            f"{', '.join(sorted(choices))}"
-        )
+        raise ValueError(unknown(noun, choices, name))
     return choices[name]
 
 
@@ -327,7 +298,7 @@ def parser(description: str | None, *names: str) -> argparse.ArgumentParser:
         *names: `"dataset"`, `"augmentation"`, `"method"`, `"recipe"`, `"seed"`.
 
     Returns:
-        A parser, which knows `--root` and `--params`, too.
+        A parser, which also has `--root` and `--params`.
     """
     line = argparse.ArgumentParser(description=(description or "").split("\n", 1)[0])
     for name in names:
@@ -342,68 +313,47 @@ def parser(description: str | None, *names: str) -> argparse.ArgumentParser:
     return line
 
 
-def _check_method(name: str, settings: Mapping[str, Any]) -> None:
-    """Refuses settings out of their ranges, before anything is trained.
+def _check_names(fields: Mapping[str, Any], mistakes: Mistakes) -> None:
+    """Checks that names in one section are there in another, and methods' settings.
 
-    Raises:
-        ValueError: If there are some.
+    Args:
+        fields: Fields of `Params`, as far as they could be read.
+        mistakes: Gets what is wrong.
     """
-    ranges: dict[str, tuple[str, Callable[[Any], bool]]] = {
-        "average": ("true or false", lambda value: isinstance(value, bool)),
-        "reestimate": ("true or false", lambda value: isinstance(value, bool)),
-        "temperature": (
-            "the share of the training samples to fit it on, above 0 and below 1",
-            lambda value: _is_share(value) and value < 1,
-        ),
-        "epochs": (
-            f"a positive multiple of the epochs, or {SHORT!r}",
-            lambda value: value == SHORT or (_is_number(value) and value > 0),
-        ),
-        "explore": ("a share of the epochs, above 0 and at most 1", _is_share),
-        "exploit": (f"'copy' or {SOLVE!r}", lambda value: value in ("copy", SOLVE)),
-    }
-    for key, (wanted, fits) in ranges.items():
-        if key in settings and not fits(settings[key]):
-            raise ValueError(
-                f"`methods.{name}.{key}` must be {wanted}. Received: {settings[key]!r}"
-            )
-    if settings.get("average") and settings.get("gates") == "learned":
-        raise ValueError(
-            "The shared exploration keeps an average of the weights, and learned gates "
-            f"explore by themselves. Received: `average` in `methods.{name}`. Leave it "
-            "out, or take random gates."
-        )
+
+    def names(section: Any, name: str) -> Collection[str]:
+        """A collection of names in a section, empty if it could not be read."""
+        if isinstance(section, Mapping):
+            found = section.get(name)
+        else:
+            found = getattr(section, name, None)
+        return found if isinstance(found, (Mapping, tuple)) else ()
+
+    def check(noun: str, chosen: Iterable[Any], choices: Collection[str]) -> None:
+        for name in chosen:
+            if isinstance(name, str):
+                mistakes.check_choice(noun, choices, name)
+
+    grid = fields.get("grid")
+    for section in ("prepare", "train"):
+        noun = f"data set (under `{section}`)"
+        check(noun, names(grid, "datasets"), names(fields, section))
+    check("method", names(grid, "methods"), names(fields, "methods"))
+    recipes = names(fields, "recipes")
+    check("recipe (for `tune.recipes`)", names(fields.get("tune"), "recipes"), recipes)
+    for dataset, train in _items(fields, "train"):
+        own = getattr(train, "recipes", None)
+        if isinstance(own, Mapping):
+            check(f"recipe (for `train.{dataset}.recipes`)", own.values(), recipes)
+            if dataset in names(grid, "datasets"):
+                noun = f"augmentation (under `train.{dataset}.recipes`)"
+                check(noun, names(grid, "augmentations"), own)
+    for method, settings in _items(fields, "methods"):
+        if isinstance(settings, Mapping):
+            check_method(method, settings, mistakes)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_share(value: Any) -> bool:
-    return _is_number(value) and 0 < value <= 1
-
-
-def _tuples(values: Any) -> Any:
-    """The same mapping, with tuples for lists."""
-    if not isinstance(values, dict):
-        return values
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-
-
-def _section(kind: type[_T], name: str, values: Any) -> _T:
-    """Makes a dataclass from a mapping, with an error that names the keys."""
-    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
-    wanted = {
-        each.name
-        for each in fields
-        if each.default is dataclasses.MISSING
-        and each.default_factory is dataclasses.MISSING
-    }
-    given = set(values) if isinstance(values, dict) else set()
-    if wanted - given or given - {each.name for each in fields}:
-        optional = {each.name for each in fields} - wanted
-        raise ValueError(
-            f"`{name}` must have the keys {', '.join(sorted(wanted))} and may have "
-            f"{', '.join(sorted(optional)) or 'no others'}. Received: {values!r}"
-        )
-    return kind(**values)
+def _items(fields: Mapping[str, Any], section: str) -> Iterable[tuple[str, Any]]:
+    """The entries of a section, none if it could not be read."""
+    found = fields.get(section)
+    return found.items() if isinstance(found, Mapping) else ()

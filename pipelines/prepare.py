@@ -34,8 +34,7 @@ def main(
         root: The folder of all files.
         import_from: A folder of files to take instead of a download; by default the
             one that the variable KERAS_DALIGN_IMPORT names, if it is set.
-        allow_unverified: Whether to take data whose content is not known. Titles say
-            so.
+        allow_unverified: Whether to take data of unknown content; titles say so.
 
     Returns:
         The path of the arrays.

@@ -1,4 +1,4 @@
-"""With what a run was made: versions, device, threads."""
+"""The environment of a run: versions, device, threads."""
 
 from __future__ import annotations
 

@@ -35,7 +35,9 @@ def main(*, params: Params | None = None, root: Path = OUT) -> Path:
     begin = time.perf_counter()
     run(params, root)
     table = report.main(params=params, root=root)
-    _say(f"{len(params.grid.runs())} runs in {time.perf_counter() - begin:.0f} s\n")
+    _print_progress(
+        f"{len(params.grid.runs())} runs in {time.perf_counter() - begin:.0f} s\n"
+    )
     results = report.read(params, layout)
     print("\n\n".join(texts.answered(results, answer.modes(results)[:1])), end="\n\n")
     print(f"table:  {table}")
@@ -45,13 +47,15 @@ def main(*, params: Params | None = None, root: Path = OUT) -> Path:
     return table
 
 
-def run(params: Params, root: Path) -> None:
+def run(params: Params, root: Path, *, skip_evaluated: bool = False) -> None:
     """Prepares, trains and evaluates all runs of a grid, without a report.
 
     Args:
         params: The parameters.
         root: The folder of all files.
+        skip_evaluated: Whether to skip runs that have metrics.
     """
+    layout = Layout(root)
     with _silent_stderr():
         import keras  # noqa: PLC0415
 
@@ -60,11 +64,13 @@ def run(params: Params, root: Path) -> None:
         prepare.main(dataset, params=params, root=root)
     runs = params.grid.runs()
     for number, each in enumerate(runs, start=1):
-        _say(f"run {number} of {len(runs)}: {each.name}")
-        # Else what Keras keeps of one model would stay to the end.
+        if skip_evaluated and layout.metrics(each).is_file():
+            continue
+        _print_progress(f"run {number} of {len(runs)}: {each.name}")
+        # Frees what Keras keeps for each model.
         keras.utils.clear_session(free_memory=False)
         key = (each.dataset, each.augmentation, each.method, each.seed)
-        if not Layout(root).run(each.exploration).exists():
+        if not layout.run(each.exploration).exists():
             explore.main(*key[:2], each.seed, params=params, root=root)
         train.main(*key, params=params, root=root)
         evaluate.main(*key, root=root)
@@ -72,7 +78,7 @@ def run(params: Params, root: Path) -> None:
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Keeps what TensorFlow says before its log level counts off the screen."""
+    """Hides the messages of TensorFlow before its log level has an effect."""
     sys.stderr.flush()
     screen = os.dup(2)
     try:
@@ -84,8 +90,8 @@ def _silent_stderr() -> Iterator[None]:
         os.close(screen)
 
 
-def _say(text: str) -> None:
-    """Says how far it is, beside the result."""
+def _print_progress(text: str) -> None:
+    """Prints progress to standard error."""
     print(text, file=sys.stderr, flush=True)
 
 

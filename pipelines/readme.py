@@ -41,9 +41,9 @@ def main(*, root: Path = ROOT) -> list[Path]:
         if not layout.overview.is_file():
             continue
         if name == "studies":
-            study_report.tell(settings.load(params), layout)
+            study_report.write_overview(settings.load(params), layout)
         else:
-            report.tell(load(params), layout)
+            report.write_texts(load(params), layout)
     paths = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
     for path in paths:
         files.write_text(path, filled(path.read_text(encoding="utf-8"), root=root))

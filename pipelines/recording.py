@@ -1,4 +1,4 @@
-"""What is noted during training: losses, seconds, test errors."""
+"""Records of a training: losses, seconds, test errors."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
 
 class Recorder(keras.callbacks.Callback):
-    """Keeps curves and seconds by epoch, and goes on with those of a backup.
+    """Records losses, seconds and test errors by epoch, and continues from a backup.
 
-    What it takes to measure the test error is in none of the seconds, and what it takes
-    to keep an average of the weights stands apart.
+    The seconds exclude those of measuring the test error. Those of averaging the
+    weights are recorded separately.
 
     Args:
         x_test: Test images.
         y_test: Their labels.
-        test_epochs: After how many epochs the test error is measured.
-        backup: Where to keep a copy after every epoch; none by default.
-        average: The average that is kept beside the training; none by default.
+        test_epochs: The numbers of epochs after which the test error is measured.
+        backup: Where to write a copy after every epoch; none by default.
+        average: The running average during the training; none by default.
 
     Attributes:
-        epochs: One entry an epoch: `epoch` (from 1), `train_loss` (the mean over its
-            steps), `phase`, `seconds`, `average_seconds` (those of the average, which
-            are not among them), and `test_error_rate` where it was measured.
-        own_seconds: What measuring took.
+        epochs: One entry for each epoch: `epoch` (from 1), `train_loss` (the mean over
+            its steps), `phase`, `seconds`, `average_seconds` (of the average, not
+            included in `seconds`), and `test_error_rate` where it was measured.
+        own_seconds: Seconds spent measuring.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Recorder(keras.callbacks.Callback):
         self._begin = 0.0
 
     def resume(self, epochs: int) -> None:
-        """Takes over what a run noted in its first epochs, before it was killed."""
+        """Takes over the records of a killed run's first epochs."""
         if epochs and self._backup is not None and self._backup.exists():
             kept = files.read_json(self._backup, "epochs")["epochs"]
             self.epochs = [entry for entry in kept if entry["epoch"] <= epochs]
@@ -89,7 +89,7 @@ class Recorder(keras.callbacks.Callback):
 
 
 def curves(epochs: Sequence[dict[str, float]]) -> dict[str, list[float]]:
-    """The curves that are drawn, to six digits.
+    """The curves for the figures, to six digits.
 
     Args:
         epochs: The entries of a `Recorder`.

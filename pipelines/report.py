@@ -1,7 +1,7 @@
 """Stage 5: tables, figures, verdict and page of the grid.
 
-Goes over the runs that the parameters name, never over the files that happen to be
-there. What was not run is called so. Files in `results/`:
+Reports on the runs that the parameters name, whatever files there are. Runs without
+results are listed as not run. Files in `results/`:
 
 - `table.md`: the answer (the default against the best base of equal time), the
   targets, and mean and standard deviation by data set and method;
@@ -46,7 +46,7 @@ from pipelines.reporting.results import (
     stages,
 )
 
-__all__ = ["NOT_RUN", "cli", "main", "read", "runs", "summary", "tell"]
+__all__ = ["NOT_RUN", "cli", "main", "read", "runs", "summary", "write_texts"]
 
 _SWITCH = ("epoch", "width", "rank", "n", "full", "complete")
 _PARAMETERS = ("base", "total", "exploited")
@@ -69,15 +69,15 @@ def main(*, params: Params | None = None, root: Path = Path()) -> Path:
     draw(results, layout)
     files.write_text(layout.csv, runs(results))
     files.write_json(layout.summary, summary(results))
-    tell(params, layout)
+    write_texts(params, layout)
     return layout.table
 
 
-def tell(params: Params, layout: Layout) -> None:
-    """Writes what there is to read, with the figures as they are.
+def write_texts(params: Params, layout: Layout) -> None:
+    """Writes the tables and the page, with the figures that there are.
 
-    It says what has changed in the code since the runs were made, and so has to be
-    written anew when the code changes.
+    They list what has changed in the code since the runs were made, so they are written
+    again when the code changes.
 
     Args:
         params: The parameters.
@@ -114,7 +114,7 @@ def record(results: Results, layout: Layout) -> None:
         "base training": {
             files.read_json(each).get("commit") for each in explored if each.is_file()
         },
-        # They do not say it themselves: DVC hashes them.
+        # By git: DVC hashes these files, so they do not name a commit.
         "tuning": set(map(repository.commit_of, tuning)),
         "frontier": set(map(repository.commit_of, frontiers)),
     }

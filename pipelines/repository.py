@@ -1,4 +1,4 @@
-"""What git knows: the commit one works on, that of a file, and the code of a commit."""
+"""Queries to git: the current commit, that of a file, and the code of a commit."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
 """Compares fresh results of a profile with the committed ones, method by method.
 
-The runs are made again, by the code of the quickstart and into a folder of their own,
-or taken from a folder that has them. Training differs in its last bits from machine to
-machine, and from there on in everything: so the fresh mean is looked for in the
-interval in which the committed seeds let one expect it. One in twenty such intervals
-is missed by chance.
+The runs are made again, by the code of the quickstart and into a separate folder, or
+read from a folder that has them. Training differs in its last bits from machine to
+machine, and then in everything. So the fresh mean is compared with the 95 % prediction
+interval from the committed seeds, which one in twenty misses by chance.
 """
 
 from __future__ import annotations

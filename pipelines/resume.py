@@ -1,12 +1,12 @@
-"""Runs a profile cell by cell, and goes on where it was killed.
+"""Runs what is left of a profile, one data set, augmentation and seed after another.
 
-DVC takes stages in any order. Here all methods of one data set, augmentation and seed
-follow each other, which makes their times comparable.
+DVC runs stages in any order. Here all methods of one data set, augmentation and seed
+run directly one after another, which makes their times comparable.
 
-It also goes on in a clone that has the results of a profile, but neither data nor runs.
-`dvc repro --allow-missing` leaves what is done as it is. But what is not done needs its
-data, and the base training of its seed, which `--allow-missing` takes for done. So
-these are made again before.
+It also works in a clone that has the results of a profile, but neither data nor runs.
+`dvc repro --allow-missing` runs only what is left. But a run needs its data and the
+base training of its seed, and `--allow-missing` counts missing ones as done. So these
+are made again first.
 """
 
 from __future__ import annotations
@@ -35,26 +35,27 @@ def main(*, params: Params | None = None, root: Path = Path()) -> None:
     """
     params, layout = params or load(), Layout(root)
     runs = [run for run in params.grid.runs() if not layout.metrics(run).is_file()]
-    frontiers = _frontiers_left(params, layout)
+    frontiers = frontiers_left(params, layout)
     left = [each.dataset for each in (*runs, *frontiers)]
-    for dataset in dict.fromkeys([*left, *_tunings_left(params, layout)]):
+    tuned = [dataset for dataset, *_ in tunings_left(params, layout)]
+    for dataset in dict.fromkeys([*left, *tuned]):
         if not layout.arrays(dataset).is_file():
-            _dvc(root, "repro", f"prepare@{dataset}")
+            dvc(root, "repro", f"prepare@{dataset}")
     for base in dict.fromkeys(run.exploration for run in (*runs, *frontiers)):
         cell = f"{base.dataset}-{base.augmentation}-{base.seed}"
-        # Where no time was noted, DVC does not take it for done.
+        # Without a noted time, it is not done for DVC either.
         noted = layout.timing(base).is_file()
         if noted and not layout.run(base).is_dir():
-            _dvc(root, "repro", "--single-item", f"explore@{cell}")
+            dvc(root, "repro", "--single-item", f"explore@{cell}")
         methods = [f"evaluate@{cell}-{name}" for name in params.grid.methods]
-        _dvc(root, "repro", "--allow-missing", *methods)
-    _dvc(root, "repro", "--allow-missing")
+        dvc(root, "repro", "--allow-missing", *methods)
+    dvc(root, "repro", "--allow-missing")
 
 
-def _tunings_left(params: Params, layout: Layout) -> list[str]:
-    """The data sets on which a recipe was not tried."""
+def tunings_left(params: Params, layout: Layout) -> list[tuple[str, str, str]]:
+    """The data set, augmentation and recipe of each tuning without results."""
     return [
-        dataset
+        (dataset, augmentation, recipe)
         for dataset in params.tune.datasets
         for augmentation in params.grid.augmentations
         for recipe in params.tune.recipes
@@ -62,7 +63,7 @@ def _tunings_left(params: Params, layout: Layout) -> list[str]:
     ]
 
 
-def _frontiers_left(params: Params, layout: Layout) -> list[Run]:
+def frontiers_left(params: Params, layout: Layout) -> list[Run]:
     """The base trainings whose frontier was not measured."""
     return [
         Run(dataset, "none", EXPLORATION, seed)
@@ -72,7 +73,16 @@ def _frontiers_left(params: Params, layout: Layout) -> list[Run]:
     ]
 
 
-def _dvc(folder: Path, *arguments: str) -> None:
+def dvc(folder: Path, *arguments: str) -> None:
+    """Runs DVC in a folder.
+
+    Args:
+        folder: The folder.
+        *arguments: Its arguments.
+
+    Raises:
+        subprocess.CalledProcessError: If DVC fails.
+    """
     subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=folder, check=True)
 
 

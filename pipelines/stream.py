@@ -1,4 +1,4 @@
-"""Training samples in batches: shuffled, and augmented if wanted, anew every epoch."""
+"""Batches of training samples, shuffled and augmented anew every epoch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import numpy as np
 class Stream(keras.utils.PyDataset):
     """Batches that depend on the seed and the epoch alone.
 
-    They are the same on every backend, and a run that goes on from an epoch sees what
-    it would have seen.
+    They are the same on every backend, and for a run that is resumed at an epoch.
 
     Args:
         x: Images, float32, shape `(n, height, width, channels)`.
@@ -70,7 +69,7 @@ def augmented(
 
     Args:
         images: Shape `(n, height, width, channels)`.
-        rng: What draws the places.
+        rng: Generator of the random crops.
         crop: Pixels of zero padding on each side, from which the images' size is cut.
         flip: Whether to mirror left and right, with probability 1/2.
 

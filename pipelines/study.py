@@ -1,4 +1,4 @@
-"""One study; `pipelines/studies` has them."""
+"""Runs one study of `pipelines/studies`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from pipelines.studies.settings import FILE, Studies, load
 def main(name: str, *, studies: Studies | None = None, root: Path = Path()) -> Path:
     """Runs a study and writes its rows.
 
-    The rows of each cell are kept beside the results until all are there: a study that
-    was killed goes on where it was, unless its code or settings have changed.
+    The rows of each cell are kept until all are computed. A killed study continues with
+    the missing cells, unless its code or settings have changed.
 
     Args:
         name: Name of the study: a package of `pipelines.studies`, whose settings are

@@ -30,12 +30,12 @@ def main(*, studies: Studies | None = None, root: Path = Path()) -> list[Path]:
     studies, layout = studies or load(), Layout(root)
     made = {name: [repository.commit_of(layout.study(name))] for name in studies}
     origins.record(layout.code, made, stages(studies))
-    tell(studies, layout)
+    write_overview(studies, layout)
     files.write_json(layout.study_metrics, metrics(studies, layout))
     return [draw(name, layout) for name in studies]
 
 
-def tell(studies: Studies, layout: Layout) -> None:
+def write_overview(studies: Studies, layout: Layout) -> None:
     """Writes what has changed in the code since the studies were made."""
     files.write_text(layout.overview, overview(studies, layout))
 

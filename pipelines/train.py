@@ -1,8 +1,8 @@
-"""Stage 3: finish a run by its method, and keep what it says about the data.
+"""Stage 3: finish a run by its method, and write its outputs on the data.
 
-Writes, into the run's folder, the logits on training and test data, what was noted by
-epoch, the certificate and the provenance; and, apart from them, the wall times, which
-differ in every run.
+The run's folder gets the logits on training and test data, the records by epoch, the
+certificate and the provenance. Wall times, which differ in every run, go to a separate
+file.
 """
 
 from __future__ import annotations

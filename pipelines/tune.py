@@ -1,10 +1,9 @@
 """The search for the base model's best recipe, on held-out training samples.
 
-A recipe trains the base model, and is judged by the error on a share of the training
-samples that it did not see, with re-estimated batch-norm statistics. Test data take no
-part. Of large data sets, `tune.samples` are enough. `train.DATASET.recipes` in the
-parameters has to name the best of those that `tune.recipes` lists, and all methods use
-it.
+A recipe trains the base model. Its error is measured on held-out training samples, with
+re-estimated batch-norm statistics. Test data are not used. For large data sets,
+`tune.samples` limits the number of samples. `train.DATASET.recipes` in the parameters
+has to name the best of `tune.recipes`, which all methods use.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from pipelines.params import Tuning
 
 # What is measured for each recipe; the best one is the best for the first of them.
-_JUDGES = ("base_bn", "base")
+_METHODS = ("base_bn", "base")
 
 
 def main(
@@ -99,7 +98,7 @@ def _errors(job: Job, params: Params) -> dict[str, float]:
             job, path / "weights", shares=job.train.checkpoints
         )
         found = {}
-        for method in _JUDGES:
+        for method in _METHODS:
             settings: dict[str, Any] = dict(params.methods[method])
             trained = methods.finish(job, settings, lambda: explored, path / "run")
             logits = trained.model.predict(job.data.x_test, batch_size=256, verbose=0)

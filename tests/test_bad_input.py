@@ -1,9 +1,11 @@
-"""Every call of `bad_input.CASES` is refused as documented, and nothing is changed."""
+"""Every call of `bad_input` raises the documented error and changes nothing."""
 
 import re
 
 import pytest
-from bad_input import CALLS, CASES, World
+from bad_input.calls import CALLS
+from bad_input.cases import CASES
+from bad_input.world import World
 from small import assert_equal
 
 import keras_dalign as kd

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import keras_dalign as kd
-from keras_dalign.certification.certificate import Certificate, certify
+from keras_dalign.certification.certificate import Certificate
+from keras_dalign.certification.certify import certify
 from keras_dalign.diagnostics.gradient_bound import GradientBound
 from keras_dalign.head.features import FeaturePass
 from keras_dalign.numerics.gram import explicit_features

@@ -248,6 +248,30 @@ def test_a_clone_that_pulls_has_nothing_to_do(finished, tmp_path):
     assert ran(dvc(clone, "repro", "--dry")) == ["train@digits-none-0-solve"]
 
 
+def test_a_rerun_in_one_process_leaves_nothing_to_do(repository, finished, tmp_path):
+    checkout = copied(repository, tmp_path / "checkout")
+    stale = checkout / "results" / "metrics" / "digits-none-base-0.json"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("{}", encoding="utf-8")
+    other = checkout / "profiles" / "cpu"
+    other.mkdir(parents=True)
+    shutil.copy(checkout / "dvc.yaml", other)
+    params = (checkout / "params.yaml").read_text(encoding="utf-8")
+    moved = params.replace("code: .\n", "code: ../..\n")
+    (other / "params.yaml").write_text(moved, encoding="utf-8")
+    run(checkout, sys.executable, "pipelines", "rerun")
+    assert not ran(dvc(checkout, "repro"))
+    assert not (checkout / "backups" / "rerun.json").exists()
+    assert not (other / "dvc.lock").exists()
+    for name in ("base", "solve"):
+        path = Path("results", "metrics", f"digits-none-{name}-0.json")
+        one, several = (
+            json.loads((folder / path).read_text(encoding="utf-8"))
+            for folder in (checkout, finished.checkout)
+        )
+        assert one["nll"] == pytest.approx(several["nll"], rel=1e-3)
+
+
 def test_a_clone_without_data_and_runs_goes_on(repository, finished, tmp_path):
     checkout = copied(repository, tmp_path / "checkout")
     # What one method needs was run before. All but its metrics comes out of a cache.

@@ -7,7 +7,7 @@ from keras import layers
 from small import cross_entropy
 
 import keras_dalign as kd
-from keras_dalign.certification.certificate import certify_features
+from keras_dalign.certification.certify import certify_features
 from keras_dalign.head.features import FeaturePass
 from keras_dalign.head.objective import loss_of
 from keras_dalign.numerics.default_width import least_gates

@@ -11,9 +11,9 @@ from scipy.optimize import minimize
 from small import cross_entropy, digits, mlp
 
 import keras_dalign as kd
-from keras_dalign.certification.certificate import certify
+from keras_dalign.certification.certify import certify
 from keras_dalign.certification.forecast import forecast, forecast_problem
-from keras_dalign.certification.forecast_candidates import _FURTHER, path_candidates
+from keras_dalign.certification.forecast_candidates import _EXTENSIONS, path_candidates
 from keras_dalign.numerics.gram import explicit_features
 from keras_dalign.numerics.target_logits import target_logits
 from keras_dalign.training.switch import switch
@@ -232,9 +232,9 @@ def test_candidates_are_real_parameters(exact, repeats):
 def test_going_further_than_the_optimizer():
     """Multiples of one change: its distance grows with the square of the factor."""
     case = random_case("sparse", 9, width=10)
-    found = path_candidates(case.problem, case.theta, 1.0, 4)[-len(_FURTHER) :]
+    found = path_candidates(case.problem, case.theta, 1.0, 4)[-len(_EXTENSIONS) :]
     distances = np.array([distance for _, distance in found])
-    expected = (_FURTHER / _FURTHER[0]) ** 2
+    expected = (_EXTENSIONS / _EXTENSIONS[0]) ** 2
     np.testing.assert_allclose(distances / distances[0], expected)
 
 

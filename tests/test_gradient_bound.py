@@ -10,7 +10,7 @@ from random_problems import LOSSES, REDUCTIONS, minimised, random_case
 from scipy.optimize import minimize
 
 import keras_dalign.diagnostics.gradient_bound as module
-from keras_dalign.certification.certificate import certify
+from keras_dalign.certification.certify import certify
 from keras_dalign.diagnostics.gradient_bound import gradient_bound
 from keras_dalign.diagnostics.jacobian import Jacobian
 from keras_dalign.numerics.keras_losses import convex_loss

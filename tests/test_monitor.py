@@ -22,6 +22,7 @@ from small import (
 
 import keras_dalign as kd
 from keras_dalign.certification import monitor as monitor_module
+from keras_dalign.certification import monitored_model
 from keras_dalign.certification.monitor import AlignmentMonitor
 from keras_dalign.numerics.gram import explicit_features
 
@@ -323,13 +324,13 @@ def test_a_head_on_other_features_than_the_output_layer_s():
 def test_what_is_frozen_is_computed_once(monkeypatch):
     x, y = digits(40)
     calls = []
-    head_space = monitor_module._head_space
+    head_space = monitor_module.head_space
 
     def counted(*args):
         calls.append(args[0].phase)
         return head_space(*args)
 
-    monkeypatch.setattr(monitor_module, "_head_space", counted)
+    monkeypatch.setattr(monitor_module, "head_space", counted)
     fitted(aligned(40, explore=2), x, y, epochs=6)
     assert calls == ["exploring", "exploring", "exploiting"]
 
@@ -540,7 +541,7 @@ def test_the_subsample_is_drawn_once_by_its_seed():
 def test_more_samples_than_a_batch(monkeypatch):
     x, y = digits(91)
     whole, _ = fitted(mlp(), x, y, n_samples=None)
-    monkeypatch.setattr(monitor_module, "_BATCH_SIZE", 40)
+    monkeypatch.setattr(monitored_model, "_BATCH_SIZE", 40)
     parts, _ = fitted(mlp(), x, y, n_samples=None)
     for name in ENTRIES:
         assert parts[name] == pytest.approx(whole[name], rel=1e-4)

@@ -1,3 +1,4 @@
+import inspect
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,10 @@ from pipelines import (  # noqa: E402
     explore,
     files,
     frontier,
+    method_settings,
+    methods,
     prepare,
+    rerun,
     temperature,
     train,
     tune,
@@ -30,7 +34,7 @@ from pipelines.exploration import Job  # noqa: E402
 from pipelines.exploration import explore as explore_job  # noqa: E402
 from pipelines.held_out import held_out  # noqa: E402
 from pipelines.layout import Layout  # noqa: E402
-from pipelines.params import FILE, Params, Run, load  # noqa: E402
+from pipelines.params import FILE, Frontier, Params, Run, Tuning, load  # noqa: E402
 from pipelines.reporting import results  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -395,6 +399,98 @@ def test_bad_params_are_refused(tmp_path, section, change, message):
     path.write_text(yaml.safe_dump(raw), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         load(path)
+
+
+def test_all_mistakes_in_the_params_are_reported_at_once(tmp_path):
+    raw = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    raw["laebls"] = raw.pop("labels")
+    raw["grid"] |= {"methods": ["base", "dalgn"], "seeds": 3}
+    raw["train"]["digits"] |= {"epoch": 3, "batch_size": "64"}
+    raw["recipes"]["cosine_1e2"] = {"learning_rate": "1e-2"}
+    raw["tune"] |= {"recipes": ["cosine_1e0"]}
+    raw["methods"]["base_bn"] |= {"restimate": True, "epochs": -1}
+    raw["methods"]["solve"] |= {"kind": "two_phases"}
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^params.yaml has 10 mistakes:") as caught:
+        load(path)
+    lines = sorted(str(caught.value).splitlines()[1:])
+    expected = [
+        "The file has no key 'laebls'; the nearest is 'labels'",
+        "`grid.seeds` must be a list, each entry an integer. Received: 3",
+        "`train.digits` has no key 'epoch'; the nearest is 'epochs'",
+        "`train.digits.batch_size` must be an integer. Received: '64'",
+        "`recipes.cosine_1e2.learning_rate` must be a number. Received: '1e-2'",
+        "`methods.base_bn` has no key 'restimate'; the nearest is 'reestimate'",
+        "`methods.base_bn.epochs` must be a positive multiple",
+        "There is no such method. Received: 'dalgn'; there are base, ",
+        "There is no such kind of method (of `methods.solve`). Received: 'two_phases'",
+        "There is no such recipe (for `tune.recipes`). Received: 'cosine_1e0'",
+    ]
+    for line, start in zip(lines, sorted(expected), strict=True):
+        assert line.startswith(f"- {start}")
+    assert sum("the nearest is" in line for line in lines) == 6
+
+
+def test_names_are_checked_where_sections_can_be_read(tmp_path):
+    raw = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    raw["grid"] |= {"datasets": ["digit"], "methods": ["dalgn"]}
+    raw["labels"] = 3
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    with pytest.raises(ValueError, match="4 mistakes") as caught:
+        load(path)
+    message = str(caught.value)
+    assert "`labels` must be a mapping. Received: 3" in message
+    assert message.count("the nearest is 'digits'") == 2
+    assert "Received: 'dalgn'" in message
+
+
+def keyword_arguments(function):
+    parameters = inspect.signature(function).parameters.values()
+    kinds = {each.kind for each in parameters}
+    names = {
+        each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    return names, inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def test_the_settings_of_methods_are_the_arguments_of_their_functions():
+    head = set(method_settings.HEAD)
+    assert keyword_arguments(kd.align) == (head | {"gates", "seed", "copy"}, False)
+    assert set(methods.KINDS) == set(method_settings.SETTINGS)
+    for kind, function in methods.KINDS.items():
+        names, takes_head = keyword_arguments(function)
+        assert set(method_settings.SETTINGS[kind]) == names | (
+            head if takes_head else set()
+        )
+
+
+def test_a_rerun_keeps_only_what_it_made_itself(params, tmp_path, monkeypatch):
+    layout = Layout(tmp_path)
+    metrics = layout.metrics(params.grid.runs()[0])
+    found = []
+
+    def killed(params, root, *, skip_evaluated):
+        assert skip_evaluated
+        found.append(metrics.is_file())
+        files.write_json(metrics, {})
+        if len(found) < 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(rerun.quickstart, "run", killed)
+    monkeypatch.setattr(rerun.report, "main", lambda **_: None)
+    monkeypatch.setattr(rerun, "dvc", lambda *_: None)
+    none = replace(params, tune=Tuning(), frontier=Frontier())
+    changed = replace(none, labels={"base": "another"})
+    files.write_json(metrics, {})
+    for each in (none, none, changed):
+        with pytest.raises(KeyboardInterrupt):
+            rerun.main(params=each, root=tmp_path)
+    rerun.main(params=changed, root=tmp_path)
+    # Those of before, its own, those of other parameters, its own.
+    assert found == [False, True, False, True]
+    assert not layout.rerun.exists()
 
 
 def test_a_failing_write_leaves_the_old_file(tmp_path):

@@ -178,6 +178,31 @@ def test_pooled_digits():
     assert np.corrcoef(x[:, 6], centred)[0, 1] > 0.9
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_all_wrong_settings_are_reported_at_once(name):
+    module = importlib.import_module(f"pipelines.studies.{name}")
+    wrong = {**TINY[name], "n": 1, "seed": 3, "seeds": "2"}
+    with pytest.raises(
+        ValueError, match=f"The study '{name}' has 3 mistakes"
+    ) as caught:
+        module.cells(wrong)
+    message = str(caught.value)
+    assert "no key 'seed'; the nearest is 'seeds'" in message
+    assert f"`studies.{name}.n` must be one integer between 2 and 1797" in message
+    assert f"`studies.{name}.seeds` must be one integer" in message
+    missing = {key: value for key, value in TINY[name].items() if key != "n"}
+    with pytest.raises(ValueError, match=r"must have the keys .*, without n$"):
+        module.cells(missing)
+
+
+def test_a_setting_is_a_list_or_is_not():
+    wrong = {**TINY["width"], "widths": 4, "epochs": [2]}
+    with pytest.raises(ValueError, match="2 mistakes") as caught:
+        width.cells(wrong)
+    assert "`studies.width.widths` must be a list of integers" in str(caught.value)
+    assert "`studies.width.epochs` must be one integer" in str(caught.value)
+
+
 def test_a_study_that_does_not_exist(studies, tmp_path):
     with pytest.raises(ValueError, match=r"no such study. Received: 'depth'"):
         study.main("depth", studies=studies, root=tmp_path)
@@ -191,6 +216,7 @@ def test_every_study_is_a_package_with_a_section_and_a_page():
     for name in names:
         module = importlib.import_module(f"pipelines.studies.{name}")
         assert module.TITLE
+        assert module.cells(study.load()[name])
         page = (PAGES / f"{name}.md").read_text(encoding="utf-8")
         assert f"<!-- claims {name} -->" in page
         assert f"profiles/studies/dvc.yaml:study@{name}" in page

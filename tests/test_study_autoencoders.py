@@ -240,15 +240,15 @@ def test_bad_networks_are_errors():
 @pytest.mark.parametrize(
     ("changed", "match"),
     [
-        ({"wdiths": [3]}, r"unknown \['wdiths'\]"),
-        ({"widths": [8, 0]}, "`widths` must be at least 1"),
-        ({"widths": []}, "`widths` must be a list"),
-        ({"widths": 8}, "`widths` must be a list"),
-        ({"samples": [1]}, "`samples` must be at least 2"),
-        ({"steps": 2.5}, "`steps` must be at least 1, and whole"),
-        ({"seeds": 0}, "`seeds` must be at least 1"),
-        ({"limit_widths": [8, 8]}, "two widths at least"),
-        ({"tolerance": 2.0}, "`tolerance` must be between 0 and 1"),
+        ({"wdiths": [3]}, "no key 'wdiths'; the nearest is 'widths'"),
+        ({"widths": [8, 0]}, "encoders.widths` must be a list of integers between 1 "),
+        ({"widths": []}, "encoders.widths` must be a list"),
+        ({"widths": 8}, "encoders.widths` must be a list"),
+        ({"samples": [1]}, "encoders.samples` must be a list of integers between 2 "),
+        ({"steps": 2.5}, "encoders.steps` must be one integer between 1 "),
+        ({"seeds": 0}, "encoders.seeds` must be one integer between 1 "),
+        ({"limit_widths": [8, 8]}, "two different widths or more"),
+        ({"tolerance": 2.0}, "encoders.tolerance` must be one number"),
     ],
 )
 def test_bad_settings_are_errors(changed, match):
@@ -258,7 +258,7 @@ def test_bad_settings_are_errors(changed, match):
 
 def test_a_missing_setting_is_an_error():
     less = {name: value for name, value in TINY.items() if name != "unseen"}
-    with pytest.raises(ValueError, match=r"missing \['unseen'\]"):
+    with pytest.raises(ValueError, match=r"must have the keys .*, without unseen"):
         autoencoders.cells(less)
 
 

@@ -74,11 +74,14 @@ def test_the_study_at_a_tiny_size():
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"width": 3}, r"Received: unknown \['width'\], missing \[\]"),
-        ({"network_widths": [4, 0]}, r"`network_widths` .*Received: .*\[4, 0\]"),
-        ({"feature_depths": []}, "`feature_depths` of the study"),
-        ({"ridge": 0.0}, "`ridge` of the study"),
-        ({"rate": 2.0}, "`rate` of the study"),
+        ({"width": 3}, r"`studies.kernels` has no key 'width'; the nearest is"),
+        ({"network_widths": [4, 0]}, r"network_widths` .*Received: .*\[4, 0\]"),
+        (
+            {"feature_depths": []},
+            "`studies.kernels.feature_depths` must be a list of integers",
+        ),
+        ({"ridge": 0.0}, "`studies.kernels.ridge` must be one number between 1e-12"),
+        ({"rate": 2.0}, "`studies.kernels.rate` must be one number"),
         ({"feature_dimensions": [16, 17]}, r"must be even.*Received: \[17\]"),
         ({"search_tested": 1797}, "There are 1797 digits. Received: 1821"),
     ],
@@ -90,7 +93,7 @@ def test_settings_that_are_refused(changes, match):
 
 def test_a_setting_that_is_missing():
     rest = {name: value for name, value in TINY.items() if name != "seeds"}
-    with pytest.raises(ValueError, match=r"missing \['seeds'\]"):
+    with pytest.raises(ValueError, match=r"must have the keys .*, without seeds"):
         kernels.cells(rest)
 
 

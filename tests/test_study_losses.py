@@ -149,13 +149,13 @@ def test_the_study_end_to_end():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"gamma": 3}, r"unknown \['gamma'\], missing \[\]"),
-        ({"width": 0}, r"`width` .* between 1 and .* Received: width=0"),
+        ({"gamma": 3}, "`studies.losses` has no key 'gamma'"),
+        ({"width": 0}, r"losses.width` .* between 1 and .* Received: width=0"),
         ({"batch_size": 61}, r"full batch. Received: batch_size=61"),
         ({"test": 1790}, r"1797 digits. Received: n=60"),
         ({"switches": [2, 3]}, r"rising, of the training. Received"),
         ({"switches": [1]}, r"rising, of the training. Received"),
-        ({"strong_decay": -1}, r"`strong_decay` .* Received: strong_decay=-1"),
+        ({"strong_decay": -1}, r"losses.strong_decay` .* Received: strong_decay=-1"),
     ],
 )
 def test_settings_that_make_no_sense(change, match):

@@ -53,10 +53,10 @@ def test_the_study_at_a_tiny_size():
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"component": 3}, r"unknown \['component'\]"),
-        ({"components": [1, 0]}, r"`components` of .*components=\[1, 0\]"),
+        ({"component": 3}, "no key 'component'; the nearest is 'components'"),
+        ({"components": [1, 0]}, r"norm.components` must be .*components=\[1, 0\]"),
         ({"components": [2, 3]}, "first of `components` must be 1"),
-        ({"learning_rates": [-0.1]}, "`learning_rates` of the study"),
+        ({"learning_rates": [-0.1]}, "norm.learning_rates` must be a list of numbers"),
         ({"n": 1797}, "There are 1797 digits. Received: 1837"),
     ],
 )

@@ -121,12 +121,12 @@ def test_rest_means_minimum():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"width": [4]}, r"unknown \['width'\]"),
-        ({"base": 0}, r"`base`.*between 1.*base=0"),
-        ({"widths": [8, -1]}, r"`widths`.*between 1"),
-        ({"uneven_widths": [2, 8]}, r"`uneven_widths`.*between 4"),
+        ({"width": [4]}, "no key 'width'; the nearest is 'widths'"),
+        ({"base": 0}, r"zations.base`.*between 1.*base=0"),
+        ({"widths": [8, -1]}, r"zations.widths`.*between 1"),
+        ({"uneven_widths": [2, 8]}, r"zations.uneven_widths`.*between 4"),
         ({"adam_widths": [8]}, r"two or more different widths.*adam_widths=\[8\]"),
-        ({"seeds": 0}, r"`seeds`.*between 1"),
+        ({"seeds": 0}, r"zations.seeds`.*between 1"),
     ],
 )
 def test_wrong_settings(change, message):

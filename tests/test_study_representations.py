@@ -91,17 +91,21 @@ def test_claims_and_figure(rows):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["depth"], 3, r"settings of the study `representations` must have the keys"),
-        (["units", "wide"], 3, "The units of the study"),
-        (["dimensions"], [0, 4], "`dimensions` must be a positive int, or a list"),
+        (["depth"], 3, "`studies.representations` has no key 'depth'"),
+        (["units", "wide"], 3, "`studies.representations.units` has no key 'wide'"),
+        (["dimensions"], [0, 4], "dimensions` must be a list of integers"),
         (["dimensions"], [4], "two different ones"),
         (["smallest"], [10], "two different ones"),
-        (["step"], 1.0, "`step`.*must be above 1"),
-        (["ratio"], -1.0, "`ratio` must be positive"),
-        (["penalties", "raw"], [0.0], "`penalties of raw inputs` must be positive"),
-        (["certificate", "widths"], [2.5], "`certificate: widths` must be a positive"),
-        (["limits", "sizes"], [], "`limits: sizes` must be a positive int"),
-        (["seeds"], True, "`seeds` must be a positive int"),
+        (["step"], 1.0, "step` must be one number between 1.01"),
+        (["ratio"], -1.0, "ratio` must be one number"),
+        (["penalties", "raw"], [0.0], "penalties.raw` must be a list of numbers"),
+        (
+            ["certificate", "widths"],
+            [2.5],
+            "certificate.widths` must be a list of integers",
+        ),
+        (["limits", "sizes"], [], "limits.sizes` must be a list of integers"),
+        (["seeds"], True, "seeds` must be one integer"),
     ],
 )
 def test_settings_out_of_range(path, value, message):

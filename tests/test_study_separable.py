@@ -218,11 +218,11 @@ def test_the_test_draw_chooses_nothing():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"widths": 3}, r"unknown \['widths'\], missing \[\]"),
-        ({"code": 0}, r"`code` .* between 1 and .* Received: code=0"),
-        ({"rates": []}, r"`rates` .* Received: rates=\[\]"),
-        ({"rates": ["1e-4"]}, r"`rates` .* Received: rates=\['1e-4'\]"),
-        ({"fixed": [0.0]}, r"`fixed` .* Received: fixed=\[0.0\]"),
+        ({"widths": 3}, "`studies.separable` has no key 'widths'"),
+        ({"code": 0}, r"separable.code` .* between 1 and .* Received: code=0"),
+        ({"rates": []}, r"separable.rates` .* Received: rates=\[\]"),
+        ({"rates": ["1e-4"]}, r"separable.rates` .* Received: rates=\['1e-4'\]"),
+        ({"fixed": [0.0]}, r"separable.fixed` .* Received: fixed=\[0.0\]"),
         ({"batch_size": 13}, r"full batch. Received: batch_size=13"),
         ({"sizes": [1790]}, r"1797 digits. Received: 1810"),
         ({"rate": 0.01}, r"and of `other_rates`. Received: rate=0.01"),

@@ -1,8 +1,8 @@
-"""Parameters that gradient descent is held against: their losses and distances.
+"""Parameters `theta*` that a forecast compares gradient descent with.
 
-Of a model's exploitation problem: by the spectra of the outputs' Gram matrices, where
-these can be decomposed, and along the path of a solver. With them comes what bounds the
-step of gradient descent.
+Each candidate is a loss and a squared distance to the start. Some come from the spectra
+of the outputs' Gram matrices, where these can be decomposed, others from the path of a
+solver. Upper bounds on the Lipschitz constant of the gradient are here, too.
 """
 
 from __future__ import annotations
@@ -25,12 +25,16 @@ if TYPE_CHECKING:
     from keras_dalign.numerics import Array, Indices
     from keras_dalign.solving.problem import ConvexProblem
 
+# Ridge penalties, relative to the largest eigenvalue of the Gram matrix.
 _PENALTIES = 10.0 ** np.arange(-13, 2)
+# Multiples of the direction of the target logits, and of their finite part: next to a
+# direction, and without one.
 _PSIS = np.concatenate([[0.0], np.geomspace(0.02, 60.0, 30)])
 _SCALES = np.array([0.0, 0.25, 0.5, 0.75, 0.9, 1.0])
 _SCALES_ALONE = np.concatenate([[0.0], np.geomspace(0.02, 1.0, 30)])
 
-_FURTHER = np.geomspace(1.25, 40.0, 16)
+# Factors by which the change that L-BFGS found is extended.
+_EXTENSIONS = np.geomspace(1.25, 40.0, 16)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,34 +43,34 @@ class Modes:
 
     Attributes:
         curvatures: Eigenvalues of the Hessian, rounded down, shape `(k,)`.
-        parts: The part of the loss that each mode holds at the start, shape `(k,)`.
+        parts: The share of each mode in the initial loss, shape `(k,)`.
     """
 
     curvatures: Array
     parts: Array
 
     def after(self, steps: Array, step_size: float) -> Array:
-        """The loss after so many steps `(s,)`, rounded up, shape `(s,)`."""
+        """The loss after the numbers of steps `(s,)`, rounded up, shape `(s,)`."""
         rates = np.clip(1.0 - step_size * self.curvatures, 0.0, 1.0)
         logs = np.log(rates, out=np.full_like(rates, -np.inf), where=rates > 0)
         rounding = len(self.parts) * EPS * float(self.parts.sum())
-        # One number of steps at a time: there may be many modes.
+        # One number of steps at a time, to save memory: there may be many modes.
         found = [float(np.exp(2.0 * t * logs) @ self.parts) for t in steps]
         return np.array(found) * (1.0 + 1e-12) + rounding
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Spectra:
-    """What the eigendecompositions of the outputs' Gram matrices tell.
+    """Quantities from the eigendecompositions of the outputs' Gram matrices.
 
     Attributes:
-        candidates: Losses, and squared distances from where gradient descent starts.
+        candidates: Losses, and squared distances to the start of gradient descent.
         smoothness: The Lipschitz constant of the gradient, rounded up.
-        rank: The least rank of a Gram matrix of the samples that count.
+        rank: The least rank of a Gram matrix of the samples with nonzero weight.
         distance: Coefficients `(a, b, c)` of the squared distance
             `a psi^2 + b psi + c` to parameters that reach the logits `psi * Y_l`.
-        curvature: The least eigenvalue of a squared error's Hessian, rounded down.
-        modes: Of the squared error; None for other losses.
+        curvature: The least eigenvalue of the Hessian for squared error, rounded down.
+        modes: For squared error; None for other losses.
     """
 
     candidates: list[tuple[float, float]]
@@ -77,14 +81,14 @@ class Spectra:
     modes: Modes | None
 
     def contraction(self, step_size: float) -> float | None:
-        """Factor of `L - inf L` in each step, for a strongly convex quadratic."""
+        """Factor of `L - inf L` in a step of a strongly convex quadratic, or None."""
         if self.modes is None or self.curvature <= 0:
             return None
         return (1.0 - step_size * self.curvature) ** 2
 
 
 def spectra_of(problem: ConvexProblem, theta: Array, groups: Indices) -> Spectra:
-    """Spectra, and candidates by ridge regression on each output's Gram matrix.
+    """Computes spectra, and candidates by ridge regression on each Gram matrix.
 
     Args:
         problem: The problem.
@@ -92,14 +96,14 @@ def spectra_of(problem: ConvexProblem, theta: Array, groups: Indices) -> Spectra
         groups: Number of each sample's input, shape `(n,)`.
 
     Returns:
-        What the eigendecompositions tell.
+        The spectra.
     """
     logits = problem.logits(theta)
     family = target_logits(problem.loss, problem.targets, problem.weights, groups)
     rhs = np.stack([family.finite, family.direction, -logits])
     seen = np.flatnonzero(problem.weights > 0)
     roots = np.sqrt(problem.weights[seen])[:, None]
-    # For each penalty: coefficients, and what the parameters Phi^T alpha attain.
+    # For each penalty: coefficients, and the logits of the parameters Phi^T alpha.
     alphas = np.zeros((len(_PENALTIES), *rhs.shape))
     attained = np.zeros_like(alphas)
     scale = problem.loss.max_curvature(problem.units) / problem.normalizer
@@ -133,7 +137,7 @@ def spectra_of(problem: ConvexProblem, theta: Array, groups: Indices) -> Spectra
             chosen.append((loss, float(mix @ gram @ mix), alpha, mix))
     candidates = []
     for index in envelope([(loss, distance) for loss, distance, *_ in chosen]):
-        # Rounding has no say in the bound: loss and distance of the very parameters.
+        # Loss and distance evaluated at the parameters themselves, in float64.
         _, _, alpha, mix = chosen[index]
         change = problem.transposed_product(np.tensordot(mix, alpha, 1))
         loss = problem.loss_of(logits + problem.product(change))
@@ -155,7 +159,7 @@ def spectra_of(problem: ConvexProblem, theta: Array, groups: Indices) -> Spectra
 
 
 def _mixes(finite: Array, direction: Array) -> Iterator[Array]:
-    """Shares of finite target, direction and the way back from the current logits."""
+    """Coefficients of the finite target, the direction and minus the current logits."""
     psis = _PSIS if direction.any() else np.zeros(1)
     scales = np.ones(1)
     if finite.any():
@@ -164,13 +168,13 @@ def _mixes(finite: Array, direction: Array) -> Iterator[Array]:
 
 
 def envelope(points: list[tuple[float, float]]) -> list[int]:
-    """The points that are best for some number of steps.
+    """Finds the points that give the smallest bound for some number of steps.
 
     Args:
         points: Losses and squared distances.
 
     Returns:
-        Their indices: the lower left hull, by rising distance.
+        Their indices: the lower left convex hull, by rising distance.
     """
     order = sorted(range(len(points)), key=lambda i: (points[i][1], points[i][0]))
     hull: list[int] = []
@@ -192,16 +196,16 @@ def envelope(points: list[tuple[float, float]]) -> list[int]:
 def path_candidates(
     problem: ConvexProblem, theta: Array, smoothness: float, iterations: int
 ) -> list[tuple[float, float]]:
-    """Candidates along L-BFGS on the loss plus `||theta - theta_0||^2 / (2 eta t)`.
+    """Minimises the loss plus `||theta - theta_0||^2 / (2 eta t)` for several `t`.
 
-    That objective is the right side of the bound, so every iterate is a candidate, and
-    its minimum for each `t` would be the best.
+    That objective is the right side of the bound. Every iterate of L-BFGS is a
+    candidate, and the minimum for a `t` would be the best one.
 
     Args:
         problem: The problem.
         theta: Where gradient descent starts, shape `(size,)`.
         smoothness: The Lipschitz constant of the gradient.
-        iterations: Iterations of L-BFGS altogether.
+        iterations: The most iterations of L-BFGS, for all `t` together.
 
     Returns:
         Losses and squared distances.
@@ -232,12 +236,13 @@ def path_candidates(
                 "gtol": 0.0,
             },
         ).x
-    # Where all samples are on their side, going further is a cross-entropy's way down.
+    # If all samples are classified correctly, extending the change lowers a
+    # cross-entropy further.
     logits, change = problem.logits(theta), problem.product(point - theta)
     distance = float((point - theta) @ (point - theta))
     candidates += [
         (problem.loss_of(logits + factor * change), factor**2 * distance)
-        for factor in _FURTHER
+        for factor in _EXTENSIONS
     ]
     return candidates
 
@@ -245,7 +250,7 @@ def path_candidates(
 def rounding_allowances(
     problem: ConvexProblem, theta: Array, squared_distances: Array
 ) -> Array:
-    """What rounding in float64 may add to the square root of a loss, at most.
+    """Bounds what rounding in float64 can add to the square root of a loss.
 
     A logit is the sum of its offset, its bias and `d m` products of gated features and
     parameters, summed over `d` first and over `m` then. Rounding changes it by at most
@@ -261,14 +266,13 @@ def rounding_allowances(
 
         L + sqrt(2 h L) delta + h / 2 delta^2 = (sqrt(L) + sqrt(h / 2) delta)^2.
 
-    The rounding of the steps themselves is not derived here. Measured on random
-    problems, both together need less than one `eps` in 20,000 steps, where this allows
-    for `d + m` of them.
+    The rounding of the steps themselves is not derived here. On random problems, both
+    together were measured below one `eps` in 20,000 steps; this allows `d + m`.
 
     Args:
         problem: The problem.
         theta: Where gradient descent starts, shape `(size,)`.
-        squared_distances: From there to each `theta*`, shape `(k,)`.
+        squared_distances: From the start to each `theta*`, shape `(k,)`.
 
     Returns:
         `sqrt(h / 2) delta` for each, shape `(k,)`.
@@ -286,12 +290,12 @@ def rounding_allowances(
 
 
 def smoothness_bound(problem: ConvexProblem) -> float:
-    """An upper bound on the Lipschitz constant of the gradient, without `n x n`.
+    """Bounds the Lipschitz constant of the gradient without any `n x n` matrix.
 
     The Gram matrix of an output is the entrywise product of two positive semi-definite
     ones, plus 1 for the bias. The largest eigenvalue of such a product is at most that
-    of one factor, if the other has a diagonal of ones (Schur); so the diagonal of one
-    is moved to the other.
+    of one factor, if the other has a diagonal of ones (Schur). So one factor is scaled
+    to a diagonal of ones, and the other by the inverse.
 
     Args:
         problem: The problem.
@@ -314,7 +318,7 @@ def smoothness_bound(problem: ConvexProblem) -> float:
 
 
 def _largest_eigenvalue(matrix: Array) -> float:
-    """Of `matrix.T @ matrix`, whose side is the smaller one."""
+    """The largest eigenvalue of `matrix.T @ matrix`, computed on the smaller side."""
     if matrix.shape[0] < matrix.shape[1]:
         matrix = matrix.T
     gram = matrix.T @ matrix

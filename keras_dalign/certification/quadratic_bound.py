@@ -1,9 +1,9 @@
-"""How far the objective of a quadratic head is from its global minimum, at most.
+"""Bounds the distance of a quadratic head's objective to its global minimum.
 
-The objective is not convex in the head's weights. Its relaxation is, and the tangent of
-the loss at the outputs gives a lower bound of that (`numerics/quadratic.py`), which no
-weights can go below. Sharp where units are many. The bound's own rounding is added to
-it, to first order in the unit roundoff.
+The objective is not convex in the head's weights, but its relaxation is. The tangent of
+the loss at the outputs gives a lower bound on the relaxation (`numerics/quadratic.py`),
+and so on the objective for any weights. It is sharp for many units. An allowance for
+the rounding of the bound is added, to first order in the unit roundoff.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class QuadraticBound:
-    """An upper bound on a quadratic head's objective above its global minimum.
+    """An upper bound on the distance of a quadratic head's objective to its minimum.
 
-    With trunk and gates as they are, no weights `w` of the head have an objective below
-    `value - gap`. Features are those that the trunk puts out; everything behind them is
-    in float64, the gates included.
+    With trunk and gates fixed, no weights `w` of the head have an objective below
+    `value - gap`. The trunk computes features in its own dtype; all that follows is in
+    float64, the gates included.
 
     Attributes:
         gap: The bound, `rounding` included.
         value: The objective: `loss + penalty * sum_cr |w_cr|^4`.
         loss: The loss.
         penalty: The head's `penalty`.
-        rounding: What is added for the rounding of the bound itself.
+        rounding: The allowance for the rounding of the bound, a part of `gap`.
     """
 
     gap: float
@@ -51,7 +51,7 @@ class QuadraticBound:
 
     @property
     def lower_bound(self) -> float:
-        """What the objective cannot go below for any weights of the head."""
+        """Lower bound on the objective over all weights of the head."""
         return self.value - self.gap
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class QuadraticBound:
 
 
 def quadratic_parts(model: keras.Model) -> tuple[keras.Model, QuadraticHead] | None:
-    """The two parts of a model that ends in a quadratic head.
+    """Splits a model that ends in a quadratic head.
 
     Args:
         model: Any model.
@@ -88,7 +88,7 @@ def quadratic_parts(model: keras.Model) -> tuple[keras.Model, QuadraticHead] | N
 
 
 class QuadraticTally:
-    """The parts of the bound, summed batch by batch.
+    """Sums over the samples, batch by batch, that the bound is computed from.
 
     Args:
         trunk: The model of the head's features.
@@ -96,7 +96,7 @@ class QuadraticTally:
         loss: The loss.
 
     Raises:
-        MemoryError: If a matrix per unit does not fit into memory.
+        MemoryError: If one matrix for each unit does not fit into memory.
     """
 
     def __init__(
@@ -110,8 +110,8 @@ class QuadraticTally:
         _check_memory(d, C, m)
         self._squared_lengths = np.square(self._w).sum(axis=0)
         self._moments = np.zeros((C, m, d, d))
-        # Of the moments: the sum of the sizes of what was added, and what the rounding
-        # of the cotangents may have changed.
+        # For the rounding of the moments: the sum of the sizes of all terms, and the
+        # most that rounding of the cotangents can have changed.
         self._sizes = np.zeros((C, m))
         self._errors = np.zeros((C, m))
         self._n = 0
@@ -120,7 +120,7 @@ class QuadraticTally:
         self._slope_size = 0.0
         self._output_errors = 0.0
 
-    @np.errstate(over="ignore", invalid="ignore")  # Refused when all is summed.
+    @np.errstate(over="ignore", invalid="ignore")  # `bound` raises for overflows.
     def add(self, x: Any, y: Any, sample_weight: Any) -> None:
         """Adds a batch of inputs, targets and weights."""
         u = self._trunk.features(x).astype(np.float64)
@@ -155,7 +155,7 @@ class QuadraticTally:
 
         Args:
             normalizer: What the weighted sum of the losses is divided by.
-            lower_bound: Loss below which no function of the inputs can go.
+            lower_bound: Loss that no function of the inputs can go below.
 
         Returns:
             The bound.
@@ -174,7 +174,7 @@ class QuadraticTally:
                 f"or targets are too large. Received: loss={loss}"
             )
         smallest = quadratic.smallest_eigenvalues(moments)
-        # The sums over samples, the cotangents, and the eigenvalue solver.
+        # Rounding of the sums over samples, the cotangents, and the eigenvalue solver.
         allowance = (self._n + 8) * EPS * self._sizes / normalizer
         allowance += self._errors / normalizer
         allowance += 8 * d * EPS * np.linalg.norm(moments, axis=(2, 3))
@@ -193,7 +193,7 @@ class QuadraticTally:
                 f"or targets are too large. Received: loss={loss}, gap={gap}"
             )
         gap = max(gap, 0.0)
-        # No penalty is below 0, and no loss below that of any function.
+        # The trivial bound: penalties are at least 0, losses at least `lower_bound`.
         trivial = max(value - lower_bound, 0.0)
         trivial_rounding = self._output_errors / normalizer
         trivial_rounding += (self._n + d + C * m + 16) * EPS * value

@@ -27,25 +27,25 @@ from keras_dalign.numerics.threads import one_blas_thread
 if TYPE_CHECKING:
     from keras_dalign.numerics import Array
 
-# Pairs of steps and gradient changes that L-BFGS remembers.
+# Pairs of steps and gradient changes that L-BFGS keeps.
 _PAIRS = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class QuadraticSolveResult:
-    """What `solve_quadratic` found; prints as a sentence.
+    """The result of `solve_quadratic`; prints as a sentence.
 
     Attributes:
-        value: The objective: the loss plus the head's penalty, of the head with its
-            weights as it holds them, in float64 from the features on.
+        value: The objective, the loss plus the head's penalty: for the weights in the
+            dtype of the head, computed in float64 from the features on.
         loss: The loss.
         gradient: Largest entry of the objective's gradient in `w`, in absolute value.
-        tol: What was asked for.
-        converged: Whether `gradient <= tol` where L-BFGS ended, before the weights were
+        tol: The requested bound on `gradient`.
+        converged: Whether L-BFGS reached `gradient <= tol`, before the weights were
             rounded to the dtype of the head.
         iterations: Number of iterations.
         evaluations: Number of gradients over all samples.
-        seconds: Wall time, the pass over the data included.
+        seconds: Wall time, including the pass over the data.
         message: How it ended.
     """
 
@@ -86,13 +86,13 @@ def solve_quadratic(
 ) -> QuadraticSolveResult:
     """Minimises the objective of a model that ends in a `QuadraticHead`, full batch.
 
-    Only the head's `w` changes, from where it is. The features are computed once, and
-    kept in memory in float64; the rest is L-BFGS in NumPy, whatever the backend. The
-    problem is not convex, so a small gradient proves nothing. How far the objective is
-    from its global minimum, `certify` says; a head with `dtype="float64"` holds its
-    weights more precisely and has the smaller gap.
+    Only the head's `w` changes, starting at its current value. The features are
+    computed once and kept in memory in float64; L-BFGS runs in NumPy on all backends.
+    The problem is not convex, so a small gradient proves nothing; `certify` bounds the
+    distance to the global minimum. A head with `dtype="float64"` stores its weights
+    more precisely, and so has a smaller gap.
 
-    Cost: `4 n d C m` flop for a gradient, for `n` samples, `d` features, `C` outputs
+    Cost: a gradient takes `4 n d C m` flop for `n` samples, `d` features, `C` outputs
     and `m` units.
 
     Args:
@@ -102,14 +102,15 @@ def solve_quadratic(
         loss: A loss as in `keras.Model.compile`, convex in the outputs. Defaults to
             that of the model.
         sample_weight: Sample weights `(n,)`, for arrays.
-        tol: Positive float: it ends where no entry of the gradient is larger. A sharp
-            certificate needs 1e-8.
-        max_iterations: Most iterations.
+        tol: Positive float: the solver stops when no entry of the gradient is larger. A
+            sharp certificate needs 1e-8.
+        max_iterations: The most iterations.
         batch_size: Samples per batch of the trunk, for arrays.
         steps: Number of batches to read; a generator needs it.
 
     Returns:
-        The result. Not to reach `tol` is a result, too: see `converged`, `message`.
+        The result. If `tol` is not reached, `converged` is False and `message` says
+        why.
 
     Raises:
         ValueError: If the last layer is another one, an argument is out of its range,

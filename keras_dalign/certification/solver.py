@@ -1,4 +1,4 @@
-"""Full-batch exploitation: a model's head at the minimum of its convex problem."""
+"""Full-batch exploitation: minimises the convex problem of a model's head."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from keras_dalign.certification.certificate import Certificate, certify_features
+from keras_dalign.certification.certify import certify_features
 from keras_dalign.head import data
 from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
 from keras_dalign.head.features import FeaturePass, FeatureSet, plan_cache
@@ -26,6 +26,7 @@ from keras_dalign.training.switch import switch
 from keras_dalign.training.training_data import VALIDATION_DATA, given_as
 
 if TYPE_CHECKING:
+    from keras_dalign.certification.certificate import Certificate
     from keras_dalign.numerics.losses import ConvexLoss
     from keras_dalign.solving.l2_path import L2Trial
     from keras_dalign.solving.minimum import Iterate
@@ -37,24 +38,24 @@ logger = logging.getLogger("keras_dalign")
 
 @dataclasses.dataclass(frozen=True)
 class SolveResult:
-    """What `solve` found; prints as a sentence.
+    """The result of `solve`; prints as a sentence.
 
     Attributes:
-        value: What was minimised: the loss with its L2 term, of the model as it is,
-            with its weights and outputs in its own dtype.
+        value: The minimised objective, the loss with its L2 term: for the solved model,
+            with weights and outputs in its own dtype.
         gap: Upper bound on the distance of `value` to its infimum.
-        tol: The gap that was asked for.
-        converged: Whether `gap <= tol`, but for the rounding of the outputs.
-        certificate: `certify` of the model as it is now, in its own dtype: of the plain
-            loss, and with an L2 term of the regularised loss, too.
+        tol: The requested gap.
+        converged: Whether `gap <= tol`, up to the rounding of the outputs.
+        certificate: The certificate of the solved model, in its own dtype: for the
+            plain loss, and with an L2 term for the regularised loss, too.
         iterations: Number of iterations.
         evaluations: Number of gradients over all samples.
-        seconds: Wall time, all passes over the data included.
+        seconds: Wall time, including all passes over the data.
         method: `"lbfgs"` or `"direct"`.
         why: Why this method.
         reason: Why it stopped: `"gap"`, `"stalled"`, `"max_iterations"`, or
-            `"rounding"` if the solver's point in float64 is better than what the dtype
-            of the model can hold.
+            `"rounding"` if rounding the solver's float64 weights to the dtype of the
+            model made them worse.
         message: How it ended, and after a failure, what to change.
         l2: Weight of the L2 term.
         path: For `l2="auto"` every weight tried; None otherwise.
@@ -102,7 +103,7 @@ class SolveResult:
     def _repr_html_(self) -> str:
         rows = {
             "value": f"{self.value:.6g}",
-            "gap": f"<b>{self.gap:.3g}</b> (asked for: {self.tol:.3g})",
+            "gap": f"<b>{self.gap:.3g}</b> (requested: {self.tol:.3g})",
             "L2 weight": f"{self.l2:.3g}",
             "width": str(self.width),
             "method": html.escape(f"{self.method} ({self.why})"),
@@ -132,9 +133,9 @@ def solve(
     steps: int | None = None,
     verbose: int | str = "auto",
 ) -> SolveResult:
-    """Takes a model's head to the global minimum of its training loss, full batch.
+    """Trains a model's head to the global minimum of its training loss, full batch.
 
-    Works on any trained Keras model, with nothing to compile:
+    Works on any trained Keras model, which need not be compiled:
 
     ```python
     result = keras_dalign.solve(keras_dalign.align(trained, n_samples=len(x)), x, y)
@@ -143,41 +144,43 @@ def solve(
 
     A model that explores is switched first: batch-norm statistics are re-estimated,
     gates set, the trunk frozen, the rank checked. The trunk's features are computed
-    once. From there only the head's `q` and `b` change, from where they are, until the
-    gap is at most `tol`. Interrupting (Ctrl-C) keeps the best weights so far; after an
-    error the model is as it was. What is minimised is never higher than at the switch,
-    by the model's own outputs in its own dtype, and the result speaks of those.
+    once. Then only the head's `q` and `b` change, starting at their current values,
+    until the gap is at most `tol`. Interrupting (Ctrl-C) keeps the best weights so far.
+    After an error the model is restored. The objective, computed from the model's
+    outputs in its own dtype, is never higher than at the switch, and the result reports
+    this value.
 
-    By default an L2 term is minimised, too: the objective is
-    `loss + l2 / 2 * ||(q, b)||^2`. At the switch the units then replace the output
-    layer, with one whose gate is always open among them, so that the term holds all of
-    the last layer and the optimum does not depend on how the output layer was trained.
-    With `center="base"` it stays as it is, and the term holds what is added to it: the
-    plain loss is then never above that before. (For learned gates the term counts from
-    the gates.) The optimum is unique, and certified by strong convexity; the
-    certificate says as well how far the plain loss is from its own infimum. With little
-    or noisy data the minimum of the plain loss, `l2=0`, costs test error that this one
-    does not. `l2="auto"` follows a path of weights from strong to weak, takes
-    the one with the least loss on samples held out, and refits on all samples. By
-    default these are a fifth of the samples, which the trunk was trained on: an
-    optimistic judge, so that the path ends at 1e-3, and of 256 features and more it
-    takes the principal components that hold 95 %. With `validation_data` these are the
-    judge, of all features, and it ends at 1e-7. With fewer than five samples the weight
-    is 1e-3.
+    By default the objective has an L2 term: `loss + l2 / 2 * ||(q, b)||^2`. At the
+    switch the units then replace the output layer; one of them has a gate that is
+    always open. So the term covers all of the last layer, and the optimum does not
+    depend on how the output layer was trained. With `center="base"` the output layer
+    stays, and the term covers what is added to it; the plain loss is then never above
+    that before. For learned gates the term is 0 at the gates. The optimum is unique,
+    and certified by strong convexity. The certificate also bounds the distance of the
+    plain loss to its infimum. With little or noisy data, the minimum of the plain loss,
+    `l2=0`, has a larger test error.
+
+    `l2="auto"` follows a path of weights from strong to weak, takes the one with the
+    least loss on held-out samples, and refits on all samples. By default a fifth of the
+    samples are held out. The trunk was trained on them, so their loss is optimistic.
+    Therefore the path ends at 1e-3, and of 256 features and more it uses the principal
+    components with 95 % of the variance. With `validation_data` these are held out, all
+    features are used, and the path ends at 1e-7. With fewer than five samples the
+    weight is 1e-3.
 
     With an L2 term and random gates the width is chosen, too, unless `align` was given
-    one: it starts at 8 gates and is doubled until the loss of the samples held out
+    one. It starts at 8 gates and is doubled until the loss on the held-out samples
     falls by less than its standard error.
 
     Cost: one gradient takes `4 n d C m` flop for `n` samples, `d` features,
-    `C` outputs and width `m`, and some 20 to 40 gradients reach a gap of 1e-6. Those of
-    a large problem are computed in float32: by the backend on its accelerator, or on
-    the devices and processes that share the model, otherwise by NumPy. Memory
-    beside the features: the gates, `n m` numbers for gates that outputs share (computed
-    block by block beyond 0.5 GiB), logits, `n C` numbers a few times, and some 25
-    vectors of the size of the parameters, `d C m`. The features go to a temporary file
-    (in the folder that the environment variable `TMPDIR` names) where they take more
-    than half of the memory that is free.
+    `C` outputs and width `m`, and some 20 to 40 gradients reach a gap of 1e-6.
+    Gradients of a large problem are computed in float32: by the backend on its
+    accelerator, or on the devices and processes that share the model, otherwise by
+    NumPy. Memory in addition to the features: the gates, `n m` numbers for gates that
+    outputs share (computed block by block beyond 0.5 GiB), logits, `n C` numbers a few
+    times, and some 25 vectors of the size of the parameters, `d C m`. Features that
+    take more than half of the free memory go to a temporary file, in the folder that
+    the environment variable `TMPDIR` names.
 
     Args:
         model: An `AlignedModel` in either phase.
@@ -191,7 +194,7 @@ def solve(
             Gram matrix) or `"auto"`.
         l2: Non-negative weight of the L2 term, or `"auto"`. 0 minimises the plain
             loss.
-        max_iterations: Most iterations.
+        max_iterations: The most iterations.
         center: Where the L2 term is zero for random gates, if the model explores:
             `"origin"` or `"base"`, see above.
         validation_data: `(x, y)`, `(x, y, sample_weight)` or a stream, for the choice
@@ -200,15 +203,16 @@ def solve(
             over `x`.
         batch_size: Samples per batch of the trunk, for arrays.
         steps: Batches per pass, for streams that do not end.
-        verbose: 0 for silence; else a line is written for each iteration.
+        verbose: 0 for no output; otherwise a line is written for each iteration.
 
     Returns:
-        The result. Not to reach `tol` is a result, too: see `converged`, `message`.
+        The result. If `tol` is not reached, `converged` is False and `message` says
+        why.
 
     Raises:
         ValueError: If an argument is out of its range, the model has no alignment head,
             the loss is not known or not convex, the data do not fit, or several
-            processes were given different things.
+            processes were given different arguments.
         OSError: If the features fit neither into memory nor on the disk.
     """
     begin = time.perf_counter()
@@ -236,11 +240,11 @@ def solve(
     if data.is_arrays(x):
         check_targets(y)
         checked_weights(sample_weight, data.n_samples(x))
-    judges = None
+    held_out = None
     if validation_data is not None:
-        judges = given_as(VALIDATION_DATA, validation_data)
-        judges.check(model, convex)
-    say = _Speaker(verbose)
+        held_out = given_as(VALIDATION_DATA, validation_data)
+        held_out.check(model, convex)
+    say = _LineWriter(verbose)
     passes: dict[str, Any] = {"batch_size": batch_size, "steps": steps}
     restore = model.snapshot()
     try:
@@ -261,12 +265,12 @@ def solve(
             say,
         )
         validation = None
-        if judges is not None:
+        if held_out is not None:
             everything = FeaturePass(model, keep=True)
             validation = everything.run(
-                judges.x,
-                judges.y,
-                judges.sample_weight,
+                held_out.x,
+                held_out.y,
+                held_out.sample_weight,
                 batch_size=batch_size,
                 name=VALIDATION_DATA,
             ).feature_set()
@@ -360,9 +364,9 @@ def _features(
     loss: ConvexLoss,
     switching: dict[str, Any],
     passes: dict[str, Any],
-    say: _Speaker,
+    say: _LineWriter,
 ) -> FeatureSet:
-    """The trunk's features, after the switch."""
+    """The trunk's features, after a switch if the model explores."""
     if y is not None:
         loss.targets(keras.ops.convert_to_numpy(y), model.head.units)
     is_array = data.is_arrays(x)
@@ -389,12 +393,12 @@ def _features(
     return features
 
 
-class _Speaker:
-    """Writes lines, as Keras does, unless it is to be silent."""
+class _LineWriter:
+    """Writes lines to standard output, as Keras does, unless `verbose` is 0."""
 
     def __init__(self, verbose: int | str) -> None:
-        self.loud = bool(verbose) and keras.config.is_interactive_logging_enabled()
+        self._writes = bool(verbose) and keras.config.is_interactive_logging_enabled()
 
     def __call__(self, line: object) -> None:
-        if self.loud:
+        if self._writes:
             sys.stdout.write(f"{line}\n")

@@ -1,14 +1,14 @@
-"""Is the data aligned with the model? The condition, measured.
+"""Checks whether the data are aligned with a model.
 
 With the Jacobian `J` (`nC x P`) of all logits in the parameters and the modified
 targets `Y_l` (`2 Y - 1` for the cross-entropies, `Y` for squared error), the
 data-architecture alignment condition of Kawaguchi, Zhang & Deng (2022) is that
-`vec(Y_l)` lies in the column space of `J`. It is a statement about data, labels and
-architecture together, and may hold although `J J^T` is singular. Its measure is
+`vec(Y_l)` lies in the column space of `J`. It is a condition on data, labels and
+architecture together, and may hold although `J J^T` is singular. It is measured by
 
     r = min over beta of ||vec(Y_l) - J beta|| / ||Y_l||,   in [0, 1].
 
-Every number reported as the residual is attained by some `beta`, hence at least `r`.
+A reported residual is always attained by some `beta`, so it is an upper bound on `r`.
 """
 
 from __future__ import annotations
@@ -82,50 +82,49 @@ def check_alignment(
     max_iterations: int = 500,
     batch_size: int = 256,
 ) -> AlignmentReport:
-    """Measures how much of the modified targets the Jacobian's columns leave out.
+    """Measures the distance of the modified targets to the Jacobian's column space.
 
-    The Jacobian is taken in inference mode and in float64, whatever dtype trained (the
-    report says if the model could not be rebuilt in it). What has structure is not
-    formed: the last layer's Jacobian is `phi (x) I_C`, with `phi` its inputs beside a
-    column of ones, and the head's falls into one block an output.
+    The Jacobian is computed in inference mode and in float64, whatever dtype the model
+    trains in; the report says if the model could not be rebuilt in float64. Structured
+    Jacobians are not formed: that of the last layer is `phi (x) I_C`, with `phi` its
+    inputs and a column of ones, and that of the head has one block for each output.
 
     Routes, the most exact first:
 
     - `"dense"`: a triangular factor of `J` (of `phi`; of each block) and its singular
-      values. A wide matrix is formed for it, a tall one read in blocks of rows.
-    - `"gram"`: the eigenvalues of `J J^T`, which needs no more of `J` at a time than
-      fits. They are squares: singular values below some `sqrt(nC * eps) * sigma_max`
-      are not seen.
-    - `"lsqr"`: products with `J` alone, a row and a column of memory a step (as long as
-      they fit; it goes on without), no rank. Its residual falls from step to step and
-      is an upper bound wherever it ends. The output layer's part, where it is among the
-      parameters, is solved for exactly at every step.
+      values. A wide matrix is formed in memory, a tall one read in blocks of rows.
+    - `"gram"`: the eigenvalues of `J J^T`, formed from as many rows of `J` at a time as
+      fit. They are squares, so singular values below about
+      `sqrt(nC * eps) * sigma_max` are lost.
+    - `"lsqr"`: products with `J` alone. It keeps a row and a column for each step, as
+      long as these fit. It gives no rank. Its residual falls from step to step and is
+      an upper bound wherever it ends. If the output layer is among the parameters, its
+      part is solved exactly at every step.
 
-    `"auto"` takes the first that fits `max_memory` and 5e12 flop, a minute or two on
-    two cores; where that takes more than seconds and the second is much cheaper, the
-    second, and the first after all if the Gram matrix turns out to be singular. The
-    memory that a route needs goes to the logger `keras_dalign` before it
-    is taken.
+    `"auto"` takes the first route that fits `max_memory` and 5e12 flop, a minute or two
+    on two cores. If `"dense"` would take more than seconds and `"gram"` is much
+    cheaper, it takes `"gram"`, and then `"dense"` if the Gram matrix is singular. The
+    logger `keras_dalign` gets the memory that a route needs before it is allocated.
 
     Args:
         model: Any Keras model with one output, of logits (or of predictions, for
             squared error), shape `(n, C)`, with or without an alignment head.
-        x: Inputs: arrays, or a stream that can be read several times, alike each time.
+        x: Inputs: arrays, or a stream that gives the same samples in every pass.
         y: Targets, for arrays. Sample weights in a stream are ignored: the condition
-            has none.
+            does not depend on them.
         parameters: `"head"` (`q` and `b` of an alignment head that exploits), `"last"`
-            (the output layer), `"all"`, or a list of variables. Default: `"head"` where
-            there is one that exploits, else `"last"`.
+            (the output layer), `"all"`, or a list of variables. Default: `"head"` for a
+            model whose head exploits, else `"last"`.
         loss: A loss as in `keras.Model.compile`, if not the one that the model was
             compiled with.
         tolerance: The residual up to which the condition holds.
         method: `"auto"`, `"dense"`, `"gram"` or `"lsqr"`.
         rank_tolerance: Singular values up to this one, relative to the largest, count
-            as zero. Default: what rounding may make of a zero, `max(nC, P) * eps` for
+            as zero. Default: the size of rounding errors, `max(nC, P) * eps` for
             `"dense"` and the square root of it for the others.
-        max_memory: Bytes that may be taken; default: half of what is free.
-        max_iterations: Most steps of LSQR, for each output where they are separate.
-            Each step goes over the data twice.
+        max_memory: The most bytes to allocate; default: half of the free memory.
+        max_iterations: The most steps of LSQR, for each output if these are separate.
+            Each step reads the data twice.
         batch_size: Samples per product, for arrays.
 
     Returns:
@@ -135,7 +134,7 @@ def check_alignment(
         ValueError: If an argument is out of range, the loss is not convex or not given,
             the targets do not fit it, anything is not finite, the model is stochastic,
             or a stream changed between two passes.
-        MemoryError: If the method asked for needs more than `max_memory`.
+        MemoryError: If the requested method needs more than `max_memory`.
 
     Example:
 
@@ -162,21 +161,25 @@ def check_alignment(
     _check_precision(tolerance, rank_tolerance, eps, J.dtype)
     targets = convex.aligned_targets(convex.targets(labels, J.units))
     largest = float(np.abs(targets).max())
-    # The residual does not change with the scale; squares of the targets may overflow.
+    # Scaled, since squares of the targets may overflow; the residual is the same.
     scaled = targets / largest if largest else targets
     systems = systems_of(J, scaled)
     settings = (method, rank_tolerance, eps, max_memory, max_iterations)
-    plan = _announced(plan_route(systems, *settings))
+    plan = _logged(plan_route(systems, *settings))
     known = None
     if plan.route == "lsqr" and J.kind == "generic":
         known = _last_layer(model, x, J, batch_size, plan, max_memory)
     projections = [
         _project(system, plan, tolerance, max_iterations, known) for system in systems
     ]
-    if method == "auto" and plan.route == "gram" and not _full(systems, projections):
-        exact = plan_route(systems, *settings, unseen=True)
+    if (
+        method == "auto"
+        and plan.route == "gram"
+        and not _full_row_rank(systems, projections)
+    ):
+        exact = plan_route(systems, *settings, gram_singular=True)
         if exact.route == "dense":
-            plan = _announced(exact)
+            plan = _logged(exact)
             projections = [
                 _project(system, plan, tolerance, max_iterations, None)
                 for system in systems
@@ -196,7 +199,8 @@ def check_alignment(
     )
 
 
-def _announced(plan: Plan) -> Plan:
+def _logged(plan: Plan) -> Plan:
+    """Logs the route and its memory; returns the plan."""
     _log.info(
         "check_alignment: %s, as %s; it needs %s.",
         WORDS[plan.route],
@@ -206,7 +210,7 @@ def _announced(plan: Plan) -> Plan:
     return plan
 
 
-def _full(systems: list[System], projections: list[Projection]) -> bool:
+def _full_row_rank(systems: list[System], projections: list[Projection]) -> bool:
     """Whether every system has full row rank."""
     return all(
         projection.rank == system.operator.shape[0]
@@ -254,7 +258,7 @@ def _last_layer(
     plan: Plan,
     max_memory: int | None,
 ) -> KnownColumns | None:
-    """The output layer's columns, if they are among those of `J` and there is room."""
+    """The output layer's columns, if `J` has them and they fit into memory."""
     try:
         last: Any = jacobian(model, x, "last", batch_size=batch_size)
     except (MemoryError, ValueError):
@@ -273,15 +277,15 @@ def _last_layer(
 
 
 class _Progress:
-    """Tells the log, now and then, how far a long run of LSQR is."""
+    """Logs the number of steps of a long run of LSQR at intervals."""
 
     def __init__(self) -> None:
-        self._told = time.perf_counter()
+        self._last_logged = time.perf_counter()
 
     def __call__(self, steps: int) -> None:
         now = time.perf_counter()
-        if now - self._told >= _LOG_SECONDS:
-            self._told = now
+        if now - self._last_logged >= _LOG_SECONDS:
+            self._last_logged = now
             _log.info("check_alignment: %d steps of LSQR.", steps)
 
 
@@ -303,7 +307,7 @@ def _report(
     norm, left = float(np.linalg.norm(targets)), float(np.linalg.norm(error))
     rounding = math.hypot(*(p.rounding for p in projections))
     sigma_max = max(p.sigma_max for p in projections)
-    # A `beta` of 0 attains 1.
+    # At most 1, since a `beta` of 0 attains it.
     residual = min((left + rounding) / norm, 1.0) if norm else 0.0
     groups, n_distinct = _groups(samples)
     lower_bound = _spread(targets, groups, n_distinct)
@@ -362,7 +366,7 @@ def _groups(samples: list[bytes]) -> tuple[np.ndarray, int]:
 
 
 def _spread(targets: Array, groups: np.ndarray, n_groups: int) -> float:
-    """The share of the targets beside the means of their groups."""
+    """The norm of the targets minus their groups' means, relative to the targets'."""
     norm = float(np.linalg.norm(targets))
     if n_groups == len(targets) or not norm:
         return 0.0
@@ -370,7 +374,7 @@ def _spread(targets: Array, groups: np.ndarray, n_groups: int) -> float:
     np.add.at(sums, groups, targets)
     means = sums / np.bincount(groups, minlength=n_groups)[:, None]
     spread = float(np.linalg.norm(targets - means[groups])) / norm
-    # Of equal targets, rounding alone may be left.
+    # For equal targets in each group, the difference is rounding alone.
     return spread if spread > len(targets) * EPS else 0.0
 
 
@@ -418,6 +422,6 @@ def _check_precision(
         if value is not None and value < eps:
             raise ValueError(
                 f"`{name}` is below machine precision, {eps:.2g} for a Jacobian in "
-                f"{dtype}: nothing that small can be told from rounding. "
+                f"{dtype}, so rounding alone may exceed it. "
                 f"Received: {name}={value}"
             )

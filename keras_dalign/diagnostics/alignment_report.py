@@ -1,4 +1,4 @@
-"""What `check_alignment` found, in numbers and in sentences."""
+"""The result of `check_alignment`, in numbers and in sentences."""
 
 from __future__ import annotations
 
@@ -18,46 +18,47 @@ class AlignmentReport:
 
     Attributes:
         residual: The share of the modified targets' norm that lies outside the column
-            space of the Jacobian: `||Y_l - J beta|| / ||Y_l||` with the `beta` found,
-            and what rounding may add to it, so an upper bound on the least. 0 for
-            targets that are all zero, which lie in every column space.
+            space of the Jacobian: `||Y_l - J beta|| / ||Y_l||` for the `beta` found,
+            plus a bound on its rounding. So it is an upper bound on the least residual.
+            0 for targets that are all zero, which lie in every column space.
         aligned: Whether `residual <= tolerance`.
-        decided: Whether that is the last word: the residual is small enough, or the
-            route converged, or `lower_bound` is above the tolerance.
-        lower_bound: What no function of the inputs can go below: samples with identical
-            inputs have identical rows, so whatever their targets have beside the mean
-            of their group stays outside.
-        residuals: The residual of each output by itself, `C` numbers: its error over
-            the norm of its own targets.
+        decided: Whether `aligned` is final: the residual is small enough, the route
+            converged, or `lower_bound` is above the tolerance. If not, more steps of
+            LSQR may still lower the residual below the tolerance.
+        lower_bound: Residual that no function of the inputs can go below. Samples with
+            identical inputs have identical rows, so the differences of their targets
+            from the mean of the group lie outside the column space.
+        residuals: The residual of each output, `C` numbers: the norm of its error over
+            that of its targets.
         tolerance: The residual up to which the condition holds.
-        rank: Number of singular values of the Jacobian above the rank tolerance, or
-            None if the route cannot tell.
-        full_row_rank: Whether the rank is `n_rows`: then any labels are aligned. None
-            if the route cannot tell.
+        rank: Number of singular values of the Jacobian above the rank tolerance; None
+            for `"lsqr"`, which gives no rank.
+        full_row_rank: Whether the rank is `n_rows`, so that any labels are aligned;
+            None for `"lsqr"`.
         sigma_max: The largest singular value (`"lsqr"`: a lower bound on it).
-        sigma_min: The smallest singular value that counts, 0 if none does; None if the
-            route cannot tell.
+        sigma_min: The smallest singular value above the rank tolerance, 0 without any;
+            None for `"lsqr"`.
         rank_tolerance: Singular values up to this one, relative to `sigma_max`, count
-            as zero (`"lsqr"`: need not be used up).
-        optimality: `||J^T e|| / (sigma_max ||e||)` of the error `e` that is left:
-            directions whose relative singular value is well above this one have been
-            used up. 0 for a vanishing error.
-        loss: The loss, in words: it says what the modified targets are.
-        parameters: The parameters that the Jacobian is of, in words.
+            as zero. LSQR may stop before it has fitted their directions.
+        optimality: `||J^T e|| / (sigma_max ||e||)` of the remaining error `e`, 0 for an
+            error of 0. Directions whose relative singular value is well above it have
+            been fitted.
+        loss: The loss, in words; the modified targets depend on it.
+        parameters: The parameters that the model is differentiated by, in words.
         n: Number of samples.
         n_distinct: Number of distinct inputs among them.
         units: Number of outputs, `C`.
         n_rows: Rows of the Jacobian, `n * C`.
         n_parameters: Columns of the Jacobian, `P`.
-        dtype: The dtype in which the Jacobian was computed. Everything that was done
-            with it is in float64.
+        dtype: The dtype in which the Jacobian was computed. All that follows is in
+            float64.
         route: `"dense"`, `"gram"` or `"lsqr"`.
         reason: Why that route.
-        memory: Bytes that the route needed beside the model and the data, estimated
-            before they were taken.
+        memory: Bytes that the route needs in addition to model and data, as estimated
+            before.
         iterations: Steps of LSQR.
-        converged: Whether nothing above the rank tolerance is left to take off the
-            residual, or it is below the tolerance.
+        converged: Whether all directions above the rank tolerance have been fitted, or
+            the residual is below the tolerance.
         seconds: Wall time.
     """
 
@@ -90,12 +91,12 @@ class AlignmentReport:
 
     @property
     def condition(self) -> float | None:
-        """`sigma_max / sigma_min`; None for rank 0, and if the route cannot tell."""
+        """`sigma_max / sigma_min`; None for rank 0 and for `"lsqr"`."""
         return self.sigma_max / self.sigma_min if self.sigma_min else None
 
     @property
     def worst_output(self) -> int:
-        """The output with the largest residual of its own."""
+        """The output with the largest residual."""
         return int(np.argmax(self.residuals))
 
     def to_dict(self) -> dict[str, Any]:
@@ -147,7 +148,7 @@ class AlignmentReport:
             )
         return (
             f"Not aligned: a share of {self.residual:.3g} {share}; output {worst} is "
-            f"worst, with {self.residuals[worst]:.3g} of its own.{repeats}"
+            f"worst, with {self.residuals[worst]:.3g} of its targets.{repeats}"
         )
 
     def _spectrum(self) -> str:

@@ -1,4 +1,4 @@
-"""How alignment is computed: the most exact way that fits memory and time."""
+"""Chooses how alignment is computed: the most exact way that fits memory and time."""
 
 from __future__ import annotations
 
@@ -23,17 +23,27 @@ WORDS = {
 
 _NAMES: dict[Method, str] = {"dense": "a factor of J", "gram": "its Gram matrix"}
 
-# The most exact route is the first choice if it takes seconds, or is no more than some
-# times dearer than the next one.
+# The most exact route is the first choice if it takes seconds, or at most so many times
+# the flop of the next one.
 _QUICK_FLOPS = 1e11
-_CHEAPER = 4.0
-# What "auto" spends on a decomposition: a minute or two on two cores.
+_FLOP_RATIO = 4.0
+# The most flop of a decomposition by "auto": a minute or two on two cores.
 _FLOP_BUDGET = 5e12
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The route, why, the bytes it takes, and its settings."""
+    """The route and its settings.
+
+    Attributes:
+        route: `"dense"`, `"gram"` or `"lsqr"`.
+        reason: Why this route.
+        memory: Bytes that it needs.
+        cut: Singular values up to this one, relative to the largest, count as zero.
+        eps: Machine precision of the Jacobian.
+        lot: Rows that are formed at a time for a Gram matrix.
+        held: Vectors of each kind that LSQR keeps.
+    """
 
     route: Method
     reason: str
@@ -52,26 +62,26 @@ def plan_route(
     max_memory: int | None,
     max_iterations: int,
     *,
-    unseen: bool = False,
+    gram_singular: bool = False,
 ) -> Plan:
     """Chooses the route, before anything large is allocated.
 
     Args:
         systems: The least-squares problems, all of one shape.
-        method: What was asked for, or `"auto"`.
-        rank_tolerance: What was asked for, or None.
+        method: The requested route, or `"auto"`.
+        rank_tolerance: The requested tolerance, or None for the default.
         eps: Machine precision of the Jacobian.
-        max_memory: Bytes that may be taken, or None for half of what is free.
-        max_iterations: Most steps of LSQR.
-        unseen: Whether the Gram matrices were found to be singular, which those of
-            small singular values are, too.
+        max_memory: The most bytes to allocate, or None for half of the free memory.
+        max_iterations: The most steps of LSQR.
+        gram_singular: Whether a Gram matrix was found to be singular. Small singular
+            values, too, make it so.
 
     Returns:
         The route and its settings.
 
     Raises:
-        ValueError: If the method asked for cannot have the rank tolerance.
-        MemoryError: If it needs more memory than it may take.
+        ValueError: If the requested method cannot resolve the rank tolerance.
+        MemoryError: If it needs more memory than is allowed.
     """
     system = systems[0]
     shape = system.operator.shape
@@ -95,7 +105,7 @@ def plan_route(
         "gram": square_root,
         "lsqr": square_root,
     }
-    blind = rank_tolerance is not None and rank_tolerance < gram_cut(shape)
+    too_coarse = rank_tolerance is not None and rank_tolerance < gram_cut(shape)
 
     def made(route: Method, reason: str) -> Plan:
         cut = cuts[route] if rank_tolerance is None else rank_tolerance
@@ -103,7 +113,7 @@ def plan_route(
 
     if method != "auto":
         route: Method = method  # type: ignore[assignment]
-        if route == "gram" and blind:
+        if route == "gram" and too_coarse:
             raise ValueError(
                 "A Gram matrix does not show singular values that small: use "
                 '`method="dense"` or `"lsqr"`, or a `rank_tolerance` of at least '
@@ -115,16 +125,16 @@ def plan_route(
                 f"{shape[0]} x {shape[1]}, and {size_text(allowed)} are allowed. Use "
                 '`method="auto"`, fewer samples, or more `max_memory`.'
             )
-        return made(route, f"method={method!r} was asked for")
+        return made(route, f"method={method!r} was requested")
     why = []
-    cheaper = flops["dense"] > max(_QUICK_FLOPS, _CHEAPER * flops["gram"])
+    cheaper = flops["dense"] > max(_QUICK_FLOPS, _FLOP_RATIO * flops["gram"])
     order: tuple[Method, ...] = ("gram", "dense") if cheaper else ("dense", "gram")
-    if unseen:
+    if gram_singular:
         order = ("dense",)
         why.append("the Gram matrix, which hides small singular values, is singular")
     for route in order:
         name = _NAMES[route]
-        if route == "gram" and blind:
+        if route == "gram" and too_coarse:
             why.append(f"{name} does not show the rank tolerance")
         elif memory[route] > allowed:
             why.append(
@@ -140,16 +150,16 @@ def plan_route(
 
 
 def allowed_memory(max_memory: int | None) -> float:
-    """Bytes that may be taken."""
+    """The most bytes to allocate: `max_memory`, or half of the free memory."""
     if max_memory is not None:
         return max_memory
     free = free_gib()
-    # Half of what is free: the model and the data need room, too.
+    # Half of it, since the model and the data need memory, too.
     return math.inf if free is None else free * 2**29
 
 
 def _lot(system: System, allowed: float) -> int:
-    """Rows formed at a time: as many as fit beside the Gram matrix, in two lots."""
+    """Rows formed at a time, so that two lots of them and the Gram matrix fit."""
     rows, columns = system.operator.shape
     if not system.unit:
         return rows
@@ -175,6 +185,6 @@ def _factor_bytes(shape: tuple[int, int], k: int) -> int:
 
 
 def size_text(n_bytes: float) -> str:
-    """An amount of memory, for people."""
+    """An amount of memory in MiB or GiB, for messages."""
     unit, scale = ("GiB", 2**30) if n_bytes >= 2**30 else ("MiB", 2**20)
     return f"{n_bytes / scale:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""The least-squares problems that a Jacobian falls into, as operators."""
+"""The independent least-squares problems of a Jacobian, as operators."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """One least-squares problem of those that the Jacobian falls into.
+    """One of the independent least-squares problems of a Jacobian.
 
     Attributes:
         operator: Its matrix, `(rows, columns)`.
         targets: `(rows, k)`.
         gram_flops: Multiply-adds for its Gram matrix.
-        unit: Rows that are formed together for the Gram matrix, at least; 0 if none
-            are.
+        unit: The fewest rows that are formed together for the Gram matrix; 0 if it is
+            computed without forming any.
     """
 
     operator: Operator
@@ -63,7 +63,7 @@ class HeadOperator(Operator):
             yield slice(start, start + len(rows)), rows
 
     def gram(self, lot: int) -> Array:  # noqa: ARG002
-        """The Gram matrix, whose features need not be formed; see `Operator`."""
+        """The Gram matrix, without forming the features; see `Operator`."""
         return self._problem.gram(0)
 
 
@@ -89,15 +89,15 @@ class JacobianOperator(Operator):
 
 
 def systems_of(J: Jacobian, targets: Array) -> list[System]:
-    """The least-squares problems that a Jacobian falls into.
+    """Splits the least squares in a Jacobian into independent problems.
 
     Args:
         J: The Jacobian, `(nC, P)`.
         targets: The modified targets, `(n, C)`.
 
     Returns:
-        One for a last layer (all outputs have the same matrix), one for each output of
-        a head, one for any other Jacobian.
+        One problem for a last layer, whose outputs share one matrix; one for each
+        output of a head; one for any other Jacobian.
 
     Raises:
         ValueError: If the Jacobian is not finite.
@@ -137,7 +137,7 @@ class KnownColumns:
 class Deflated(Products):
     """`(I - Q Q^T) J`, with an orthonormal basis `Q (x) I_C` of some columns of `J`.
 
-    The least squares in it are those in `J`, solved in these columns exactly.
+    Least squares in it are those in `J`, with these columns solved exactly.
     """
 
     def __init__(self, products: Products, basis: Array) -> None:
@@ -146,7 +146,7 @@ class Deflated(Products):
         self._basis = basis
 
     def outside(self, vector: Array) -> Array:
-        """What a vector `(rows,)` has outside the basis; shape `(rows,)`."""
+        """The part of a vector `(rows,)` orthogonal to the basis; shape `(rows,)`."""
         matrix = vector.reshape(len(self._basis), -1)
         return (matrix - self._basis @ (self._basis.T @ matrix)).ravel()
 
@@ -160,7 +160,7 @@ class Deflated(Products):
 
 
 def checked_finite(array: Array) -> Array:
-    """The same array, checked.
+    """Checks that part of a Jacobian is finite.
 
     Args:
         array: Any array.
@@ -169,7 +169,7 @@ def checked_finite(array: Array) -> Array:
         The array itself.
 
     Raises:
-        ValueError: If it is not finite.
+        ValueError: If it is not.
     """
     if not np.isfinite(array).all():
         raise ValueError(

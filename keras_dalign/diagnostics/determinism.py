@@ -1,4 +1,4 @@
-"""Whether a model is a fixed function in inference mode."""
+"""Checks that a model is deterministic and stateless in inference mode."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from keras import ops
 
 
 def check_deterministic(model: keras.Model, x: Any) -> None:
-    """Checks that two passes of a batch agree bit for bit, and leave no trace.
+    """Checks that two passes of a batch agree bit for bit and change no variable.
 
-    The model is called twice in inference mode, without compilation. Its state is put
-    back afterwards.
+    The model is called twice in inference mode, without compilation. Its state is
+    restored afterwards.
 
     Args:
         model: A built Keras model.
@@ -67,7 +67,7 @@ def check_deterministic(model: keras.Model, x: Any) -> None:
 
 
 def no_gradients() -> Any:
-    """A context in which PyTorch keeps nothing for a backward pass."""
+    """A context in which PyTorch records no gradients."""
     if keras.backend.backend() != "torch":
         return contextlib.nullcontext()
     import torch  # noqa: PLC0415  (only where it is the backend)
@@ -76,7 +76,7 @@ def no_gradients() -> Any:
 
 
 def _suspects(model: keras.Model, changed: list[str]) -> list[str]:
-    """Layers that hold what changed, or else those that draw random numbers."""
+    """Layers whose variables changed, or else those that draw random numbers."""
     layers = [
         layer
         for layer in model._flatten_layers(include_self=False)
@@ -106,5 +106,5 @@ def _seed_states(layer: keras.layers.Layer) -> list[keras.Variable]:
 
 
 def _same(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> bool:
-    """Bit for bit, with NaN equal to NaN."""
+    """Whether two arrays are equal bit for bit; NaN equals NaN."""
     return a.shape == b.shape and a.tobytes() == b.tobytes()

@@ -15,12 +15,24 @@ from keras_dalign.head import data
 
 if TYPE_CHECKING:
     from keras_dalign.diagnostics.engines import Engine
-
-Array = npt.NDArray[np.float64]
+    from keras_dalign.numerics import Array
 
 
 class GenericJacobian(Jacobian):
-    """Any variables of any model: products by automatic differentiation."""
+    """Jacobian in any variables of any model, by automatic differentiation.
+
+    Args:
+        variables: See `Jacobian`.
+        theta: Values of the variables, shape `(P,)`.
+        outputs: The outputs there, shape `(n, C)`.
+        dtype: See `Jacobian`.
+        dtype_reason: See `Jacobian`.
+        derivatives: The engine that differentiates one batch.
+        stream: The data.
+        source: The model itself if the engine works on it, not on a copy. Its weights
+            must not change then.
+        moved: `theta` if it differs from the variables' values, else None.
+    """
 
     kind = "generic"
 
@@ -33,18 +45,18 @@ class GenericJacobian(Jacobian):
         dtype_reason: str,
         derivatives: Engine,
         stream: RereadData,
-        live: keras.Model | None,
+        source: keras.Model | None,
         moved: Array | None = None,
     ) -> None:
         super().__init__(variables, theta, outputs, dtype, dtype_reason)
         self._engine = derivatives
         self._stream = stream
-        self._live = live
+        self._source = source
         self._moved = moved
-        self._weights = None if live is None else digest_of(live.get_weights())
+        self._weights = None if source is None else digest_of(source.get_weights())
 
     def at(self, theta: npt.ArrayLike) -> Jacobian:
-        """The same at other values of the parameters; see `Jacobian.at`."""
+        """The Jacobian at other values of the parameters; see `Jacobian.at`."""
         theta = as_vector(theta, self.shape[1], PER_PARAMETER)
         outputs = np.empty((self.n, self.units))
         for rows, batch in self._batches():
@@ -58,12 +70,12 @@ class GenericJacobian(Jacobian):
             self.dtype_reason,
             self._engine,
             self._stream,
-            self._live,
+            self._source,
             theta,
         )
 
     def _batches(self) -> Iterator[tuple[slice, Any]]:
-        if self._live is not None and digest_of(self._live.get_weights()) != (
+        if self._source is not None and digest_of(self._source.get_weights()) != (
             self._weights
         ):
             raise ValueError(
@@ -105,7 +117,7 @@ class GenericJacobian(Jacobian):
         return out
 
     def _row_blocks(self, size: int) -> Iterator[tuple[slice, Array]]:
-        # Parts of one size, so that they are compiled once.
+        # Parts of equal size, so that only one is compiled.
         largest = self._stream.rows
         step = data.even_batch_size(largest, min(size, largest))
         for rows, batch in self._batches():

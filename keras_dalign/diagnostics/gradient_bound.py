@@ -1,4 +1,4 @@
-"""How far a loss is from its infimum, from the size of its gradient.
+"""Bounds the distance of a loss to its infimum by the size of its gradient.
 
 The loss is convex in the logits. With `f` the logits, `J` their Jacobian in any set of
 parameters and `g` the gradient of the loss in the logits, any logits
@@ -8,12 +8,12 @@ parameters and `g` the gradient of the loss in the logits, any logits
                   = -<J^T g, delta> - <g, e>
                  <= ||J^T g|| ||delta|| + ||g|| ||e||     (Cauchy-Schwarz),
 
-where `J^T g` is the gradient in the parameters. This holds for every `delta` and `F*`,
-whatever the model is; here they are chosen to make the right side small.
+where `J^T g` is the gradient in the parameters. This holds for any model and for all
+`delta` and `F*`. They are chosen to make the right side small.
 
-Where `F* - f` lies in the column space of `J`, `e` vanishes, and a small gradient alone
-proves a small distance to the infimum. In a model with the common model structure,
-`f = J theta_S` (Kawaguchi, Zhang & Deng 2022), aligned labels are enough for that.
+If `F* - f` lies in the column space of `J`, `e` can be 0, and a small gradient alone
+proves a small distance to the infimum. For a model with the common model structure
+`f = J theta_S` (Kawaguchi, Zhang & Deng 2022), this holds if the labels are aligned.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     from keras_dalign.numerics import Array, Indices
     from keras_dalign.numerics.losses import ConvexLoss
 
-# Up to so many rows a Gram matrix of them is decomposed (a second or two), and up to so
-# many entries a Jacobian without structure is formed.
+# The most rows of a Gram matrix to decompose (a second or two), and the most entries of
+# a Jacobian without structure to form.
 _EXACT_ROWS = 1500
 _DENSE_ENTRIES = 2**25
 
-# Penalties of the regression, in units of the Gram matrix's largest eigenvalue.
+# Ridge penalties, relative to the largest eigenvalue of the Gram matrix.
 _PENALTIES = 10.0 ** np.arange(-13, 4, 2)
 
 _MAX_PSI = 700.0
@@ -49,7 +49,7 @@ _MAX_PSI = 700.0
 
 @dataclasses.dataclass(frozen=True)
 class GradientBound:
-    """An upper bound on a loss above its infimum, by the gradient, with its parts.
+    """An upper bound on the distance of a loss to its infimum, with its parts.
 
     `gap = gradient_norm * distance + output_gradient_norm * residual + target_loss -
     lower_bound`. It holds for every Keras model and any set of its parameters, because
@@ -61,20 +61,20 @@ class GradientBound:
 
     Attributes:
         gap: The bound on `loss - lower_bound`.
-        loss: The loss of the outputs that the bound speaks of.
+        loss: The loss of the outputs.
         gradient_norm: `||J^T g||`, the norm of the gradient in the parameters.
-        distance: `||delta||`, the size of the change of the parameters.
+        distance: `||delta||`, the norm of the change of the parameters.
         output_gradient_norm: `||g||`, the norm of the gradient in the outputs.
-        residual: `||e||`, the part of `F* - f` that this change does not reach.
-        scale: Share of the best finite outputs in `F*`: 1 for squared error, but for
-            a loss that is far from its minimum.
+        residual: `||e||`, the norm of the part of `F* - f` that `J delta` leaves.
+        scale: Factor of the best finite outputs in `F*`: 1 for squared error, unless
+            the loss is far from its minimum.
         psi: Factor of the modified targets `Y_l` in `F*`.
         target_loss: `L(F*)`.
-        lower_bound: Loss below which no function of the inputs can go.
+        lower_bound: Loss that no function of the inputs can go below.
         structure_error: `||f - J theta|| / ||f||`, with the constant part of the
-            outputs subtracted where it is known. It is 0 to rounding in a model with
+            outputs subtracted where it is known. It is 0 to rounding for a model with
             the common model structure. The bound does not depend on it.
-        parameters: The parameters `S`.
+        parameters: The parameters `S`, in words.
         n_parameters: Their number.
         solver: How `delta` was found: `"eigendecomposition"` or `"lsmr"`.
         dtype: The dtype in which outputs and Jacobian were computed.
@@ -123,13 +123,12 @@ def gradient_bound(
     parameters: str,
     iterations: int = 50,
 ) -> GradientBound:
-    """Bounds a loss above its infimum by its gradient, for any model and parameters.
+    """Bounds the distance of a loss to its infimum, for any model and parameters.
 
-    `L(f) - L(F*) <= ||J^T g|| ||delta|| + ||g|| ||e||` for `F* = f + J delta + e`, by
-    convexity in the outputs (see `GradientBound`). `F* = scale * F + psi * Y_l`, with
-    `F` the best outputs where they are finite, and `delta` is a ridge regression of
-    `F* - f` on `J`; `scale`, `psi` and the penalty are those that make the bound
-    smallest.
+    The inequality is that of `GradientBound`, with `F* = f + J delta + e`. Here
+    `F* = scale * F + psi * Y_l`, with `F` the best outputs where they are finite, and
+    `delta` is a ridge regression of `F* - f` on `J`. The `scale`, `psi` and penalty are
+    those with the smallest bound.
 
     Args:
         jacobian: The Jacobian of the outputs in the parameters.
@@ -137,10 +136,10 @@ def gradient_bound(
         targets: From `ConvexLoss.targets`, shape `(n, C)`.
         weights: Sample weights, at least 0, shape `(n,)`.
         groups: Number of each sample's input, shape `(n,)`.
-        lower_bound: Loss below which no function of the inputs can go.
+        lower_bound: Loss that no function of the inputs can go below.
         parameters: The parameters in words.
-        iterations: Of LSMR, for each of at most three right-hand sides, where the
-            Jacobian is too large for a decomposition.
+        iterations: The most iterations of LSMR for each of three right-hand sides, used
+            if the Jacobian is too large for a decomposition.
 
     Returns:
         The bound.
@@ -154,7 +153,7 @@ def gradient_bound(
     shares = weights / normalizer
     cotangents = shares[:, None] * loss.gradient(outputs, targets)
     gradient = jacobian.rmatvec(cotangents.ravel())
-    # What samples without weight put out is free.
+    # Only samples with weight: the target outputs of the others are arbitrary.
     rows = np.flatnonzero(weights > 0)
     family = target_logits(loss, targets, weights, groups)
     bound = _Bound(
@@ -170,7 +169,8 @@ def gradient_bound(
         jacobian, rows, iterations
     )
     solutions, mix = _sharpest(bound, regressions.solutions(bound.right_hand_sides()))
-    # Rounding has no say in the bound: the norms of the very parameters and residual.
+    # Norms evaluated in float64 from the change and residual themselves, not from the
+    # inner products that chose them.
     change = solutions.change(mix) if solutions else np.zeros(jacobian.shape[1])
     attained = jacobian.matvec(change).reshape(outputs.shape)[rows]
     logits = bound.family.at(mix[0], mix[1])
@@ -207,10 +207,10 @@ def gradient_bound(
 def _sharpest(
     bound: _Bound, found: Iterator[_Solutions]
 ) -> tuple[_Solutions | None, Array]:
-    """The sharpest of some solutions, and of no change at all (None)."""
+    """The solutions with the smallest bound, or None if no change has a smaller one."""
     shape = (3, *bound.outputs.shape)
-    still = _Solutions(np.zeros(shape), np.zeros((3, 3)), np.zeros_like)
-    value, mix = bound.sharpest_mix(still)
+    no_change = _Solutions(np.zeros(shape), np.zeros((3, 3)), np.zeros_like)
+    value, mix = bound.sharpest_mix(no_change)
     best: _Solutions | None = None
     for solutions in found:
         candidate, shares = bound.sharpest_mix(solutions)
@@ -238,12 +238,12 @@ def _structure_error(jacobian: Jacobian, outputs: Array) -> float:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Solutions:
-    """Ridge regressions on the three right-hand sides that make up `F* - f`.
+    """Ridge regressions on the three right-hand sides that `F* - f` is a mixture of.
 
     Attributes:
         attained: `J delta` for each, shape `(3, rows, C)`.
         inner: Inner products of the `delta`, shape `(3, 3)`.
-        change: Gives `delta`, shape `(P,)`, for a mixture of the three.
+        change: Function that gives `delta`, shape `(P,)`, for a mixture of the three.
     """
 
     attained: Array
@@ -255,8 +255,8 @@ class _Solutions:
 class _Bound:
     """The right side of the inequality, as a function of the target outputs.
 
-    They are mixtures of three: the best finite outputs, the modified targets `Y_l`, and
-    always one share of the current outputs.
+    `F* - f` is a mixture of three parts: the best finite outputs, the modified targets
+    `Y_l`, and minus the current outputs with a factor of 1.
     """
 
     loss: ConvexLoss
@@ -268,21 +268,21 @@ class _Bound:
     output_gradient_norm: float
 
     def centred(self, logits: Array) -> Array:
-        """Without what moves all logits of a sample, which a softmax does not see."""
+        """For a softmax, the logits minus each sample's mean, which it ignores."""
         if isinstance(self.loss, SoftmaxCrossEntropy):
             return logits - logits.mean(axis=-1, keepdims=True)
         return logits
 
     def right_hand_sides(self) -> Array:
-        """What the regressions aim at, shape `(3, rows, C)`."""
+        """The three parts, shape `(3, rows, C)`."""
         parts = [self.family.finite, self.family.direction, -self.outputs]
         return self.centred(np.stack(parts))
 
     def sharpest_mix(self, solutions: _Solutions) -> tuple[float, Array]:
-        """The least value over all mixtures, of which it is a convex function.
+        """Minimises the right side over all mixtures; it is convex in them.
 
         Returns:
-            The value and the shares `(3,)`.
+            The value and the factors `(3,)`.
         """
         rests = self.right_hand_sides() - self.centred(solutions.attained)
         flat = rests.reshape(3, -1)
@@ -325,7 +325,7 @@ class _ByEigenvectors:
 
     Args:
         jacobian: The Jacobian.
-        rows: The samples that count.
+        rows: The samples with weight.
         factors: Decompositions, each with the outputs that it is for.
         merged: Whether one decomposition is for all samples and outputs as one vector.
     """
@@ -399,8 +399,8 @@ class _ByEigenvectors:
 class _ByIteration:
     """Regressions by LSMR, on products with the Jacobian alone.
 
-    Few iterations are a penalty of their own: the directions with small singular values
-    come last.
+    Stopping early regularises like a penalty: directions with small singular values are
+    fitted last.
     """
 
     solver = "lsmr"

@@ -1,13 +1,13 @@
 """The Jacobian of a model's outputs in its parameters, as an operator in float64.
 
 For `n` samples and `C` outputs `J` has `n C` rows, in the C-order of the outputs
-`(n, C)`, and a column per parameter. Products with it and with its transpose go over
+`(n, C)`, and a column for each parameter. Products with it and with its transpose read
 the data batch by batch, in inference mode, and hold one batch at a time. Where the
-outputs are linear in the parameters, `J` has structure, which is used and never written
-out:
+outputs are linear in the parameters, `J` has structure. Products use it, and `J` is not
+formed:
 
-- of a last `Dense`, `J = features (x) I_C` (Kronecker product);
-- of an alignment head that exploits, `J` is block-diagonal, one block an output.
+- for a last `Dense` layer, `J = features (x) I_C` (Kronecker product);
+- for an alignment head that exploits, `J` is block-diagonal, one block for each output.
 """
 
 from __future__ import annotations
@@ -24,24 +24,25 @@ from scipy.sparse.linalg import LinearOperator
 from keras_dalign.numerics.memory import check_memory
 
 if TYPE_CHECKING:
+    from keras_dalign.numerics import Array
     from keras_dalign.solving.problem import ConvexProblem
 
-Array = npt.NDArray[np.float64]
 
 PER_PARAMETER = "P, one entry per parameter"
 
-# Vectors in one vectorised product: what they take on the device, and how many.
+# The most bytes and the most vectors of one vectorised product.
 _STACK_BYTES = 2**28
 _MAX_STACK = 32
-# Rows of the dense Jacobian that are computed at once.
+# The most bytes of the rows of the dense Jacobian that are computed at once.
 _ROWS_BYTES = 2**28
 
 
 class Jacobian(abc.ABC):
-    """`J`, of shape `(n C, P)`, as products. Made by `jacobian`.
+    """The Jacobian `J`, of shape `(n C, P)`, through its products; see `jacobian`.
 
-    It is that of the weights at the time it was made. Vectors and matrices are NumPy,
-    float64. Every product reads the data again and checks that they are the same.
+    It belongs to the weights at the time it was made. Vectors and matrices are NumPy
+    arrays in float64. Every product reads the data again and checks that they have not
+    changed.
 
     Attributes:
         shape: `(n * C, P)`.
@@ -49,15 +50,17 @@ class Jacobian(abc.ABC):
         units: Number of outputs, `C`.
         variables: The model's variables that the columns belong to, in order; each is
             flattened in C-order.
-        dtype: What it is computed in: `"float64"`, unless the model could not be
-            rebuilt.
-        dtype_reason: Why not in float64; empty if it is.
+        dtype: The dtype of the computation: `"float64"`, unless the model could not be
+            rebuilt in it.
+        dtype_reason: Why it is not float64; empty if it is.
     """
 
-    # The structure, for this package alone: "generic" has none; "last" has `features`,
-    # what the layer works on, with a last column of ones if it has a bias, shape
-    # `(n, p + 1)`; "head" has `problem`, the head's convex problem on these data, of
-    # which products and Gram matrices count: its targets are zeros.
+    # The structure; private to this package.
+    # - "generic": none.
+    # - "last": `features` are the layer's inputs, with a last column of ones if it has
+    #   a bias, shape `(n, p + 1)`.
+    # - "head": `problem` is the head's convex problem on these data, for products and
+    #   Gram matrices; its targets are zeros.
     kind: str
     features: Array
     problem: ConvexProblem
@@ -96,14 +99,14 @@ class Jacobian(abc.ABC):
         """The part of the outputs that is constant in the parameters.
 
         Returns:
-            Shape `(n, C)`. Known where the structure says so, as for the head: its
-            linear part, which is frozen. Zeros otherwise.
+            Shape `(n, C)`. For a head that exploits it is the frozen linear part,
+            otherwise zeros.
         """
         return np.zeros((self.n, self.units))
 
     @abc.abstractmethod
     def at(self, theta: npt.ArrayLike) -> Jacobian:
-        """The same at other values of the parameters; the model is left alone.
+        """The Jacobian at other values of the parameters; the model is not changed.
 
         Args:
             theta: The values, shape `(P,)`.
@@ -169,13 +172,13 @@ class Jacobian(abc.ABC):
         return out
 
     def row_blocks(self, max_bytes: int = _ROWS_BYTES) -> Iterator[tuple[slice, Array]]:
-        """The dense Jacobian, some of its rows at a time, in order.
+        """The dense Jacobian in blocks of rows, in order.
 
         Args:
-            max_bytes: What a block may take, unless one sample's rows take more.
+            max_bytes: The most bytes of a block, unless one sample's rows take more.
 
         Yields:
-            The rows that they are, and the rows, shape `(rows, P)`.
+            The rows' positions as a slice, and the rows, shape `(rows, P)`.
 
         Raises:
             ValueError: If the data have changed.
@@ -185,13 +188,13 @@ class Jacobian(abc.ABC):
         yield from self._row_blocks(size)
 
     def dense(self) -> Array:
-        """`J` written out.
+        """The dense `J`.
 
         Returns:
             Shape `(n C, P)`.
 
         Raises:
-            MemoryError: If it takes more than what is free, before it is begun.
+            MemoryError: If it takes more than the free memory, before computing it.
             ValueError: If the data have changed.
         """
         check_memory(8 * self.shape[0] * self.shape[1], f"The dense {self!r}")
@@ -201,7 +204,7 @@ class Jacobian(abc.ABC):
         return out
 
     def to_scipy(self) -> LinearOperator:
-        """The same as a `scipy.sparse.linalg.LinearOperator`."""
+        """`J` as a `scipy.sparse.linalg.LinearOperator`."""
         return LinearOperator(
             dtype=np.float64,
             shape=self.shape,
@@ -228,7 +231,19 @@ class Jacobian(abc.ABC):
 
 
 def as_vector(vector: npt.ArrayLike, size: int, meaning: str) -> Array:
-    """A vector as an array of shape `(size,)`, or an error that says what it means."""
+    """A vector as a float64 array of shape `(size,)`.
+
+    Args:
+        vector: Shape `(size,)` or `(size, 1)`.
+        size: Its length.
+        meaning: What the length is, for the error.
+
+    Returns:
+        The array.
+
+    Raises:
+        ValueError: If the shape is another one.
+    """
     array = np.asarray(vector, dtype=np.float64)
     if array.shape not in ((size,), (size, 1)):
         raise ValueError(
@@ -249,7 +264,7 @@ def _matrix(matrix: npt.ArrayLike, size: int, meaning: str) -> Array:
 
 
 def _stacks(n_columns: int, n_parameters: int) -> Iterator[slice]:
-    """The columns of a product, as many at a time as fit the device."""
+    """Slices of the columns of a product, so that each fits the device."""
     fitting = _STACK_BYTES // max(8 * n_parameters, 1)
     step = int(min(max(fitting, 1), _MAX_STACK))
     return (slice(i, min(i + step, n_columns)) for i in range(0, n_columns, step))

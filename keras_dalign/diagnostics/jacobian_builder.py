@@ -1,4 +1,4 @@
-"""Which Jacobian a model has, and what it takes to make it."""
+"""Builds the Jacobian of a model, with structure where it has some."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
-import numpy.typing as npt
 
 from keras_dalign.diagnostics.determinism import check_deterministic
 from keras_dalign.diagnostics.engines import Engine, engine
+from keras_dalign.diagnostics.generic_jacobian import GenericJacobian
 from keras_dalign.diagnostics.output_path import (
     OutputPath,
     output_path,
@@ -19,38 +19,32 @@ from keras_dalign.diagnostics.output_path import (
 )
 from keras_dalign.diagnostics.precision import (
     RebuildError,
+    agreeing_copy,
+    as_float64,
+    close_to,
     float64_context,
+    narrow_operations,
 )
 from keras_dalign.diagnostics.reread_data import RereadData
+from keras_dalign.diagnostics.structured_jacobian import HeadJacobian, LastLayerJacobian
 from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
 from keras_dalign.head.features import FeatureSet
 from keras_dalign.numerics.arguments import shown
 from keras_dalign.numerics.losses import SquaredError
+from keras_dalign.numerics.memory import check_memory
 from keras_dalign.solving.problem import ConvexProblem
 
 if TYPE_CHECKING:
     from keras_dalign.diagnostics.jacobian import Jacobian
+    from keras_dalign.numerics import Array
     from keras_dalign.training.aligned_model import AlignedModel
-
-
-from keras_dalign.diagnostics.generic_jacobian import GenericJacobian
-from keras_dalign.diagnostics.precision import (
-    agreeing_copy,
-    as_float64,
-    close_to,
-    narrow_operations,
-)
-from keras_dalign.diagnostics.structured_jacobian import HeadJacobian, LastLayerJacobian
-from keras_dalign.numerics.memory import check_memory
-
-Array = npt.NDArray[np.float64]
 
 
 _PARAMETERS = ("head", "last", "all")
 # Samples that a structure is verified on by differentiation.
 _FEW = 8
-# Outputs of one function, computed in two ways in one dtype: the largest difference, in
-# units of the largest output, that is put down to rounding.
+# Outputs of one function, computed in two ways in one dtype: the largest difference,
+# relative to the largest output, that counts as rounding.
 _ROUNDING = {"float64": 1e-9, "float32": 1e-3, "float16": 0.1, "bfloat16": 0.1}
 
 
@@ -63,28 +57,28 @@ def jacobian(
     steps: int | None = None,
     dtype: str | None = "float64",
 ) -> Jacobian:
-    """The Jacobian of a model's outputs on given data, in inference mode.
+    """Makes the Jacobian of a model's outputs on given data, in inference mode.
 
-    One pass over the data: the outputs are computed, and it is checked that the model
-    is deterministic and treats its samples one by one. The computation is that of a
-    float64 copy (see `precision.in_float64`), whatever dtype the model trains in. A
-    model that cannot be rebuilt is differentiated in its own dtype, which the result
-    says. The model is left as it was.
+    One pass over the data computes the outputs, and checks that the model is
+    deterministic and computes each sample separately. A float64 copy of the model is
+    differentiated (see `precision.in_float64`), whatever dtype the model trains in. A
+    model that cannot be rebuilt is differentiated in its own dtype; `dtype` and
+    `dtype_reason` of the result report this. The model is not changed.
 
     Args:
         model: A built Keras model with one output of shape `(batch, C)`.
-        x: Inputs: arrays, or a stream that can be read again and again, with or without
-            targets (`tf.data.Dataset`, `PyDataset`, `DataLoader`); in the same order
-            each time.
+        x: Inputs: arrays, or a stream that can be read several times, in the same order
+            each time, with or without targets (`tf.data.Dataset`, `PyDataset`,
+            `DataLoader`).
         parameters: The columns of the Jacobian.
 
             - `"head"`: `q` and `b` of an `AlignedModel` that exploits.
-            - `"last"`: the weights of the last layer that has any; of an `AlignedModel`
-              that exploits, its head's `q` and `b`. Where several such layers are
-              merged behind them: the weights of all.
-            - `"all"`: `model.trainable_variables`; of an `AlignedModel` that exploits,
-              what either of its phases trains: the trunk, the linear part and `(q, b)`,
-              not the frozen gates.
+            - `"last"`: the weights of the last layer that has any, and of all such
+              layers if their outputs are merged. For an `AlignedModel` that exploits,
+              its head's `q` and `b`.
+            - `"all"`: `model.trainable_variables`. For an `AlignedModel` that exploits,
+              all that either phase trains: the trunk, the linear part and `(q, b)`, not
+              the frozen gates.
             - a list of floating variables of the model.
         batch_size: Samples per batch, for arrays.
         steps: Batches that make one pass, for streams that do not end.
@@ -94,11 +88,11 @@ def jacobian(
         The Jacobian.
 
     Raises:
-        ValueError: If the parameters are none of the model's, the model is stochastic,
-            changes when it is called or mixes samples, has not one output of shape
-            `(batch, C)`, or if data or outputs are empty, non-finite or cannot be read
-            again.
-        MemoryError: If features that have to be kept do not fit.
+        ValueError: If the parameters are not the model's, the model is stochastic,
+            changes when it is called, mixes samples or does not have one output of
+            shape `(batch, C)`, or if data or outputs are empty, non-finite or cannot be
+            read again.
+        MemoryError: If the features of a last layer do not fit into memory.
 
     Example:
 
@@ -122,7 +116,7 @@ def jacobian(
         except RebuildError as error:
             dtype_reason = str(error)
     else:
-        dtype_reason = "the model's own dtype was asked for"
+        dtype_reason = "the model's own dtype was requested"
     wide = copy is not model
     stream.wide = wide
     with untouched_graph(model):
@@ -130,7 +124,15 @@ def jacobian(
 
 
 class _Builder:
-    """What it takes to build a Jacobian: model, copy, data, outputs."""
+    """Builds a Jacobian from a model, its float64 copy and the data.
+
+    Args:
+        model: The model.
+        copy: The copy that is differentiated, or the model itself.
+        stream: The data.
+        wide: Whether `copy` is a float64 copy.
+        dtype_reason: Why the computation is not in float64; empty if it is.
+    """
 
     def __init__(
         self,
@@ -227,7 +229,7 @@ class _Builder:
             z = self.stream.cut(trunk.outputs(self.stream.padded(batch)), batch)
             if dense.bias is not None:
                 z = np.concatenate([z, np.ones((len(z), 1))], axis=1)
-            # What stands behind the layer, or beside it, shows here.
+            # They differ if the model does more than this layer on the features.
             outputs = self.outputs_of(whole, batch, index)
             if not close_to(outputs, z @ weights, self.rounding):
                 return None
@@ -248,7 +250,7 @@ class _Builder:
     def is_linear(
         self, variables: list[keras.Variable], batch: Any, features: Array
     ) -> bool:
-        """Whether weights act through the layer alone: tied ones move its features."""
+        """Whether the features do not depend on the weights, as with tied weights."""
         few = keras.tree.map_structure(lambda leaf: leaf[:_FEW], batch)
         derivatives = engine(self.copy, self.copies(variables), self.device_dtype)
         direction = np.random.default_rng(0).standard_normal(derivatives.size)
@@ -311,7 +313,7 @@ class _Builder:
         return outputs
 
     def check_separate(self, derivatives: Engine, batch: Any, outputs: Array) -> None:
-        """Checks that a sample's outputs are its own, whatever else is in the batch."""
+        """Checks that a sample's outputs do not depend on the rest of its batch."""
         half = len(outputs) - len(outputs) // 2
         order = np.arange(len(outputs)) % half
         repeated = keras.tree.map_structure(lambda leaf: leaf[order], batch)
@@ -412,7 +414,7 @@ def _all_variables(model: keras.Model) -> list[keras.Variable]:
 
 
 def exploiting_head(model: keras.Model) -> AlignmentHead | None:
-    """The head of an `AlignedModel` that exploits."""
+    """The head of an `AlignedModel` that exploits, None for any other model."""
     head = getattr(model, "head", None)
     if isinstance(head, AlignmentHead) and isinstance(
         getattr(model, "trunk", None), keras.Model

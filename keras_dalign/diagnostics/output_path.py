@@ -1,4 +1,4 @@
-"""What stands between a model's last weights and its output, found in its graph."""
+"""Finds a model's last layers with weights, and the operations after them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from keras_dalign.head.alignment_head import EXPLORING, AlignmentHead
 
 @dataclasses.dataclass(frozen=True)
 class LastLayer:
-    """A layer with weights behind which no other layer with weights stands.
+    """A layer with weights after which no other layer with weights comes.
 
     Attributes:
         layer: The layer.
-        tensor: What it works on, symbolic (the first of its inputs).
-        behind: Operations between it and the output, none of which has weights, from
-            the layer on.
+        tensor: Its input, symbolic (the first one of several).
+        behind: The operations without weights from the layer to the output, in order.
     """
 
     layer: keras.layers.Layer
@@ -51,7 +50,7 @@ class OutputPath:
 
     @property
     def dense(self) -> keras.layers.Dense | None:
-        """The last layer if it is one `Dense`, or a sleeping head's, else None."""
+        """The last layer, or an exploring head's, if it is one `Dense`; else None."""
         if len(self.last) != 1 or self.skipped:
             return None
         layer = self.last[0].layer
@@ -66,7 +65,7 @@ class OutputPath:
         return layer if is_dense else None
 
     def variables(self) -> list[keras.Variable]:
-        """The weights of the last layers, those that training would move."""
+        """The weights of the last layers that training would change."""
         found: list[keras.Variable] = []
         for last in self.last:
             layer = last.layer
@@ -83,11 +82,12 @@ class OutputPath:
 def output_path(model: keras.Model, x: Any) -> OutputPath | None:
     """Finds a model's last layers with weights.
 
-    Subclassed models are traced: their layers get one more symbolic call. Trace a copy.
+    Subclassed models are traced, which adds a symbolic call to their layers; see
+    `untouched_graph`.
 
     Args:
         model: A built model with one output.
-        x: A batch of inputs, whose shapes a subclassed model is traced with.
+        x: A batch of inputs, for the shapes to trace a subclassed model with.
 
     Returns:
         The path, or None if the model's `call` cannot be traced.
@@ -114,10 +114,10 @@ def output_path(model: keras.Model, x: Any) -> OutputPath | None:
 
 @contextlib.contextmanager
 def untouched_graph(model: keras.Model) -> Iterator[None]:
-    """Takes back the symbolic calls that tracing a model adds to its layers.
+    """Removes the symbolic calls that tracing a model adds to its layers.
 
     Args:
-        model: The model that may be traced.
+        model: The model that is traced in the context.
 
     Yields:
         Nothing.
@@ -155,7 +155,7 @@ def _overrides_call(model: keras.Model) -> bool:
 
 
 class _Walk:
-    """Steps from tensors to the operations that made them, into nested models."""
+    """Follows tensors back to the operations that made them, into nested models."""
 
     def __init__(self) -> None:
         self.found: list[LastLayer] = []
@@ -164,7 +164,7 @@ class _Walk:
         self._inner: dict[tuple[int, int], list[keras.KerasTensor]] = {}
 
     def back(self, tensor: keras.KerasTensor, behind: tuple[Any, ...]) -> None:
-        """Collects the first layers with weights on all ways back."""
+        """Collects the first layer with weights on each way back from a tensor."""
         operation, node = self._made(tensor)
         if isinstance(operation, keras.layers.Layer) and operation.weights:
             self.found.append(LastLayer(operation, node.input_tensors[0], behind))
@@ -173,11 +173,11 @@ class _Walk:
             self.back(source, (operation, *behind))
 
     def reaches(self, tensor: keras.KerasTensor, layer: Any) -> bool:
-        """Whether a layer is among those that a tensor depends on."""
+        """Whether a tensor depends on a layer."""
         return any(operation is layer for operation, _ in self._all(tensor))
 
     def count(self, tensor: keras.KerasTensor) -> None:
-        """Counts the calls of every layer that a tensor depends on."""
+        """Counts the calls of all layers that a tensor depends on."""
         for operation, _ in self._all(tensor):
             calls = self.n_calls.get(id(operation), 0)
             self.n_calls[id(operation)] = calls + 1

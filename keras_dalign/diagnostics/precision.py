@@ -1,4 +1,4 @@
-"""A float64 copy of a model: rank and residuals are not judged in what trained it."""
+"""Float64 copies of models, since ranks and residuals need more than float32."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import inspect
 import random
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
-import numpy.typing as npt
 from keras import ops
 from keras.src.backend.common import dtypes
 from keras.src.saving.serialization_lib import ObjectSharingScope
@@ -19,32 +18,33 @@ from keras.src.saving.serialization_lib import ObjectSharingScope
 from keras_dalign.diagnostics.determinism import no_gradients
 from keras_dalign.numerics.arguments import shown
 
-Array = npt.NDArray[np.float64]
+if TYPE_CHECKING:
+    from keras_dalign.numerics import Array
 
 _NARROW = ("float16", "bfloat16", "float32", "mixed_float16", "mixed_bfloat16")
-# Outputs of one function in two dtypes: the largest difference, in units of the largest
-# output, that is put down to rounding.
+# Outputs of one function in two dtypes: the largest difference, relative to the largest
+# output, that counts as rounding.
 _NARROWING = {"float64": 1e-6, "float32": 1e-2, "float16": 0.3, "bfloat16": 0.3}
 _POLICIES = ("DTypePolicy", "DTypePolicyMap", "FloatDTypePolicy")
 
 
 class RebuildError(ValueError):
-    """A model that cannot be built again from its config, as a copy must be."""
+    """A model cannot be rebuilt from its config, so it has no float64 copy."""
 
 
 @contextlib.contextmanager
 def float64_context() -> Iterator[None]:
     """The context in which a float64 copy is built and used.
 
-    Keras's default float is float64 in it, JAX computes in float64 when asked to, and
-    operations on float64 have float64 results: on JAX and PyTorch, Keras makes float32
-    of them otherwise, also in the middle of a float64 model. Do not train in it.
+    In it, Keras's default float is float64, JAX can compute in float64, and operations
+    on float64 have float64 results. Without it, Keras casts these to float32 on JAX and
+    PyTorch, even within a float64 model. Do not train in it.
 
     Yields:
         Nothing.
 
     Raises:
-        RuntimeError: If this version of Keras goes on computing in float32.
+        RuntimeError: If this version of Keras computes in float32 nevertheless.
     """
     floatx, demotions = keras.config.floatx(), dict(dtypes.BIT64_TO_BIT32_DTYPE)
     keras.config.set_floatx("float64")
@@ -66,14 +66,14 @@ def in_float64(model: keras.Model, x: Any = None) -> keras.Model:
     """Rebuilds a model with every floating dtype widened to float64.
 
     Layers, inputs and casts of the copy are float64, whatever dtype policy the model
-    has; weights are converted, which is exact. The copy is not compiled. The model, and
-    the random state of Python and NumPy, are left as they were.
+    has. Weights are converted exactly. The copy is not compiled. The model, and the
+    random state of Python and NumPy, do not change.
 
     Args:
         model: A built Keras model whose config rebuilds it: Functional, Sequential, an
             `AlignedModel`, or a subclass with `get_config`. Custom classes need not be
             registered.
-        x: A batch of inputs, to build a subclassed model that cannot build itself.
+        x: A batch of inputs, to build a subclassed model with, if it needs one.
 
     Returns:
         The copy, to be used within `float64_context`. Its `weights` are in the order of
@@ -98,13 +98,13 @@ def in_float64(model: keras.Model, x: Any = None) -> keras.Model:
                 ) from error
         _check_weights(model, copy)
         for target, source in zip(copy.weights, model.weights, strict=True):
-            # By value: on JAX an assigned array is shared, and training donates it.
+            # Copied: on JAX an assigned array would be shared, and training donates it.
             target.assign(widened(ops.convert_to_numpy(source)))
     return copy
 
 
 def widened(array: Any) -> np.ndarray:
-    """An array in float64 if it is of floats of any kind, unchanged otherwise."""
+    """An array in float64 if it has any floating dtype, unchanged otherwise."""
     array = np.asarray(array)
     # bfloat16 is no floating dtype to NumPy.
     if np.issubdtype(array.dtype, np.floating) or array.dtype.name == "bfloat16":
@@ -119,17 +119,18 @@ def _rebuilt(model: keras.Model) -> keras.Model:
         for name, layer_class in classes.items()
         if not layer_class.__module__.startswith(("keras.", "keras_dalign."))
     }
-    # Only what lives as long as the model: ids of others may be used again.
+    # Only objects that exist as long as the model: other ids may be reused.
     shared = {id(layer) for layer in model._flatten_layers()}
     try:
         with ObjectSharingScope():
-            # Layers that are used twice are to be shared in the copy, too. The scope
-            # marks what it has seen before: the second time, everything.
+            # The copy shares layers that are used twice, by their ids in the config.
+            # The scope gives ids to objects it has seen before, so all get one in the
+            # second call.
             keras.saving.serialize_keras_object(model)
             config = keras.saving.serialize_keras_object(model)
         config = _widened_config(config, custom, shared)
         with ObjectSharingScope(), warnings.catch_warnings():
-            # What there is to warn of was said when the model was made.
+            # The same warnings were issued when the model was made.
             warnings.simplefilter("ignore")
             return keras.saving.deserialize_keras_object(
                 config, custom_objects=custom, safe_mode=False
@@ -139,7 +140,7 @@ def _rebuilt(model: keras.Model) -> keras.Model:
 
 
 def _widened_config(config: Any, custom: dict[str, type], shared: set[int]) -> Any:
-    """A config in which every floating dtype is float64, and nothing is compiled."""
+    """The config with float64 for all floating dtypes, and no `compile_config`."""
     if isinstance(config, (list, tuple)):
         return type(config)(_widened_config(value, custom, shared) for value in config)
     if not isinstance(config, dict):
@@ -167,7 +168,7 @@ def _widened_config(config: Any, custom: dict[str, type], shared: set[int]) -> A
 
 
 def _accepted(layer_class: type, config: dict[str, Any]) -> dict[str, Any]:
-    """A config without what Keras puts into it and the constructor does not take."""
+    """The config without keys that Keras adds and the constructor does not take."""
     parameters = inspect.signature(layer_class).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return config
@@ -199,7 +200,7 @@ def _message(model: keras.Model, reason: str) -> str:
 
 @contextlib.contextmanager
 def _float64_policy() -> Iterator[None]:
-    """What layers made without a dtype get: those within a rebuilt custom layer."""
+    """Makes float64 the default, for layers that a custom layer makes without dtype."""
     policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy("float64")
     try:
@@ -210,7 +211,7 @@ def _float64_policy() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _random_state() -> Iterator[None]:
-    """Leaves the global generators as they were: Keras shuffles data with them."""
+    """Restores the global random generators, which Keras shuffles data with."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         yield
@@ -232,18 +233,17 @@ def _jax_x64() -> Any:
 
 
 def agreeing_copy(model: keras.Model, batch: Any) -> keras.Model:
-    """The float64 copy of a model, if it computes what the model computes.
+    """Makes a float64 copy of a model, and checks that their outputs agree.
 
     Args:
-        model: A built model; it is left as it was.
+        model: A built model, which does not change.
         batch: Inputs to compare the two on.
 
     Returns:
         The copy; see `in_float64`.
 
     Raises:
-        RebuildError: If the model cannot be rebuilt, or its copy computes something
-            else.
+        RebuildError: If the model cannot be rebuilt, or the outputs of its copy differ.
     """
     copy = in_float64(model, batch)
     with no_gradients():
@@ -271,17 +271,17 @@ def agreeing_copy(model: keras.Model, batch: Any) -> keras.Model:
 
 
 def narrow_operations(copy: keras.Model, batch: Any) -> str:
-    """Says so if operations of a float64 copy have float32 results all the same.
+    """Detects operations of a float64 copy that have float32 results.
 
     Args:
-        copy: What `in_float64` made; its weights are moved, and moved back.
+        copy: A copy by `in_float64`. Its weights are changed and restored.
         batch: Inputs to try it on.
 
     Returns:
-        A reason to doubt float64, or an empty string.
+        Why the copy does not compute in float64, or an empty string if it does.
     """
-    # In float64 outputs are straight along steps as small as these; float32 has steps
-    # of its own, which are larger.
+    # Along steps this small, float64 outputs are linear to 1e-11; float32 rounding is
+    # larger than that.
     few = keras.tree.map_structure(lambda leaf: widened(leaf[:2]), batch)
     weights = [v for v in copy.weights if "float" in str(v.dtype)]
     values = [as_float64(v) for v in weights]
@@ -309,7 +309,7 @@ def _dtypes(model: keras.Model) -> set[str]:
 
 
 def close_to(a: Array, b: Array, tolerance: float) -> bool:
-    """Whether arrays agree, to a tolerance in units of the largest entry of `a`."""
+    """Whether arrays agree, to a tolerance relative to the largest entry of `a`."""
     scale = np.max(np.abs(a), initial=0.0)
     return a.shape == b.shape and bool(np.all(np.abs(a - b) <= tolerance * scale))
 

@@ -1,38 +1,38 @@
-"""Data that are read several times, and must be the same each time."""
+"""Data that are read several times, with a check that all passes are the same."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
-import numpy.typing as npt
 
 from keras_dalign.diagnostics.precision import widened
 from keras_dalign.head import data
 
-Array = npt.NDArray[np.float64]
+if TYPE_CHECKING:
+    from keras_dalign.numerics import Array
 
 
 class RereadData:
-    """Batches of inputs, the same in every pass: what is not is an error.
+    """Batches of inputs; an error if a pass differs from the first one.
 
     Args:
         x: Inputs: arrays, or a stream that can be read again.
         batch_size: Samples per batch, for arrays.
         steps: Batches that make one pass, or None for all.
-        model: The model that the data are for, which they must fit.
+        model: The model, whose inputs the data must fit.
 
     Attributes:
         n: Number of samples, known after the first pass.
-        n_hint: Number of samples of arrays, 0 of a stream.
+        n_hint: Number of samples of arrays, 0 for a stream.
         rows: Samples of the largest batch so far.
         wide: Whether batches are given in float64.
 
     Raises:
-        ValueError: If `x` is a generator, which is gone after one pass, or does not fit
+        ValueError: If `x` is a generator, which can be read once only, or does not fit
             the model.
     """
 
@@ -90,7 +90,7 @@ class RereadData:
         self._digests = digests
 
     def padded(self, batch: Any) -> Any:
-        """The batch, its last sample repeated so that nothing is compiled again."""
+        """The batch with its last sample repeated up to the size that is compiled."""
         return padded(batch, max(self.rows, data.n_samples(batch)))
 
     def zero_padded(self, array: Array, axis: int) -> Array:
@@ -100,12 +100,12 @@ class RereadData:
         return np.pad(array, widths)
 
     def cut(self, outputs: Any, batch: Any) -> Any:
-        """The outputs of a padded batch, less those of the padding."""
+        """The outputs of a padded batch, without those of the padding."""
         n = data.n_samples(batch)
         return keras.tree.map_structure(lambda leaf: leaf[:n], outputs)
 
     def _batches(self) -> Iterator[data.Batch]:
-        # Not for the model that other processes may share: each reads its own.
+        # Without `model`, which several processes may share: each reads its own data.
         for batch in data.batches(
             self._x, batch_size=self._batch_size, steps=self._steps
         ):
@@ -134,7 +134,7 @@ class RereadData:
 
 
 def padded(batch: Any, rows: int) -> Any:
-    """A batch of `rows` samples, its last one repeated."""
+    """The batch with its last sample repeated up to `rows` samples."""
     n = data.n_samples(batch)
     if n == rows:
         return batch
@@ -143,7 +143,7 @@ def padded(batch: Any, rows: int) -> Any:
 
 
 def digest_of(arrays: list[Any]) -> bytes:
-    """A digest of arrays: of their dtypes, shapes and bytes."""
+    """A digest of the dtypes, shapes and bytes of arrays."""
     digest = hashlib.blake2b(digest_size=16)
     for array in map(np.ascontiguousarray, arrays):
         digest.update(f"{array.dtype}{array.shape}".encode())

@@ -1,4 +1,4 @@
-"""Jacobians that are never written out: of a last layer, of an alignment head."""
+"""Jacobians with structure, which is used for products: last layer, alignment head."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ import numpy.typing as npt
 from keras_dalign.diagnostics.jacobian import PER_PARAMETER, Jacobian, as_vector
 
 if TYPE_CHECKING:
+    from keras_dalign.numerics import Array
     from keras_dalign.solving.problem import ConvexProblem
-
-Array = npt.NDArray[np.float64]
 
 
 class LastLayerJacobian(Jacobian):
-    """A last `Dense`: `J = features (x) I_C`."""
+    """Jacobian of a last `Dense` layer: `J = features (x) I_C`."""
 
     kind = "last"
 
@@ -35,7 +34,7 @@ class LastLayerJacobian(Jacobian):
         self.features = features
 
     def at(self, theta: npt.ArrayLike) -> Jacobian:
-        """The same at other values of the parameters; see `Jacobian.at`."""
+        """The Jacobian at other values of the parameters; see `Jacobian.at`."""
         theta = as_vector(theta, self.shape[1], PER_PARAMETER)
         return LastLayerJacobian(
             self.variables,
@@ -63,7 +62,7 @@ class LastLayerJacobian(Jacobian):
 
 
 class HeadJacobian(Jacobian):
-    """An alignment head that exploits: `J` is block-diagonal."""
+    """Jacobian of an alignment head that exploits; it is block-diagonal."""
 
     kind = "head"
 
@@ -80,7 +79,7 @@ class HeadJacobian(Jacobian):
         self.problem = problem
 
     def at(self, theta: npt.ArrayLike) -> Jacobian:
-        """The same at other values of the parameters; see `Jacobian.at`."""
+        """The Jacobian at other values of the parameters; see `Jacobian.at`."""
         theta = as_vector(theta, self.shape[1], PER_PARAMETER)
         logits = self.problem.logits(theta)
         return HeadJacobian(

@@ -2,9 +2,9 @@
 
 For `n` samples and `C` outputs it is `J diag(w) J2^T`, with the Jacobian `J` at some
 inputs, `J2` at the same or others, and a weight for each variable (Jacot, Gabriel &
-Hongler 2018; weighted: Tan, Wu & Huang 2021). To first order, gradient descent on a
-squared error, with a learning rate for each variable in proportion to its weight, moves
-the outputs along it.
+Hongler 2018; weighted: Tan, Wu & Huang 2021). Consider gradient descent on a squared
+error, with a learning rate for each variable in proportion to its weight. To first
+order, a step changes the outputs by minus the kernel times the error.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from keras_dalign.numerics.gram import gate_activations
 from keras_dalign.numerics.memory import check_memory
 
 if TYPE_CHECKING:
-    from keras_dalign.diagnostics.jacobian import Array, Jacobian
+    from keras_dalign.diagnostics.jacobian import Jacobian
+    from keras_dalign.numerics import Array
 
-# Rows of the first Jacobian that are held at a time, and of the second one.
+# The most bytes of rows held at a time, of the first Jacobian and of the second one.
 _HELD_BYTES = 2**29
 _BLOCK_BYTES = 2**26
 
@@ -39,23 +40,22 @@ def tangent_kernel(
     *,
     batch_size: int = 256,
 ) -> Array:
-    """The tangent kernel `J diag(weights) J2^T` of a model, in inference mode.
+    """Computes the tangent kernel `J diag(weights) J2^T` of a model in inference mode.
 
-    It is computed in float64, from a float64 copy of the model (see `jacobian`, which
-    says if a model could not be rebuilt in it). Neither Jacobian is written out whole:
-    512 MiB of the first one's rows are held at a time, and for each such lot the
-    second one's rows are computed once more. With `x2=None` each block is multiplied
-    once, and the result is symmetric to the last bit. A last layer needs its inputs
-    alone, `K = (phi diag(w) phi2^T) (x) I_C`, and so does an alignment head that
-    exploits.
+    The computation is in float64, on a float64 copy of the model; `jacobian` reports if
+    a model could not be rebuilt. Neither Jacobian is formed whole: 512 MiB of the first
+    one's rows are held at a time, and for each such lot the second one's rows are
+    computed again. With `x2=None` each block is multiplied once, and the result is
+    exactly symmetric. A last layer needs only its inputs,
+    `K = (phi diag(w) phi2^T) (x) I_C`, and so does an alignment head that exploits.
 
     Args:
         model: A built Keras model with one output of shape `(batch, C)`.
         x: Inputs: `n` samples, as arrays or as a stream that can be read again; see
             `jacobian`.
         x2: Other inputs, `n2` samples, in the same form. Default: `x`.
-        parameters: The variables that the Jacobians are in: `"all"`, `"last"`,
-            `"head"` or a list; see `jacobian`.
+        parameters: The variables to differentiate by: `"all"`, `"last"`, `"head"` or a
+            list; see `jacobian`.
         weights: A finite number of at least 0 for each variable: a dict from the
             variables' paths, or a sequence in the order of
             `jacobian(model, x, parameters).variables`. Default: 1 for each.
@@ -67,9 +67,9 @@ def tangent_kernel(
 
     Raises:
         ValueError: If the weights do not fit the variables or are negative or not
-            finite, the derivatives are not finite, or `jacobian` refuses model, data or
-            parameters.
-        MemoryError: If the kernel and the rows that are held do not fit.
+            finite, or the derivatives are not finite; for model, data and parameters as
+            `jacobian`.
+        MemoryError: If the kernel and the rows that are held do not fit into memory.
 
     Example:
 
@@ -84,14 +84,14 @@ def tangent_kernel(
     if x2 is not None:
         J2 = jacobian(model, x2, parameters, batch_size=batch_size)
         if J2.kind != J.kind:
-            # The structure is verified on the data, and does not hold on all of them.
+            # The structure is verified on the data, and holds on one of the two only.
             J, J2 = (
                 jacobian(model, each, J.variables, batch_size=batch_size)
                 for each in (x, x2)
             )
     factors = _factors(weights, J.variables)
     check_memory(
-        8 * J.shape[0] * J2.shape[0] + _bytes_beside(J, J2),
+        8 * J.shape[0] * J2.shape[0] + _working_bytes(J, J2),
         f"The tangent kernel, {J.shape[0]} x {J2.shape[0]},",
     )
     if J.kind == "generic":
@@ -103,8 +103,8 @@ def tangent_kernel(
     return kernel.reshape(J.shape[0], J2.shape[0])
 
 
-def _bytes_beside(J: Jacobian, J2: Jacobian) -> int:
-    """What is held beside the kernel: some rows, or the blocks of one output."""
+def _working_bytes(J: Jacobian, J2: Jacobian) -> int:
+    """Bytes held in addition to the kernel: some rows, or the blocks of one output."""
     if J.kind != "generic":
         return 3 * 8 * J.n * J2.n
     sample = 8 * J.units * J.shape[1]
@@ -134,13 +134,13 @@ def _by_rows(J: Jacobian, J2: Jacobian, factors: list[float]) -> Array:
 
 
 def _blocks(J: Jacobian, roots: Array) -> Iterator[tuple[slice, Array]]:
-    """All rows in order, some at a time, each column scaled by its weight's root."""
+    """Blocks of rows in order, each column scaled by the root of its weight."""
     for rows, block in J.row_blocks(_BLOCK_BYTES):
         yield rows, checked_finite(block) * roots
 
 
 def _lots(J: Jacobian, roots: Array) -> Iterator[list[tuple[slice, Array]]]:
-    """All rows in order, as many blocks at a time as are held."""
+    """Lists of blocks of rows in order, each list of at most `_HELD_BYTES`."""
     lot: list[tuple[slice, Array]] = []
     for rows, block in _blocks(J, roots):
         if lot and sum(each.nbytes for _, each in lot) + block.nbytes > _HELD_BYTES:
@@ -151,8 +151,9 @@ def _lots(J: Jacobian, roots: Array) -> Iterator[list[tuple[slice, Array]]]:
 
 
 def _of_last(J: Any, J2: Any, factors: list[float]) -> Iterator[Array]:
-    """The block of each output, all alike: the Gram matrix of the features."""
-    # The kernel's weight for all features, the bias's for the column of ones.
+    """The block of each output: the Gram matrix of the features, for all the same."""
+    # The weight of the layer's kernel is for all features, that of its bias for the
+    # column of ones.
     roots = np.full(J.features.shape[1], math.sqrt(factors[0]))
     if len(factors) > 1:
         roots[-1] = math.sqrt(factors[1])

@@ -1,4 +1,4 @@
-"""Data sets: how each is loaded, what all of them must be, and how they are kept.
+"""Data sets: loading, checks and storage.
 
 Images are uint8 until they are read for training. Another data set is an entry of
 `known.KNOWN`; those that tensorflow-datasets has need nothing else. One that it lacks

@@ -31,17 +31,17 @@ _FAILED = (OSError, DownloadError, NonMatchingChecksumError)
 
 
 def versions() -> dict[str, str]:
-    """With what the data were made."""
+    """The versions of the packages that made the data."""
     return {"tensorflow-datasets": version("tensorflow-datasets")}
 
 
 def download(name: str, known: Known, folder: Path) -> tuple[dict[str, Samples], str]:
-    """Downloads a data set, unless it lies in the folder already.
+    """Downloads a data set, unless the folder has it.
 
     Args:
         name: Its name in tensorflow-datasets.
         known: The complete data set.
-        folder: Where tensorflow-datasets keeps it.
+        folder: Where tensorflow-datasets stores it.
 
     Returns:
         The samples by part, and where they are from.

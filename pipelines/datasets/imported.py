@@ -78,13 +78,13 @@ def read(path: Path, known: Known) -> Mapping[str, Samples]:
 
 
 def is_synthetic(path: Path) -> bool:
-    """Whether a file says that its data are made up: an array `synthetic` of True.
+    """Whether a file marks its data as synthetic, by an array `synthetic` of True.
 
     Args:
         path: See `file`.
 
     Returns:
-        False if it says nothing.
+        False without such an array.
     """
     return bool(np.any(_arrays(path, [], ["synthetic"]).get("synthetic", False)))
 

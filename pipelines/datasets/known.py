@@ -1,4 +1,4 @@
-"""What is known of the complete data sets."""
+"""The complete data sets: counts, shapes and digests of their content."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Known:
     """A complete data set: what a copy of it is checked against.
 
     Attributes:
-        title: What readers know it as.
+        title: Its name for readers.
         shape: Height, width and channels of an image.
         classes: Number of samples by class, by part: `train` and `test`, or `WHOLE`
             for data without an official split.

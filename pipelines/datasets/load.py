@@ -1,4 +1,4 @@
-"""From the name of a data set to checked, split arrays and what is known of them."""
+"""Loads a data set by name: checked and split arrays, and their description."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def load(
     Args:
         name: Its name, one of `KNOWN`.
         params: The sizes and the seed.
-        folder: Where tensorflow-datasets keeps what it has prepared.
+        folder: Where tensorflow-datasets stores its data sets.
         import_from: A folder of files to take instead of a download.
-        allow_unverified: Whether content that is not known passes as unverified.
+        allow_unverified: Whether unknown content is accepted as unverified.
 
     Returns:
         The data and their description.

@@ -19,14 +19,14 @@ def write(
 ) -> None:
     """Writes a data set and its description.
 
-    The description is last: whoever is killed in between leaves arrays that do not
-    belong to it, which `read` refuses.
+    The description is written last. A process that is killed in between leaves arrays
+    that do not fit the description, which `read` refuses.
 
     Args:
         layout: Where the files are.
         name: Name of the data set.
         data: The data.
-        description: What `load` says of them.
+        description: The description from `load`.
     """
     files.write_arrays(layout.arrays(name), data.arrays())
     files.write_json(layout.description(name), description)
@@ -40,7 +40,7 @@ def read(layout: Layout, name: str) -> tuple[Dataset, Mapping[str, Any]]:
         name: Name of the data set.
 
     Returns:
-        The data, images in float32, and what `write` wrote of them.
+        The data, images in float32, and their description.
 
     Raises:
         ValueError: If the arrays are not those that were described.
@@ -66,10 +66,10 @@ def read(layout: Layout, name: str) -> tuple[Dataset, Mapping[str, Any]]:
 
 
 def cited(description: Mapping[str, Any]) -> dict[str, Any]:
-    """What results say of the data they were made with.
+    """The part of a description that results contain.
 
     Args:
-        description: What `read` gives beside the data.
+        description: The description from `read`.
 
     Returns:
         `title`, `source`, `data_sha256`, and whether they are `partial` or `synthetic`.

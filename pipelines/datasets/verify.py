@@ -1,4 +1,4 @@
-"""Is a copy of a data set what its name says?"""
+"""Checks that a copy of a data set is the data set of that name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Trust(Enum):
-    """Why a copy of a data set passes, in words for readers."""
+    """Why a copy of a data set is accepted, in words for readers."""
 
     CONTENT = "content verified"
     DOWNLOAD = "download verified by tensorflow-datasets"
@@ -31,21 +31,21 @@ def verify(
 ) -> Trust:
     """Compares a copy with what is known of the complete data set.
 
-    A copy passes if its content is known, if tensorflow-datasets has checked the
-    download, or if the data say that they are made up. Where the content of the
-    complete set is not known, there is nothing to compare with: the copy passes as
-    unverified, and its title will say so. Any other content is refused.
+    A copy is accepted if its content is known, if tensorflow-datasets has checked the
+    download, or if it is marked as synthetic. If the content of the complete set is not
+    known, the copy is accepted as unverified, which its title will say. Any other
+    content is refused.
 
     Args:
         name: Name of the data set.
         raw: The copy, by the parts of `known.classes`.
         known: The complete data set.
         downloaded: Whether tensorflow-datasets has downloaded it.
-        synthetic: Whether the data say that they are made up.
-        allow_unverified: Whether content that is not known passes as unverified.
+        synthetic: Whether the data are marked as synthetic.
+        allow_unverified: Whether unknown content is accepted as unverified.
 
     Returns:
-        Why it passes.
+        Why it is accepted.
 
     Raises:
         ValueError: If it does not.

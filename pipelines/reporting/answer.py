@@ -37,7 +37,7 @@ BETTER_WORD, NO_WORSE, WORSE = "better", "no worse", "worse"
 ROUNDING = 1e-12
 
 _SHORT, _LONG, _TEMPERATURE = "base_short", "base_long", "base_temperature"
-# Up to so many cells, what was gained and paid is said of each.
+# The most cells for which gain and cost are written for each cell.
 _FEW = 2
 _WORDS = (
     *("no", "one", "two", "three", "four", "five", "six"),

@@ -43,7 +43,7 @@ def draw(path: Path, results: Results, dataset: str, augmentation: str) -> None:
         )
         for method, runs in timed.items():
             style = _style(results, method)
-            # What is made of the base's own training has no curve of its own.
+            # Methods that only change the trained base share its curve.
             own = method == TIME_REFERENCE or not _shared(timed, method)
             for axes, name in ((left, "train_loss"), (right, "error_rate")):
                 _draw(axes, runs, name, style, own=own)
@@ -79,7 +79,7 @@ def series(runs: Sequence[Result], name: str) -> tuple[np.ndarray, np.ndarray]:
     on_test = name == "error_rate"
     x, y = ("test_epoch", "test_error_rate") if on_test else ("epoch", "train_loss")
     epochs = np.unique(np.concatenate([curve[x] for curve in curves]))
-    # Between epochs at which it is known, the last value stands, as at the end.
+    # Between measured epochs, and at the end, the last value is repeated.
     values = [
         np.asarray(curve[y], float)[
             np.maximum(np.searchsorted(curve[x], epochs, side="right") - 1, 0)

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from pipelines.reporting.comparison import Estimate
 
 # The method that the others are compared with: the base with re-estimated batch-norm
-# statistics, and the recipe that is the best for it. Without them every comparison
-# would be in our favour.
+# statistics, and its best recipe. Without them the comparison would be biased.
 COMPARISON = "base_bn"
 # Wall times are compared with the base as Keras trains it, which is the faster one.
 TIME_REFERENCE = "base"
@@ -93,7 +92,7 @@ class Results:
     """The results of a grid.
 
     Attributes:
-        params: The parameters, which say what belongs to the grid.
+        params: The parameters, with the grid.
         by_run: The runs that were made.
         tuning: By data set, what each recipe reached; without what was not run.
         frontier: By data set, error and time against the share that is explored.
@@ -134,7 +133,7 @@ class Results:
         return [each for run, each in self.by_run.items() if run.dataset == dataset]
 
     def title(self, dataset: str) -> str:
-        """What readers are told the data are: of partial data, never the name alone."""
+        """The title of the data; that of partial data says so."""
         made = [each.provenance for each in self.of_dataset(dataset)]
         made += [
             found[dataset]["provenance"]
@@ -307,7 +306,7 @@ def _check(made: Iterable[tuple[str, str, Mapping[str, Any]]]) -> None:
     """Refuses synthetic data, and different data under one name."""
     hashes: dict[str, dict[str, str]] = {}
     for dataset, name, provenance in made:
-        # What does not say that it is real is not taken to be.
+        # Data without a mark count as synthetic.
         if provenance.get("synthetic", True):
             raise ValueError(
                 "Synthetic data do not belong into results. Received: metrics of "

@@ -223,7 +223,7 @@ def _rank(finished: list[Result], _: Results) -> str:
     checks = [switch for switch in switches if "rank" in switch]
     if not checks:
         return "not needed"
-    # The worst seed speaks for all.
+    # The worst of the seeds is reported.
     worst = min(checks, key=lambda check: check["rank"] / check["n"])
     if not all(check["full"] for check in checks):
         return f"{worst['rank']} of {worst['n']}"

@@ -45,8 +45,8 @@ def overview(results: Results) -> str:
     Returns:
         Markdown without headings, to be put into a page.
     """
-    told = answered(results, answer.modes(results), folded=True)
-    return "\n\n".join([*told, *_made(results)]) + "\n"
+    answers = answered(results, answer.modes(results), folded=True)
+    return "\n\n".join([*answers, *_made(results)]) + "\n"
 
 
 def answered(
@@ -56,7 +56,7 @@ def answered(
 
     Args:
         results: The results.
-        modes: Names of the modes to speak of.
+        modes: Names of the modes to report.
         folded: Whether the tables behind the first one are folded away, as HTML.
 
     Returns:

@@ -23,15 +23,15 @@ _MOST = "in three quarters of the cells"
 
 @dataclass(frozen=True)
 class Target:
-    """Something that is asked of a mode in every cell, or in a share of them.
+    """A target for a mode, in every cell or in a share of them.
 
     Attributes:
-        name: What is asked.
+        name: Its name.
         value: What an answer found; None if it is not known.
         limit: What it may be at most.
         form: How the value is written.
         share: The share of the cells in which it has to be met.
-        modes: The modes that it is asked of.
+        modes: The modes that it is for.
     """
 
     name: str

@@ -18,7 +18,7 @@ _CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement, and the number that it rests on.
+    """A statement about a number, and the number's values.
 
     Attributes:
         name: A key for the metrics, such as `"slope_mup"`.

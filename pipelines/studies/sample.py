@@ -11,6 +11,8 @@ from sklearn.datasets import load_digits
 
 import keras_dalign as kd
 
+# Number of scikit-learn's digits.
+DIGITS = 1797
 LABELS = ("true", "half random", "random")
 
 Row = dict[str, Any]

@@ -1,4 +1,4 @@
-"""Derivatives of a model's outputs in its variables, one small module a backend."""
+"""Derivatives of a model's outputs in its variables, one module for each backend."""
 
 from __future__ import annotations
 

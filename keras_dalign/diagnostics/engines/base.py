@@ -1,4 +1,4 @@
-"""What the engines of all backends share: parameters as one vector, NumPy outside."""
+"""The interface of all engines: parameters as one vector, NumPy in and out."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
-import numpy.typing as npt
 from keras import ops
 
 from keras_dalign.diagnostics.precision import float64_context
 
-Array = npt.NDArray[np.float64]
+if TYPE_CHECKING:
+    from keras_dalign.numerics import Array
 
 
 class Engine(abc.ABC):
     """Products of one batch's Jacobian with vectors, in inference mode.
 
     The parameters are one vector `theta` of length `size = P`: the variables in order,
-    each flattened in C-order. For a batch of `b` samples the outputs are `(b, C)`. What
-    goes in and comes out is NumPy, results in float64; computation is in `dtype` and in
-    the model's own. Functions are compiled once per shape of the batch: pad ragged
-    ones.
+    each flattened in C-order. For a batch of `b` samples the outputs are `(b, C)`.
+    Arguments and results are NumPy arrays, results in float64. The computation is in
+    `dtype` and in the model's dtypes. Functions are compiled once for each shape of a
+    batch, so pad smaller batches.
 
     Args:
         model: The model.
-        variables: Those that are differentiated; all others are constants. Products are
-            at their current values, or at the `theta` that is given.
+        variables: The variables to differentiate by; all others are constants. Products
+            are at their current values, or at `theta` if it is given.
         dtype: `"float64"` or `"float32"`.
     """
 
@@ -44,7 +44,7 @@ class Engine(abc.ABC):
         sizes = [math.prod(variable.shape) for variable in variables]
         self._ends = list(itertools.accumulate(sizes, initial=0))
         self.size = self._ends[-1]
-        # Values that stand for the model's other variables while a backend compiles.
+        # Values that replace the model's other variables while a backend compiles.
         self._constants: list[tuple[keras.Variable, Any]] = []
 
     def outputs(self, x: Any) -> Any:
@@ -74,12 +74,12 @@ class Engine(abc.ABC):
         return self._product(self._vjps, x, cotangents, theta=theta)
 
     def rows(self, x: Any, theta: Array | None = None) -> Array:
-        """The Jacobian itself, `(b, C, P)`, for samples that are independent."""
+        """The dense Jacobian, `(b, C, P)`, if the samples are independent."""
         return self._product(self._rows, x, theta=theta)
 
     @abc.abstractmethod
     def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls a function of tensors as the backend does best."""
+        """Calls a function of tensors, compiled where the backend compiles."""
 
     @abc.abstractmethod
     def _jvp(self, theta: Any, x: Any, tangent: Any) -> Any: ...

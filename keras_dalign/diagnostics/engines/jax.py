@@ -21,8 +21,7 @@ class BackendEngine(Engine):
         self._jitted: dict[str, Any] = {}
 
     def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        # Variables are arguments: what a jitted function closes over is compiled
-        # into it.
+        # Variables are arguments: JAX would compile values in a closure as constants.
         state = list(self.model.variables)
         name = function.__name__
 
@@ -41,8 +40,8 @@ class BackendEngine(Engine):
         try:
             return jax.jvp(lambda t: self._call(t, x), (theta,), (tangent,))[1]
         except TypeError:
-            # What defines its own reverse mode has no forward mode; but J^T u is linear
-            # in u, and its derivative, transposed, is J.
+            # Functions with a custom reverse mode have no forward mode. But J^T u is
+            # linear in u, and the transpose of its derivative is J.
             outputs, transposed = jax.vjp(lambda t: self._call(t, x), theta)
             zeros = jax.numpy.zeros_like(outputs)
             return jax.vjp(lambda u: transposed(u)[0], zeros)[1](tangent)[0]

@@ -24,14 +24,14 @@ class BackendEngine(Engine):
         leaves = keras.tree.flatten(arguments)
         key = (function.__name__, *((str(x.shape), x.dtype.name) for x in leaves))
         if key not in self._graphs:
-            # Not called as it is: TensorFlow would count the functions of different
-            # engines as one that is traced too often, and warn.
+            # A concrete function: otherwise TensorFlow takes the functions of several
+            # engines for one that is traced too often, and warns.
             self._graphs[key] = tf.function(function).get_concrete_function(*arguments)
         return self._graphs[key](*arguments)
 
     def _jvp(self, theta: Any, x: Any, tangent: Any) -> Any:
-        # J^T u is linear in u, and its derivative, transposed, is J. Forward mode is as
-        # fast, takes twice as long to trace, and fails on loops.
+        # J^T u is linear in u, and the transpose of its derivative is J. Forward mode
+        # is as fast, takes twice as long to trace, and fails on loops.
         with tf.GradientTape() as outer:
             with tf.GradientTape() as inner:
                 inner.watch(theta)

@@ -14,8 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from keras_dalign.diagnostics.engines.base import Engine, sample_as_batch
 
 with warnings.catch_warnings():
-    # Forward mode imports it when it is first used; it warns of what PyTorch itself
-    # still does.
+    # Forward mode would import it at first use. It warns of deprecated functions that
+    # PyTorch itself uses.
     warnings.simplefilter("ignore")
     importlib.import_module("torch._decomp.decompositions_for_jvp")
 
@@ -30,8 +30,8 @@ class BackendEngine(Engine):
         self._vectorises = True
 
     def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        # `torch.func` records what it differentiates all the same. Of the kernels of
-        # attention, one alone can be differentiated twice and forward.
+        # `torch.func` records gradients nevertheless. Only the MATH kernel of attention
+        # can be differentiated twice and in forward mode.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             return function(*arguments)
 
@@ -39,8 +39,8 @@ class BackendEngine(Engine):
         try:
             return torch.func.jvp(lambda t: self._call(t, x), (theta,), (tangent,))[1]
         except (NotImplementedError, RuntimeError):
-            # An operation without forward mode; but J^T u is linear in u, and its
-            # derivative, transposed, is J.
+            # An operation has no forward mode. But J^T u is linear in u, and the
+            # transpose of its derivative is J.
             outputs, transposed = torch.func.vjp(lambda t: self._call(t, x), theta)
             zeros = torch.zeros_like(outputs)
             return torch.func.vjp(lambda u: transposed(u)[0], zeros)[1](tangent)[0]
@@ -67,15 +67,16 @@ class BackendEngine(Engine):
         return self._mapped(of_sample, x)
 
     def _mapped(self, function: Callable[[Any], Any], stack: Any) -> Any:
-        """The function of every entry along the first axis, stacked."""
+        """Applies a function to all entries along the first axis, and stacks."""
         if self._vectorises:
             try:
                 with warnings.catch_warnings():
-                    # That an operation is not vectorised is no news to the user.
+                    # Users need no warning that an operation is not vectorised.
                     warnings.simplefilter("ignore")
                     return torch.func.vmap(function)(stack)
             except RuntimeError:
-                # Keras's convolutions, for one, lay out memory as vmap cannot.
+                # Keras's convolutions, for example, use a memory layout that vmap does
+                # not support.
                 self._vectorises = False
         entries = [
             keras.tree.map_structure(lambda leaf, i=i: leaf[i], stack)

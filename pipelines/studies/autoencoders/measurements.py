@@ -1,4 +1,4 @@
-"""What the study measures: one function for each kind of cell.
+"""The measurements of the study: one function for each kind of cell.
 
 Data are digits averaged to 16 pixels, centred, of norm 1, or random directions.
 """
@@ -22,18 +22,18 @@ from pipelines.studies.autoencoders.network import (
 )
 from pipelines.studies.sample import Row, pooled_digits
 
-# Where the loss falls at the rate of the smallest eigenvalue alone: between these, as
-# shares of the initial one.
+# Between these shares of the initial loss, it falls at the rate of the smallest
+# eigenvalue.
 _TAIL = (1e-6, 1e-12)
 # The loss that counts as zero, as a share of the loss of a network that gives zeros.
 _FITTED = 1e-10
 
 
 def least(settings: Mapping[str, Any], cell: Row) -> list[Row]:
-    """The least of the widths with which gradient descent fits.
+    """The least of the widths with which gradient descent fits the digits.
 
-    The learning rate is one over the largest eigenvalue of the tangent kernel at birth;
-    fitted is a loss of `tolerance` times the initial one within `steps`.
+    The learning rate is one over the largest eigenvalue of the initial tangent kernel.
+    A width fits if the loss falls to `tolerance` times the initial one within `steps`.
 
     Args:
         settings: Those of the study.
@@ -53,7 +53,7 @@ def least(settings: Mapping[str, Any], cell: Row) -> list[Row]:
 
 
 def limit(settings: Mapping[str, Any], cell: Row) -> list[Row]:
-    """How far the tangent kernel at birth is from its limit, by `kd.tangent_kernel`.
+    """The distance of the initial tangent kernel to its limit for infinite width.
 
     Args:
         settings: Those of the study.
@@ -71,7 +71,7 @@ def limit(settings: Mapping[str, Any], cell: Row) -> list[Row]:
 
 
 def rate(settings: Mapping[str, Any], cell: Row) -> list[Row]:
-    """At which rate the loss of a wide network falls in the end, on random inputs.
+    """The final rate at which the loss of a wide network falls, on random inputs.
 
     Gradient descent along a constant kernel `K` multiplies the residual's part in the
     direction of the smallest eigenvalue by `1 - eta lambda_min(K)` a step.
@@ -82,11 +82,11 @@ def rate(settings: Mapping[str, Any], cell: Row) -> list[Row]:
 
     Returns:
         One row: the `rate`, minus the slope of the loss's logarithm a step, and its
-        ratio to that of the kernel at birth (`rate_to_birth`) and of the limit
+        ratio to that of the initial kernel (`rate_to_birth`) and of the limit
         (`rate_to_limit`).
 
     Raises:
-        RuntimeError: If the loss did not fall so far.
+        RuntimeError: If the loss did not fall far enough to measure the rate.
     """
     rng = np.random.default_rng(cell["seed"])
     x = rng.standard_normal((settings["rate_samples"], 16))
@@ -116,7 +116,7 @@ def rate(settings: Mapping[str, Any], cell: Row) -> list[Row]:
 
 
 def stall(settings: Mapping[str, Any], cell: Row) -> list[Row]:
-    """The encoder alone: is it aligned, at birth and on the way?
+    """The alignment of a network whose encoder alone is trained, by step.
 
     At some steps, denser at the beginning, `kd.check_alignment` measures the Jacobian
     in the encoder, and `kd.AlignmentMonitor` that in the output layer, which is not
@@ -127,7 +127,7 @@ def stall(settings: Mapping[str, Any], cell: Row) -> list[Row]:
         cell: `width` and `seed`.
 
     Returns:
-        A row for each step that was looked at: `loss` over the initial one; `residual`,
+        A row for each measured step: `loss` over the initial one; `residual`,
         `rank` and `n_rows` in the encoder; `last_residual` and `last_rank` in the
         decoder.
     """
@@ -167,10 +167,10 @@ def stall(settings: Mapping[str, Any], cell: Row) -> list[Row]:
 
 
 def unseen(settings: Mapping[str, Any], cell: Row) -> list[Row]:
-    """How well digits are reconstructed that were not trained on.
+    """The error of reconstructing digits that were not trained on.
 
-    Tied networks have `c = 2 / m`, with which they are near the identity map at birth;
-    the others `c = 1 / sqrt(m d)`.
+    Tied networks have `c = 2 / m`, with which they are initially near the identity map;
+    the others have `c = 1 / sqrt(m d)`.
 
     Args:
         settings: Those of the study.
@@ -179,9 +179,9 @@ def unseen(settings: Mapping[str, Any], cell: Row) -> list[Row]:
     Returns:
         One row: `loss` over that of a network that gives zeros, mean squared error on
         unseen digits `unseen` and `unseen_at_birth`, and `movement` of the encoder,
-        relative. Of tied networks also the loss at birth over its formula, for this `c`
+        relative. For tied networks also the initial loss over its formula, for this `c`
         (`birth_to_formula`) and for `1 / sqrt(m d)` (`large_birth_to_formula`), and the
-        smallest eigenvalues at birth of tied and joint networks, `least_tied` and
+        smallest initial eigenvalues of tied and joint networks, `least_tied` and
         `least_joint`, for the latter.
     """
     n, seed, width = settings["tied_samples"], cell["seed"], cell["width"]
@@ -216,7 +216,7 @@ def unseen(settings: Mapping[str, Any], cell: Row) -> list[Row]:
 
 
 def birth_loss(n: int, d: int, width: int, scale: float) -> float:
-    """The expected loss of a tied network at birth, over `n` inputs of norm 1.
+    """The expected initial loss of a tied network, over `n` inputs of norm 1.
 
     `E[w relu(w.x)] = x / 2` for `w ~ N(0, I)`, hence the mean of `u(x)` is
     `(c m / 2) x`, and the variances of its entries add up to `c^2 m (d + 1.5) / 2`.
@@ -236,7 +236,7 @@ def birth_loss(n: int, d: int, width: int, scale: float) -> float:
 
 
 def _rate(network: Autoencoder, x: Array) -> float:
-    """One over the largest eigenvalue of the kernel at birth."""
+    """One over the largest eigenvalue of the initial kernel."""
     return 1.0 / float(np.linalg.eigvalsh(tangent_kernel(network, x))[-1])
 
 
@@ -245,7 +245,7 @@ def _smallest(network: Autoencoder, x: Array) -> float:
 
 
 def _per_step(eta: float, eigenvalue: float) -> float:
-    """What one step takes off the loss's logarithm, in an eigenvector's direction."""
+    """The fall of the loss's logarithm in one step, along an eigenvector."""
     return -2.0 * math.log1p(-eta * eigenvalue)
 
 

@@ -112,7 +112,7 @@ class Autoencoder:
 def initial(
     trained: str, inputs: int, width: int, seed: int, scale: float | None = None
 ) -> Autoencoder:
-    """An autoencoder at birth: `W ~ N(0, 1)`, `A = +-1` at random, or `A = W`.
+    """An initial autoencoder: `W ~ N(0, 1)`, `A = +-1` at random, or `A = W`.
 
     Args:
         trained: What will be trained.

@@ -1,4 +1,4 @@
-"""Trained features lose rank; what a late switch and the noise make of the head."""
+"""Trained features lose rank; the head's rank and condition at late switches."""
 
 from __future__ import annotations
 
@@ -12,10 +12,22 @@ import keras_dalign as kd
 from pipelines.studies import sample
 from pipelines.studies.claims import Claim
 from pipelines.studies.curves import mean_curves
-from pipelines.studies.sample import Row, by_seed, effective_rank
+from pipelines.studies.sample import DIGITS, Row, by_seed, effective_rank
+from pipelines.studies.settings import check, count, counts, number, numbers
 
 TITLE = "Features lose rank"
 PANELS = 2
+
+_SETTINGS = {
+    "n": count(2, DIGITS),
+    "width": count(1, 10**5),
+    "depth": count(1, 100),
+    "switches": counts(),
+    "noises": numbers(0.0, 1e6),
+    "batch_size": count(1, DIGITS),
+    "learning_rate": number(1e-12, 1e3),
+    "seeds": count(1, 1000),
+}
 
 
 def cells(settings: Mapping[str, Any]) -> list[Row]:
@@ -27,7 +39,11 @@ def cells(settings: Mapping[str, Any]) -> list[Row]:
 
     Returns:
         The cells.
+
+    Raises:
+        ValueError: If settings are missing, unknown or out of range.
     """
+    check("collapse", settings, _SETTINGS)
     kinds = [("random", 0.0), *(("learned", noise) for noise in settings["noises"])]
     return [
         {"gates": gates, "noise": noise, "seed": seed, "switch": switch}

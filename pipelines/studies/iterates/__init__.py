@@ -13,10 +13,23 @@ import keras_dalign as kd
 from pipelines.studies import sample
 from pipelines.studies.claims import Claim
 from pipelines.studies.curves import mean_curves
-from pipelines.studies.sample import Row, by_seed
+from pipelines.studies.sample import DIGITS, Row, by_seed
+from pipelines.studies.settings import check, count, counts, number
 
 TITLE = "Aligned iterates converge"
 PANELS = 2
+
+_SETTINGS = {
+    "n": count(2, DIGITS),
+    "widths": counts(1, 10**5),
+    "two_phase_widths": counts(1, 10**5),
+    "depth": count(1, 100),
+    "steps": count(),
+    "explore": count(),
+    "moments": count(),
+    "learning_rate": number(1e-12, 1e3),
+    "seeds": count(1, 1000),
+}
 
 
 def cells(settings: Mapping[str, Any]) -> list[Row]:
@@ -25,12 +38,16 @@ def cells(settings: Mapping[str, Any]) -> list[Row]:
     Args:
         settings: `n`, `widths`, `two_phase_widths` (of those that are trained in two
             phases as well), `depth`, `steps`, `explore` (steps of exploration of the
-            two-phase runs), `moments` (how many are looked at), `learning_rate`,
+            two-phase runs), `moments` (how many steps are measured), `learning_rate`,
             `seeds`.
 
     Returns:
         The cells.
+
+    Raises:
+        ValueError: If settings are missing, unknown or out of range.
     """
+    check("iterates", settings, _SETTINGS)
     plans = [(width, 1) for width in settings["widths"]]
     plans += [(width, 2) for width in settings["two_phase_widths"]]
     return [
@@ -59,17 +76,17 @@ def measure(settings: Mapping[str, Any], cell: Row) -> list[Row]:
         optimizer = kd.DAlign(
             optimizer, None, explore=settings["explore"], average_weights=0
         )
-    look = _Look(x, y, settings["steps"], settings["moments"])
+    measurements = _Measurements(x, y, settings["steps"], settings["moments"])
     sample.full_batch(
         model,
         x,
         y,
         optimizer=optimizer,
         epochs=settings["steps"],
-        callbacks=[look],
+        callbacks=[measurements],
     )
     name = f"width {width}{', two phases' if phases == 2 else ''}"
-    return [{**cell, "network": name, **row} for row in look.rows]
+    return [{**cell, "network": name, **row} for row in measurements.rows]
 
 
 def claims(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[Claim]:
@@ -116,7 +133,7 @@ def claims(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[Claim]:
     ]
 
 
-class _Look(keras.callbacks.Callback):
+class _Measurements(keras.callbacks.Callback):
     """Measures loss and alignment at some steps, denser at the beginning."""
 
     def __init__(self, x: np.ndarray, y: np.ndarray, steps: int, moments: int) -> None:

@@ -1,4 +1,4 @@
-"""Kernels beside the alignment head: what approximates or predicts a wide network.
+"""Kernels that approximate wide networks or predict their training.
 
 Random features of the tangent kernel (Zandieh, Han, Avron, Shoham, Kim, Shin, NeurIPS
 2021), the kernel with a weight for each layer (Tan, Wu, Zhou, Huang 2023), orthogonal
@@ -27,8 +27,8 @@ from pipelines.studies.kernels import (
     random_features,
     recurrent,
 )
-from pipelines.studies.sample import Row, slope
-from pipelines.studies.settings import check
+from pipelines.studies.sample import DIGITS, Row, slope
+from pipelines.studies.settings import check, count, counts, number, numbers
 
 TITLE = "Kernels of wide networks"
 PANELS = 4
@@ -40,30 +40,29 @@ _MEASURES = {
     "network": network.measure,
     "recurrent": recurrent.measure,
 }
-_DIGITS = 1797
-_BOUNDS: dict[str, tuple[float, float]] = {
-    "feature_samples": (2, _DIGITS),
-    "feature_depths": (1, 10),
-    "feature_dimensions": (2, 2**14),
-    "feature_draws": (1, 1000),
-    "ridge": (1e-12, 1e3),
-    "network_samples": (1, _DIGITS),
-    "network_depth": (1, 10),
-    "network_widths": (1, 2**14),
-    "recurrent_widths": (1, 2**14),
-    "outputs": (1, 100),
-    "rate_samples": (1, _DIGITS // 2),
-    "rate_widths": (1, 2**14),
+_SETTINGS = {
+    "feature_samples": count(2, DIGITS),
+    "feature_depths": counts(1, 10),
+    "feature_dimensions": counts(2, 2**14),
+    "feature_draws": count(1, 1000),
+    "ridge": number(1e-12, 1e3),
+    "network_samples": count(1, DIGITS),
+    "network_depth": count(1, 10),
+    "network_widths": counts(1, 2**14),
+    "recurrent_widths": counts(1, 2**14),
+    "outputs": count(1, 100),
+    "rate_samples": count(1, DIGITS // 2),
+    "rate_widths": counts(1, 2**14),
     # Gradient descent diverges beyond 2.
-    "rate": (1e-6, 1.999),
-    "rate_steps": (1, 10**6),
-    "layer_rates": (1e-6, 1e6),
-    "search_samples": (1, _DIGITS),
-    "search_tested": (1, _DIGITS),
-    "search_width": (1, 2**14),
-    "search_depth": (1, 10),
-    "ridges": (1e-12, 1e3),
-    "seeds": (1, 1000),
+    "rate": number(1e-6, 1.999),
+    "rate_steps": count(1, 10**6),
+    "layer_rates": numbers(1e-6, 1e6),
+    "search_samples": count(1, DIGITS),
+    "search_tested": count(1, DIGITS),
+    "search_width": count(1, 2**14),
+    "search_depth": count(1, 10),
+    "ridges": numbers(1e-12, 1e3),
+    "seeds": count(1, 1000),
 }
 # Slopes of an error that falls like the root, as they were expected beforehand.
 _ROOT = {"low": -0.65, "high": -0.35}
@@ -89,7 +88,7 @@ def cells(settings: Mapping[str, Any]) -> list[Row]:
     Raises:
         ValueError: If a setting has a wrong name or is out of range.
     """
-    check("kernels", settings, _BOUNDS)
+    check("kernels", settings, _SETTINGS)
     odd = [each for each in settings["feature_dimensions"] if each % 2]
     if odd:
         raise ValueError(
@@ -97,9 +96,9 @@ def cells(settings: Mapping[str, Any]) -> list[Row]:
             f"Received: {odd}"
         )
     drawn = 2 * settings["search_samples"] + settings["search_tested"]
-    if drawn > _DIGITS:
+    if drawn > DIGITS:
         raise ValueError(
-            f"There are {_DIGITS} digits. Received: {drawn} for training, validation "
+            f"There are {DIGITS} digits. Received: {drawn} for training, validation "
             "and test of the search"
         )
     found: list[Row] = []

@@ -103,8 +103,8 @@ def search(
 def measure(settings: Mapping[str, Any], cell: Row) -> list[Row]:
     """Test error of the equally weighted kernel, and of weights that were searched.
 
-    The ridge is chosen for equal weights, on the validation draw, on which the search
-    goes on from there.
+    The ridge is chosen for equal weights on the validation draw. From there the search
+    lowers the error on the same draw.
 
     Args:
         settings: Those of the study.

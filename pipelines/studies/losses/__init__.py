@@ -1,9 +1,9 @@
 """Neural collapse of four losses, against rank.
 
-With cross-entropy, squared error, focal loss or label smoothing alike, features and
-output layer of a classifier with weight decay end as one simplex (Zhou et al., NeurIPS
-2022): each class at its mean, so that centred features have rank K - 1. The alignment
-head must still tell all samples apart.
+Trained with weight decay, features and output layer of a classifier converge to a
+simplex, for cross-entropy, squared error, focal loss and label smoothing (Zhou et al.,
+NeurIPS 2022). All features of a class then equal its mean, so that centred features
+have rank K - 1. The alignment head needs features that still separate all samples.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pipelines.studies.claims import Claim
 from pipelines.studies.curves import mean_curves
 from pipelines.studies.losses import network
 from pipelines.studies.losses.geometry import Geometry
-from pipelines.studies.sample import Row, by_seed, effective_rank
-from pipelines.studies.settings import check
+from pipelines.studies.sample import DIGITS, Row, by_seed, effective_rank
+from pipelines.studies.settings import check, count, counts, number
 
 TITLE = "Neural collapse of all losses, and rank"
 PANELS = 3
@@ -33,22 +33,22 @@ STRONG = "batch norm, weight decay {strong_decay:g}"
 WEAK = "batch norm, weight decay {weak_decay:g}"
 PLAIN = "no batch norm, weight decay {strong_decay:g}"
 
-_BOUNDS = {
-    "n": (20, 1797),
-    "test": (1, 1797),
-    "width": (1, 10**4),
-    "depth": (1, 100),
-    "plain_depth": (1, 100),
-    "strong_decay": (0.0, 10.0),
-    "weak_decay": (0.0, 10.0),
-    "epochs": (1, 10**6),
-    "batch_size": (1, 1797),
-    "rate": (1e-12, 1e3),
-    "squared_rate": (1e-12, 1e3),
-    "moments": (1, 10**4),
-    "switches": (1, 10**6),
-    "tol": (1e-15, 1.0),
-    "seeds": (1, 10**3),
+_SETTINGS = {
+    "n": count(20, DIGITS),
+    "test": count(1, DIGITS),
+    "width": count(1, 10**4),
+    "depth": count(1, 100),
+    "plain_depth": count(1, 100),
+    "strong_decay": number(0, 10),
+    "weak_decay": number(0, 10),
+    "epochs": count(1, 10**6),
+    "batch_size": count(1, DIGITS),
+    "rate": number(1e-12, 1e3),
+    "squared_rate": number(1e-12, 1e3),
+    "moments": count(1, 10**4),
+    "switches": counts(1, 10**6),
+    "tol": number(1e-15, 1.0),
+    "seeds": count(1, 10**3),
 }
 
 # NC1 and NC3 that are expected at the end of 300 epochs, with strong decay: fixed
@@ -85,15 +85,15 @@ def cells(settings: Mapping[str, Any]) -> list[Row]:
     Raises:
         ValueError: If a setting has a wrong name, or is out of its range.
     """
-    check("losses", settings, _BOUNDS)
+    check("losses", settings, _SETTINGS)
     if settings["batch_size"] > settings["n"]:
         raise ValueError(
             "An epoch needs a full batch. Received: "
             f"batch_size={settings['batch_size']}, n={settings['n']}"
         )
-    if settings["n"] + settings["test"] > _BOUNDS["n"][1]:
+    if settings["n"] + settings["test"] > DIGITS:
         raise ValueError(
-            f"There are {_BOUNDS['n'][1]} digits. Received: n={settings['n']}, "
+            f"There are {DIGITS} digits. Received: n={settings['n']}, "
             f"test={settings['test']}"
         )
     if not 0 < settings["switches"][0] < settings["switches"][-1] <= settings["epochs"]:
@@ -311,7 +311,7 @@ def _head_claims(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[Claim
 
 
 def _condition(head: Row) -> float:
-    """Smallest over largest singular value, which float64 tells down to its epsilon."""
+    """Smallest over largest singular value, resolved down to the epsilon of float64."""
     least = float(np.finfo(np.float64).eps)
     return float(max(head["sigma_min"] / head["sigma_max"], least))
 

@@ -1,4 +1,4 @@
-"""How far features and output layer are from neural collapse.
+"""Distances of features and output layer from neural collapse.
 
 For features `H` (`n x p`) of `K` classes with class means `m_k`, their mean `m`, `S_W`
 the mean of `(h - m_k)(h - m_k)^T` over the samples and `S_B` that of

@@ -1,4 +1,4 @@
-"""Mixture normalisation against batch normalisation: does it take fewer updates?
+"""Mixture normalisation against batch normalisation, by the updates that they take.
 
 Mahdi Kalayeh and Mubarak Shah (IEEE TPAMI 2019) report that convolutional networks take
 31 to 47 % fewer updates with it. One component is batch normalisation.
@@ -17,7 +17,8 @@ from pipelines.studies import sample
 from pipelines.studies.claims import Claim
 from pipelines.studies.curves import mean_curves
 from pipelines.studies.mixture_norm.network import KINDS, Errors, adapt, network
-from pipelines.studies.settings import check
+from pipelines.studies.sample import DIGITS
+from pipelines.studies.settings import check, count, counts, number, numbers
 
 if TYPE_CHECKING:
     from pipelines.studies.sample import Row
@@ -25,18 +26,17 @@ if TYPE_CHECKING:
 TITLE = "Mixture normalisation"
 PANELS = 2
 
-_DIGITS = 1797
-_BOUNDS: dict[str, tuple[float, float]] = {
-    "n": (1, _DIGITS),
-    "validation": (1, _DIGITS),
-    "test": (1, _DIGITS),
-    "components": (1, 100),
-    "learning_rates": (1e-6, 1e3),
-    "batch_size": (1, _DIGITS),
-    "epochs": (1, 10**4),
-    "every": (1, 10**6),
-    "target": (0, 1),
-    "seeds": (1, 1000),
+_SETTINGS = {
+    "n": count(1, DIGITS),
+    "validation": count(1, DIGITS),
+    "test": count(1, DIGITS),
+    "components": counts(1, 100),
+    "learning_rates": numbers(1e-6, 1e3),
+    "batch_size": count(1, DIGITS),
+    "epochs": count(1, 10**4),
+    "every": count(1, 10**6),
+    "target": number(0, 1),
+    "seeds": count(1, 1000),
 }
 
 
@@ -55,11 +55,11 @@ def cells(settings: Mapping[str, Any]) -> list[Row]:
     Raises:
         ValueError: If a setting has a wrong name or is out of range.
     """
-    check("mixture_norm", settings, _BOUNDS)
+    check("mixture_norm", settings, _SETTINGS)
     drawn = sum(settings[key] for key in ("n", "validation", "test"))
-    if drawn > _DIGITS:
+    if drawn > DIGITS:
         raise ValueError(
-            f"There are {_DIGITS} digits. Received: {drawn} for training, validation "
+            f"There are {DIGITS} digits. Received: {drawn} for training, validation "
             "and test"
         )
     if settings["components"][0] != 1:
@@ -131,7 +131,7 @@ def best(rows: Sequence[Row]) -> list[Row]:
 
 
 def updates_to(rows: Sequence[Row], target: float) -> dict[int, int]:
-    """When the test error first was at the target, by seed.
+    """The update at which the test error first reached the target, by seed.
 
     Args:
         rows: Of one network, number of components and learning rate.

@@ -1,10 +1,11 @@
-"""Parametrisations of the width: do features move, and stay linearly independent?
+"""Parametrisations of the width: movement and linear independence of features.
 
-Under the maximal update parametrisation (muP), features of a wide network that SGD
-trains move by as much at every width, and stay linearly independent, so that a point
-where training comes to rest is a global minimum: Z. Chen, G. Yang, Q. Zhao, Q. Gu, ICML
-2025. Under the standard and the NTK parametrisation they stay independent, and stand
-still in the limit; under the mean-field one they move, and collapse.
+Under the maximal update parametrisation (muP), features of a wide network trained by
+SGD move by the same amount at every width, and stay linearly independent. A
+stationary point of training is then a global minimum (Z. Chen, G. Yang, Q. Zhao, Q. Gu,
+ICML 2025).
+Under the standard and the NTK parametrisation they stay independent, but do not move in
+the limit. Under the mean-field one they move, but collapse.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import keras_dalign as kd
 from pipelines.studies.claims import Claim
 from pipelines.studies.curves import mean_curves
 from pipelines.studies.parametrizations import network
-from pipelines.studies.sample import Row, by_seed, pooled_digits, slope
-from pipelines.studies.settings import check
+from pipelines.studies.sample import DIGITS, Row, by_seed, pooled_digits, slope
+from pipelines.studies.settings import check, count, counts, number
 
 TITLE = "Which parametrisation moves features, and keeps them independent"
 PANELS = 4
@@ -90,19 +91,19 @@ RUNS = {
 }
 
 _RATES = {"sgd": "learning_rate", "adam": "adam_learning_rate"}
-_BOUNDS = {
-    "n": (2, 1797),
-    "base": (1, 10**5),
-    "widths": (1, 10**5),
-    "deep_widths": (1, 10**5),
-    "adam_widths": (1, 10**5),
-    "uneven_widths": (4, 10**5),
-    "steps": (1, 10**6),
-    "adam_steps": (1, 10**6),
-    "uneven_steps": (1, 10**6),
-    "learning_rate": (1e-12, 1e3),
-    "adam_learning_rate": (1e-12, 1e3),
-    "seeds": (1, 10**3),
+_SETTINGS = {
+    "n": count(2, DIGITS),
+    "base": count(1, 10**5),
+    "widths": counts(1, 10**5),
+    "deep_widths": counts(1, 10**5),
+    "adam_widths": counts(1, 10**5),
+    "uneven_widths": counts(4, 10**5),
+    "steps": count(1, 10**6),
+    "adam_steps": count(1, 10**6),
+    "uneven_steps": count(1, 10**6),
+    "learning_rate": number(1e-12, 1e3),
+    "adam_learning_rate": number(1e-12, 1e3),
+    "seeds": count(1, 10**3),
 }
 
 
@@ -121,7 +122,7 @@ def cells(settings: Mapping[str, Any]) -> list[Row]:
         ValueError: If a setting has a wrong name, or is out of its range, or a run has
             a single width.
     """
-    check("parametrizations", settings, _BOUNDS)
+    check("parametrizations", settings, _SETTINGS)
     for key in {run.widths for run in RUNS.values()}:
         widths = settings[key]
         if len(set(widths)) < 2 or len(set(widths)) < len(widths):
@@ -138,7 +139,7 @@ def cells(settings: Mapping[str, Any]) -> list[Row]:
 
 
 def measure(settings: Mapping[str, Any], cell: Row) -> list[Row]:
-    """Trains a network and looks at its features.
+    """Trains a network and measures its features.
 
     Args:
         settings: As for `cells`.

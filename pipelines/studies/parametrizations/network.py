@@ -1,4 +1,4 @@
-"""tanh networks of any depth and width, as a parametrisation says."""
+"""tanh networks of any depth and width, under a parametrisation."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def train(
 
 
 def features(model: keras.Model, x: np.ndarray) -> list[np.ndarray]:
-    """What each hidden layer puts out.
+    """The outputs of each hidden layer.
 
     Args:
         model: A network of this module.

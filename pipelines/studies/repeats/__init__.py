@@ -11,10 +11,19 @@ from matplotlib.axes import Axes
 from pipelines.studies import sample
 from pipelines.studies.claims import Claim
 from pipelines.studies.curves import mean_curves
-from pipelines.studies.sample import Row, by_seed
+from pipelines.studies.sample import DIGITS, Row, by_seed
+from pipelines.studies.settings import check, count, counts, numbers
 
 TITLE = "When widening does not help"
 PANELS = 1
+
+_SETTINGS = {
+    "n": count(2, DIGITS),
+    "widths": counts(1, 10**5),
+    "depth": count(1, 100),
+    "shares": numbers(0.0, 0.5),
+    "seeds": count(1, 1000),
+}
 
 
 def cells(settings: Mapping[str, Any]) -> list[Row]:
@@ -25,7 +34,11 @@ def cells(settings: Mapping[str, Any]) -> list[Row]:
 
     Returns:
         The cells.
+
+    Raises:
+        ValueError: If settings are missing, unknown or out of range.
     """
+    check("repeats", settings, _SETTINGS)
     return [
         {"share": share, "width": width, "seed": seed}
         for share in settings["shares"]
@@ -38,8 +51,8 @@ def measure(settings: Mapping[str, Any], cell: Row) -> list[Row]:
     """Residual of an initial network on data with and without conflicts.
 
     A share of the images is repeated in place of others, with another label. No
-    function of the images can give both; the part of the labels that is out of reach
-    is known: what remains of `Y_l` when the labels of equal images are averaged.
+    function of the images can give both. The least residual is known: the norm of `Y_l`
+    minus its means over equal images, relative to that of `Y_l`.
 
     Args:
         settings: As for `cells`.

@@ -44,7 +44,7 @@ PANELS = 3
 
 
 def cells(settings: Mapping[str, Any]) -> list[Row]:
-    """The pieces of work.
+    """The cells of the study.
 
     Args:
         settings: `dimensions`; `smallest` and `largest` number of samples for each,
@@ -56,7 +56,7 @@ def cells(settings: Mapping[str, Any]) -> list[Row]:
 
     Returns:
         A cell for each seed, dimension, head and input; for each certificate; and for
-        what does not show.
+        each limit.
 
     Raises:
         ValueError: If a key is missing or unknown, or a value is out of its range.

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-# Numbers of something, or lists of such; positive numbers, or lists of such.
-_COUNTS = {
-    "dimensions",
-    "smallest",
-    "largest",
-    "validation",
-    "test",
-    "iterations",
-    "seeds",
+from pipelines.studies import settings as studies
+from pipelines.studies.settings import count, counts, number, numbers
+
+_SETTINGS: studies.Wanted = {
+    "dimensions": counts(),
+    "smallest": counts(),
+    "largest": counts(),
+    "step": number(1.01, 1e3),
+    "ratio": number(),
+    "validation": count(),
+    "test": count(),
+    "ridges": numbers(),
+    "penalties": {"raw": numbers(), "neural": numbers()},
+    "units": {"raw": count(), "neural": count(), "ungated": count()},
+    "iterations": count(),
+    "certificate": {
+        "d": count(),
+        "n": count(),
+        "widths": counts(),
+        "ungated": counts(),
+        "penalty": number(),
+        "iterations": count(),
+    },
+    "limits": {"d": count(), "sizes": counts()},
+    "seeds": count(),
 }
-_POSITIVE = {"step", "ratio", "ridges"}
-_BY_INPUT = {"raw", "neural"}
-_CERTIFICATE = {"d", "n", "widths", "ungated", "penalty", "iterations"}
-_LIMITS = {"d", "sizes"}
-_KEYS = _COUNTS | _POSITIVE | {"penalties", "units", "certificate", "limits"}
 
 
 def check(settings: Mapping[str, Any]) -> None:
@@ -30,29 +40,9 @@ def check(settings: Mapping[str, Any]) -> None:
         settings: See `cells`.
 
     Raises:
-        ValueError: If a key is missing or unknown, or a value is out of its range.
+        ValueError: If keys are missing or unknown, or values are out of range.
     """
-    _check_keys("settings", settings, _KEYS)
-    _check_keys("penalties", settings["penalties"], _BY_INPUT)
-    _check_keys("units", settings["units"], _BY_INPUT | {"ungated"})
-    _check_keys("certificate", settings["certificate"], _CERTIFICATE)
-    _check_keys("limits", settings["limits"], _LIMITS)
-    for name in _COUNTS:
-        _check(name, settings[name], count=True)
-    for name in _POSITIVE:
-        _check(name, settings[name], count=False)
-    for name, penalties in settings["penalties"].items():
-        _check(f"penalties of {name} inputs", penalties, count=False)
-    for name, units in settings["units"].items():
-        _check(f"units of {name} heads", units, count=True)
-    for section in ("certificate", "limits"):
-        for name, value in settings[section].items():
-            _check(f"{section}: {name}", value, count=name != "penalty")
-    if settings["step"] <= 1:
-        raise ValueError(
-            "`step`, the ratio of sizes that follow each other, must be above 1. "
-            f"Received: step={settings['step']}"
-        )
+    studies.check("representations", settings, _SETTINGS)
     lengths = {len(settings[name]) for name in ("dimensions", "smallest", "largest")}
     if len(lengths) > 1 or len(set(settings["dimensions"])) < 2:
         raise ValueError(
@@ -60,23 +50,3 @@ def check(settings: Mapping[str, Any]) -> None:
             f"`largest` size for each. Received: {settings['dimensions']}, "
             f"{settings['smallest']}, {settings['largest']}"
         )
-
-
-def _check_keys(name: str, given: Any, wanted: set[str]) -> None:
-    if not isinstance(given, Mapping) or set(given) != wanted:
-        keys = sorted(given) if isinstance(given, Mapping) else given
-        raise ValueError(
-            f"The {name} of the study `representations` must have the keys "
-            f"{sorted(wanted)}. Received: {keys}"
-        )
-
-
-def _check(name: str, value: Any, *, count: bool) -> None:
-    for each in value if isinstance(value, list) and value else [value]:
-        good = isinstance(each, (int, float)) and not isinstance(each, bool)
-        good = good and math.isfinite(each) and each > 0
-        if not good or (count and not isinstance(each, int)):
-            raise ValueError(
-                f"`{name}` must be {'a positive int' if count else 'positive'}, or a "
-                f"list of such. Received: {value}"
-            )

@@ -15,10 +15,10 @@ from matplotlib.axes import Axes
 
 from pipelines.studies.claims import Claim
 from pipelines.studies.curves import mean_curves
-from pipelines.studies.sample import Row, by_seed
+from pipelines.studies.sample import DIGITS, Row, by_seed
 from pipelines.studies.separable import network
 from pipelines.studies.separable.slimtrain import LEAST_STRENGTH
-from pipelines.studies.settings import check
+from pipelines.studies.settings import check, count, counts, number, numbers
 
 TITLE = "The last layer in closed form, batch by batch"
 PANELS = 3
@@ -26,22 +26,22 @@ PANELS = 3
 ADAM, SLIMTRAIN, TWO_PHASES = "Adam", "slimTrain", "two phases"
 _FIXED = "fixed Lambda = {:g}"
 
-_BOUNDS = {
-    "sizes": (1, 1797),
-    "validation": (1, 1797),
-    "test": (1, 1797),
-    "hidden": (1, 10**4),
-    "code": (1, 10**4),
-    "epochs": (1, 10**6),
-    "batch_size": (1, 1797),
-    "rates": (1e-12, 1e3),
-    "other_rates": (1e-12, 1e3),
-    "rate": (1e-12, 1e3),
-    "strength": (LEAST_STRENGTH, 1e6),
-    "memory": (0, 10**4),
-    "fixed": (LEAST_STRENGTH, 1e6),
-    "switches": (1, 10**6),
-    "seeds": (1, 10**3),
+_SETTINGS = {
+    "sizes": counts(1, DIGITS),
+    "validation": count(1, DIGITS),
+    "test": count(1, DIGITS),
+    "hidden": count(1, 10**4),
+    "code": count(1, 10**4),
+    "epochs": count(1, 10**6),
+    "batch_size": count(1, DIGITS),
+    "rates": numbers(1e-12, 1e3),
+    "other_rates": numbers(1e-12, 1e3),
+    "rate": number(1e-12, 1e3),
+    "strength": number(LEAST_STRENGTH, 1e6),
+    "memory": count(0, 10**4),
+    "fixed": numbers(LEAST_STRENGTH, 1e6),
+    "switches": counts(1, 10**6),
+    "seeds": count(1, 10**3),
 }
 
 # Validation losses that are expected at the learning rate 1e-3, by number of images:
@@ -75,16 +75,16 @@ def cells(settings: Mapping[str, Any]) -> list[Row]:
     Raises:
         ValueError: If a setting has a wrong name, or is out of its range.
     """
-    check("separable", settings, _BOUNDS)
+    check("separable", settings, _SETTINGS)
     if settings["batch_size"] > min(settings["sizes"]):
         raise ValueError(
             "An epoch needs a full batch. Received: "
             f"batch_size={settings['batch_size']}, sizes={settings['sizes']}"
         )
     total = settings["validation"] + settings["test"] + max(settings["sizes"])
-    if total > _BOUNDS["sizes"][1]:
+    if total > DIGITS:
         raise ValueError(
-            f"There are {_BOUNDS['sizes'][1]} digits. Received: {total} for training, "
+            f"There are {DIGITS} digits. Received: {total} for training, "
             "validation and test"
         )
     if settings["rate"] not in {*settings["rates"]} & {*settings["other_rates"]}:

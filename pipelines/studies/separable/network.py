@@ -138,7 +138,7 @@ def epochs(
 
 
 def moments(count: int, also: Iterable[int]) -> set[int]:
-    """The epochs that are looked at: ever fewer, and some that are asked for."""
+    """The epochs that are measured: ever fewer, and the requested ones."""
     return {1, *(round(each) for each in np.geomspace(1, count, 10)), *also}
 
 

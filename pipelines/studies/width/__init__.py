@@ -11,10 +11,20 @@ from matplotlib.axes import Axes
 from pipelines.studies import sample
 from pipelines.studies.claims import Claim
 from pipelines.studies.curves import mean_curves
-from pipelines.studies.sample import LABELS, Row, by_seed
+from pipelines.studies.sample import DIGITS, LABELS, Row, by_seed
+from pipelines.studies.settings import check, count, counts, number
 
 TITLE = "Alignment against width"
 PANELS = 2
+
+_SETTINGS = {
+    "n": count(2, DIGITS),
+    "widths": counts(1, 10**5),
+    "depths": counts(1, 100),
+    "epochs": count(),
+    "learning_rate": number(1e-12, 1e3),
+    "seeds": count(1, 1000),
+}
 
 
 def cells(settings: Mapping[str, Any]) -> list[Row]:
@@ -25,7 +35,11 @@ def cells(settings: Mapping[str, Any]) -> list[Row]:
 
     Returns:
         The cells.
+
+    Raises:
+        ValueError: If settings are missing, unknown or out of range.
     """
+    check("width", settings, _SETTINGS)
     return [
         {"depth": depth, "width": width, "seed": seed, "labels": labels}
         for depth in settings["depths"]
