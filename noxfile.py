@@ -163,6 +163,18 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def notebooks(session: nox.Session) -> None:
+    """Execute the notebooks and keep their output; `-- NAME...` for some of them."""
+    session.install("-e", ".[repro]", *group("notebooks", "tensorflow"))
+    session.run(
+        "python",
+        "notebooks/execute.py",
+        *session.posargs,
+        env={"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"},
+    )
+
+
+@nox.session(default=False)
 def build(session: nox.Session) -> None:
     """Build the wheel and import it where nothing else is installed."""
     session.install("build")

@@ -338,6 +338,23 @@ def test_what_is_frozen_is_computed_once(monkeypatch):
 # --- gap and movement -----------------------------------------------------------------
 
 
+def test_the_gap_is_logged_before_the_solver_logs_its_own():
+    x, y = digits(60)
+    model = kd.align(mlp(), n_samples=60, seed=0)
+    model.compile(kd.DAlign("adam", explore=2), cross_entropy())
+    monitor = AlignmentMonitor(x, y, n_samples=None)
+    gaps = []
+
+    def certified(epoch, logs):
+        if logs["phase"] == 0:
+            gaps.append(kd.certify(model, x, y).gap)
+
+    look = keras.callbacks.LambdaCallback(on_epoch_end=certified)
+    history = model.fit(x, y, epochs=4, verbose=0, callbacks=[monitor, look]).history
+    np.testing.assert_allclose(history["gap"][:2], gaps, rtol=1e-5)
+    assert history["gap"][-1] < 1e-5
+
+
 @pytest.mark.parametrize("kind", [None, "shared", "learned"])
 def test_the_gap_is_the_certificate_s_on_the_samples(kind):
     x, y = digits(90)
