@@ -48,6 +48,7 @@ from keras_dalign.numerics.arguments import flag, number
 from keras_dalign.numerics.html_table import html_table
 from keras_dalign.numerics.repeats import PassRecord, Repeats, digests
 from keras_dalign.numerics.rounding import EPS, rounded
+from keras_dalign.numerics.threads import in_turn
 from keras_dalign.solving.problem import ConvexProblem
 
 if TYPE_CHECKING:
@@ -172,6 +173,7 @@ class Certificate:
         return html_table(rows)
 
 
+@in_turn
 def certify(
     model: keras.Model,
     x: Any,

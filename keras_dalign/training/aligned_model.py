@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -394,13 +396,24 @@ class AlignedModel(keras.Model):
     def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """Saves the model as a `.keras` file; arguments as in Keras.
 
+        The file is whole, or the one that was there is left as it was.
+
         Raises:
             ValueError: If the file is to have Keras's legacy HDF5 format.
         """
         if str(filepath).endswith((".h5", ".hdf5")):
             # Before Keras empties a file that is there.
             refuse_hdf5()
-        super().save(filepath, *args, **kwargs)
+        with _whole(filepath, ".keras", args, kwargs) as path:
+            super().save(path, *args, **kwargs)
+
+    def save_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """Saves all weights as a `.weights.h5` file; arguments as in Keras.
+
+        The file is whole, or the one that was there is left as it was.
+        """
+        with _whole(filepath, ".weights.h5", args, kwargs) as path:
+            super().save_weights(path, *args, **kwargs)
 
     def export(
         self,
@@ -467,22 +480,25 @@ class AlignedModel(keras.Model):
     def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """Loads all weights and, with them, phase and width; arguments as in Keras.
 
+        On any error, Ctrl-C among them, the model is left as it was.
+
         Raises:
-            ValueError: If they are those of another model; this one is then left as
-                it was.
+            ValueError: If they are those of another model.
         """
         before = [keras.ops.convert_to_numpy(v) for v in self._optimizer_variables()]
         restore = self.snapshot()
         try:
             with self.variable_scope():
                 super().load_weights(filepath, *args, **kwargs)
-        except ValueError as error:
+        except BaseException as error:
             restore()
             # The optimizer of exploitation begins anew wherever units do.
             for variable, value in zip(
                 self._optimizer_variables(), before, strict=True
             ):
                 variable.assign(value)
+            if not isinstance(error, ValueError):
+                raise
             raise ValueError(
                 "The weights do not fit this model, which was left as it was. "
                 f"Received: '{filepath}' for a head of {self.head.units} outputs "
@@ -550,6 +566,33 @@ class AlignedModel(keras.Model):
         model = cls(**config)
         model.inherited_loss = keras.losses.get(loss)
         return model
+
+
+@contextlib.contextmanager
+def _whole(
+    filepath: Any, suffix: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[Any]:
+    """Gives a path to write to, which becomes that of the file when all is written.
+
+    Where Keras asks before it writes, or writes several files, or not to a local path,
+    it is the path itself.
+
+    Yields:
+        The path to write to.
+    """
+    plain = not args and kwargs.get("overwrite", True)
+    whole = not kwargs.get("max_shard_size") and kwargs.get("zipped") in {None, True}
+    local = str(filepath).endswith(suffix) and "://" not in str(filepath)
+    if not (plain and whole and local):
+        yield filepath
+        return
+    path = Path(filepath)
+    with tempfile.TemporaryDirectory(
+        prefix=f".{path.name}.", suffix=".tmp", dir=path.parent
+    ) as folder:
+        partial = Path(folder) / path.name
+        yield partial
+        partial.replace(path)
 
 
 def _feature_shape(trunk: keras.Model) -> Any:

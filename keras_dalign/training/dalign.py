@@ -163,6 +163,8 @@ class DAlign(keras.optimizers.Optimizer):
             lambda v: 0 <= v < 1,
         )
         self.weight_average: WeightAverage | None = None
+        # Of the current run of `fit`; kept in files, beside the weights they belong to.
+        self.finished_epochs = 0
         self._phase = EXPLORING
         # Called before the optimizers' state is loaded: the loaded head may have
         # units that the optimizer of exploitation was not built for.
@@ -438,6 +440,7 @@ class DAlign(keras.optimizers.Optimizer):
         """Saves own variables; Keras saves those of both optimizers by itself."""
         for index, variable in enumerate(self._variables):
             store[str(index)] = variable.numpy()
+        store["finished_epochs"] = np.asarray(self.finished_epochs)
 
     def load_own_variables(self, store: Any) -> None:
         """Loads own variables; Keras loads those of both optimizers by itself."""
@@ -448,6 +451,8 @@ class DAlign(keras.optimizers.Optimizer):
             # Files of version 0.2.0 have no average: it begins with the next step.
             if str(index) in known:
                 variable.assign(store[str(index)])
+        if "finished_epochs" in known:
+            self.finished_epochs = int(np.asarray(store["finished_epochs"]))
 
     def get_config(self) -> dict[str, Any]:
         """The arguments that rebuild this optimizer (without its state)."""

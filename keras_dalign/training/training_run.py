@@ -164,10 +164,14 @@ class TrainingRun:
     def train(self) -> keras.callbacks.History:
         """Runs what is left of the run and returns the history."""
         model = self.model
+        model.optimizer.finished_epochs = 0
         self.callbacks.begin()
         # A callback such as BackupAndRestore may have resumed a run, in any phase.
         epoch = model._initial_epoch or self.initial_epoch
         model._initial_epoch = None
+        if self.callbacks.resume:
+            # It writes the epoch after the weights, and may be killed in between.
+            epoch = max(epoch, model.optimizer.finished_epochs)
         if model.phase != EXPLOITING:
             stopped = epoch < self.switch_epoch and self._explore(epoch)
             epoch = max(epoch, self.switch_epoch)
@@ -563,6 +567,12 @@ class _OneRun(keras.callbacks.CallbackList):
         self._aligned_model = model
         self._last_logs: dict[str, Any] | None = None
 
+    @property
+    def resume(self) -> bool:
+        """Whether one of them goes on from a backup, if there is one."""
+        kind = keras.callbacks.BackupAndRestore
+        return any(isinstance(callback, kind) for callback in self.callbacks)
+
     def begin(self) -> None:
         """The run begins."""
         super().on_train_begin()
@@ -580,6 +590,7 @@ class _OneRun(keras.callbacks.CallbackList):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """An epoch ends: its logs say in which phase."""
         model = self._aligned_model
+        model.optimizer.finished_epochs = epoch + 1
         self._last_logs = {**(logs or {}), "phase": PHASES.index(model.phase)}
         if model.optimizer.solves:
             # Loggers take their columns from the first epoch, where there are none.
