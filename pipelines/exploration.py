@@ -233,9 +233,8 @@ def explore(
         average=running,
     )
     if kept != folder:
-        for path in kept.iterdir():
-            shutil.move(path, folder / path.name)
-        kept.rmdir()
+        # They stay beside the backup, which does not make them again.
+        shutil.copytree(kept, folder, dirs_exist_ok=True)
     return Exploration(job, folder, recorder.epochs)
 
 
@@ -270,8 +269,7 @@ def fit(
         # Only a built optimizer is restored.
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
-        folder = str(backup.with_suffix(""))
-        resuming = [keras.callbacks.BackupAndRestore(folder, delete_checkpoint=False)]
+        resuming = [_Backup(backup.with_suffix(""))]
     model.fit(
         stream,
         epochs=epochs,
@@ -294,8 +292,10 @@ def fit(
 
 def discard(backup: Path) -> None:
     """Removes the backup of a run whose results have been written."""
-    backup.with_suffix(".json").unlink(missing_ok=True)
+    # The weights go first: without them a run starts again.
     shutil.rmtree(backup.with_suffix(""), ignore_errors=True)
+    shutil.rmtree(backup.with_suffix(".weights"), ignore_errors=True)
+    backup.with_suffix(".json").unlink(missing_ok=True)
 
 
 def objective() -> dict[str, Any]:
@@ -321,6 +321,42 @@ def _checkpoint(folder: Path, epoch: int, kind: str = "") -> Path:
 def _name(index: int) -> str:
     """The name of an array in a checkpoint."""
     return f"{index:04d}"
+
+
+class _Backup(keras.callbacks.Callback):
+    """Keras's `BackupAndRestore`, of which a kill leaves a whole backup or none.
+
+    By itself, Keras writes over the weights, and the number of the epoch after them.
+
+    Args:
+        folder: Where the backups lie, each in a folder of its own.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def on_train_begin(self, logs: Any = None) -> None:  # noqa: ARG002
+        """Keras's hook."""
+        backups = self._backups()
+        if backups:
+            self._keras(backups[-1]).on_train_begin()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
+        """Keras's hook."""
+        before = self._backups()
+        with files.replacing(self._folder / f"epoch-{epoch + 1:06d}") as folder:
+            self._keras(folder).on_epoch_end(epoch)
+        for path in before:
+            shutil.rmtree(path)
+
+    def _backups(self) -> list[Path]:
+        return sorted(self._folder.glob("epoch-*"))
+
+    def _keras(self, folder: Path) -> keras.callbacks.Callback:
+        callback = keras.callbacks.BackupAndRestore(folder, delete_checkpoint=False)
+        callback.set_model(self.model)
+        return callback
 
 
 class _Checkpoints(keras.callbacks.Callback):

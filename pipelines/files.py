@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -30,12 +29,16 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     with (
         explaining_a_full_disk(path.parent),
-        tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as new,
+        # What a killed process leaves behind, Git and DVC ignore by this ending.
+        tempfile.TemporaryDirectory(
+            prefix=f".{path.name}.", suffix=".tmp", dir=path.parent
+        ) as new,
     ):
         temporary = Path(new) / path.name
         yield temporary
         if path.is_dir():
-            shutil.rmtree(path)
+            # Not removed in place: a process may be killed on the way.
+            path.replace(Path(new) / f"{path.name}.old")
         temporary.replace(path)
 
 

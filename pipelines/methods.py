@@ -91,8 +91,12 @@ def base(
     found = None
     if temperature is not None:
         part = held_out(job.data, temperature, job.run.seed)
+        # The first model must not go on from a backup of the second one.
         second, _, times = _base(
-            dataclasses.replace(job, data=part), None, backup, **keeping
+            dataclasses.replace(job, data=part),
+            None,
+            backup.with_name(f"{backup.stem}-second{backup.suffix}"),
+            **keeping,
         )
         begin = time.perf_counter()
         logits = second.predict(part.x_test, batch_size=256, verbose=0)

@@ -1,4 +1,6 @@
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import keras
@@ -331,3 +333,73 @@ def test_the_default_is_that_of_fit(params, layout, tmp_path, monkeypatch, explo
             keras.ops.convert_to_numpy(found),
             err_msg=variable.path,
         )
+
+
+def test_killed_after_the_last_epoch_it_has_its_weights(params, layout, tmp_path):
+    job, backup = job_of(params, layout), tmp_path / "backup.npz"
+    first = exploration.explore(job, tmp_path / "first", backup, (0.5, 1.0))
+    expected = weights(first.folder)
+    # The folder in which a stage gathers its files is gone.
+    shutil.rmtree(first.folder)
+    again = exploration.explore(job, tmp_path / "again", backup, (0.5, 1.0))
+    found = weights(again.folder)
+    assert list(found) == list(expected) == ["epoch-002.npz", "epoch-004.npz"]
+    for name, arrays in expected.items():
+        for a, b in zip(arrays, found[name], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("moment", ["weights", "epoch"])
+def test_a_backup_that_a_kill_left_half_written_is_not_used(
+    params, layout, tmp_path, monkeypatch, moment
+):
+    job, backup = job_of(params, layout), tmp_path / "backup.npz"
+    whole = exploration.explore(job, tmp_path / "whole").model(1.0).get_weights()
+    save, calls = keras.Model.save_weights, []
+
+    def killed(self, filepath, *args, **kwargs):
+        calls.append(filepath)
+        if moment == "weights" and len(calls) == 2:
+            Path(filepath).write_bytes(b"half")
+            raise KeyboardInterrupt
+        save(self, filepath, *args, **kwargs)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keras.Model, "save_weights", killed)
+        with pytest.raises(KeyboardInterrupt):
+            exploration.explore(job, tmp_path / "killed", backup)
+    again = exploration.explore(job, tmp_path / "again", backup)
+    for a, b in zip(whole, again.model(1.0).get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_second_model_of_a_method_has_a_backup_of_its_own(
+    params, layout, tmp_path, monkeypatch
+):
+    job = job_of(params, layout, method="twice")
+    settings = {"kind": "base", "epochs": 0.5, "temperature": 0.2}
+
+    def finished(backup):
+        trained = methods.finish(job, settings, lambda: None, backup)
+        return [*trained.model.get_weights(), np.array(trained.temperature)]
+
+    expected = finished(tmp_path / "whole.npz")
+    noted, ended = Recorder.on_epoch_end, []
+
+    def killed(self, epoch, logs=None):
+        ended.append(epoch)
+        if len(ended) == 4:
+            # In the second epoch of the second model.
+            raise KeyboardInterrupt
+        noted(self, epoch, logs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "on_epoch_end", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finished(tmp_path / "killed.npz")
+    found = finished(tmp_path / "killed.npz")
+    assert not list(tmp_path.glob("killed*"))
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(a, b)

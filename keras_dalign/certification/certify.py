@@ -39,6 +39,7 @@ from keras_dalign.head.objective import (
 )
 from keras_dalign.numerics.arguments import flag
 from keras_dalign.numerics.repeats import PassRecord, digests
+from keras_dalign.numerics.threads import in_turn
 
 if TYPE_CHECKING:
     from keras_dalign.certification.certificate import Certificate
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from keras_dalign.training.aligned_model import AlignedModel
 
 
+@in_turn
 def certify(
     model: keras.Model,
     x: Any,

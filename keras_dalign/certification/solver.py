@@ -19,6 +19,7 @@ from keras_dalign.head.features import FeaturePass, FeatureSet, plan_cache
 from keras_dalign.head.objective import check_targets, checked_weights, loss_of
 from keras_dalign.numerics.arguments import flag, keras_model, shown
 from keras_dalign.numerics.html_table import html_table
+from keras_dalign.numerics.threads import in_turn
 from keras_dalign.solving.head_solver import HeadSolver, first_width
 from keras_dalign.solving.options import ORIGIN, TRAINING, VALIDATION, SolveOptions
 from keras_dalign.training.processes import check_processes
@@ -115,6 +116,7 @@ class SolveResult:
         return f"{html_table(rows)}{note}{self.certificate._repr_html_()}"
 
 
+@in_turn
 def solve(
     model: AlignedModel,
     x: Any,

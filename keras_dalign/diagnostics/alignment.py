@@ -53,6 +53,7 @@ from keras_dalign.numerics.column_space import by_factor, by_gram, factor_cut
 from keras_dalign.numerics.lsqr import by_iteration
 from keras_dalign.numerics.repeats import PassRecord, digests
 from keras_dalign.numerics.rounding import EPS
+from keras_dalign.numerics.threads import in_turn
 from keras_dalign.training.aligned_model import AlignedModel
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ _LOG_SECONDS = 30.0
 _log = logging.getLogger("keras_dalign")
 
 
+@in_turn
 def check_alignment(
     model: keras.Model,
     x: Any,

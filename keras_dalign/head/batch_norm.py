@@ -19,11 +19,13 @@ from keras_dalign.head.batch_moments import (
     normalize,
 )
 from keras_dalign.numerics.arguments import integer, keras_model
+from keras_dalign.numerics.threads import in_turn
 
 # Count, mean and variance.
 _Moments = tuple[np.ndarray, ...]
 
 
+@in_turn
 def reestimate_batch_norm(
     model: keras.Model,
     x: Any,

@@ -5,32 +5,52 @@ core busy for a while, so libraries that are called in turns slow each other dow
 factor of four for short vectors. Here BLAS is limited to one thread, and large work is
 split by rows over threads instead. The operations between two matrix products then use
 all cores as well.
+
+Public functions that several threads call run one after the other (`in_turn`): one may
+change what another reads, such as the batch-norm statistics of a shared trunk.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import scipy.linalg.blas  # noqa: F401  (loads the library that is to be limited)
 from threadpoolctl import ThreadpoolController
 
 Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
+
+# Of the thread whose turn it is, which may call further such functions.
+_turn = threading.RLock()
+
+
+def in_turn(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Makes a function that at most one thread runs, of all those made so."""
+
+    @functools.wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with _turn:
+            return function(*args, **kwargs)
+
+    return call
 
 
 @functools.cache
-def _controller() -> ThreadpoolController:
+def controller() -> ThreadpoolController:
+    """What knows and limits the threads of BLAS."""
     return ThreadpoolController().select(user_api="blas")
 
 
 @functools.cache
 def blas_threads() -> int:
     """Number of threads to use: that of BLAS at the first call."""
-    return max((each["num_threads"] for each in _controller().info()), default=1)
+    return max((each["num_threads"] for each in controller().info()), default=1)
 
 
 @functools.cache
@@ -41,7 +61,7 @@ def _pool() -> ThreadPoolExecutor:
 def one_blas_thread() -> AbstractContextManager[Any]:
     """A context that limits BLAS to one thread."""
     blas_threads()
-    limit: AbstractContextManager[Any] = _controller().limit(limits=1)
+    limit: AbstractContextManager[Any] = controller().limit(limits=1)
     return limit
 
 

@@ -22,6 +22,7 @@ from keras_dalign.training.dalign import DAlign
 from keras_dalign.training.training_data import check_class_weight
 from keras_dalign.training.training_run import TrainingRun
 from keras_dalign.training.trunk import feature_shape, frozen_features, input_specs
+from keras_dalign.training.whole_file import whole_file
 
 if TYPE_CHECKING:
     from keras_dalign.training.switch import SwitchReport
@@ -382,13 +383,24 @@ class AlignedModel(keras.Model):
     def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """Saves the model as a `.keras` file; arguments as in Keras.
 
+        The file is whole, or the one that was there is left as it was.
+
         Raises:
             ValueError: If the file is to have Keras's legacy HDF5 format.
         """
         if str(filepath).endswith((".h5", ".hdf5")):
             # Before Keras truncates an existing file.
             refuse_hdf5()
-        super().save(filepath, *args, **kwargs)
+        with whole_file(filepath, ".keras", args, kwargs) as path:
+            super().save(path, *args, **kwargs)
+
+    def save_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """Saves all weights as a `.weights.h5` file; arguments as in Keras.
+
+        The file is whole, or the one that was there is left as it was.
+        """
+        with whole_file(filepath, ".weights.h5", args, kwargs) as path:
+            super().save_weights(path, *args, **kwargs)
 
     def export(
         self,
@@ -432,21 +444,25 @@ class AlignedModel(keras.Model):
     def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """Loads all weights and, with them, phase and width; arguments as in Keras.
 
+        On any error, Ctrl-C among them, the model is left as it was.
+
         Raises:
-            ValueError: If they are those of another model; this one is not changed.
+            ValueError: If they are those of another model.
         """
         before = [keras.ops.convert_to_numpy(v) for v in self._optimizer_variables()]
         restore = self.snapshot()
         try:
             with self.variable_scope():
                 super().load_weights(filepath, *args, **kwargs)
-        except ValueError as error:
+        except BaseException as error:
             restore()
             # New units have a new optimizer of exploitation.
             for variable, value in zip(
                 self._optimizer_variables(), before, strict=True
             ):
                 variable.assign(value)
+            if not isinstance(error, ValueError):
+                raise
             raise ValueError(
                 "The weights do not fit this model, which was left as it was. "
                 f"Received: '{filepath}' for a head of {self.head.units} outputs "

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_dalign.head.alignment_head import EXPLOITING, EXPLORING
@@ -187,6 +188,8 @@ class DAlign(keras.optimizers.Optimizer):
             lambda v: 0 <= v < 1,
         )
         self.weight_average: WeightAverage | None = None
+        # Of the current run of `fit`; kept in files, beside the weights they belong to.
+        self.finished_epochs = 0
         self._phase = EXPLORING
         # Called before the state of the optimizers is loaded: the optimizer of
         # exploitation must be built for the units of the loaded head first.
@@ -428,6 +431,7 @@ class DAlign(keras.optimizers.Optimizer):
         """Saves own variables; Keras saves those of both optimizers."""
         for index, variable in enumerate(self._variables):
             store[str(index)] = variable.numpy()
+        store["finished_epochs"] = np.asarray(self.finished_epochs)
 
     def load_own_variables(self, store: Any) -> None:
         """Loads own variables; Keras loads those of both optimizers."""
@@ -438,6 +442,8 @@ class DAlign(keras.optimizers.Optimizer):
             # Files of version 0.2.0 have no average; it starts with the next step.
             if str(index) in known:
                 variable.assign(store[str(index)])
+        if "finished_epochs" in known:
+            self.finished_epochs = int(np.asarray(store["finished_epochs"]))
 
     def get_config(self) -> dict[str, Any]:
         """The arguments that rebuild this optimizer (without its state)."""

@@ -41,6 +41,12 @@ class RunCallbacks(keras.callbacks.CallbackList):
         self._aligned_model = model
         self._last_logs: dict[str, Any] | None = None
 
+    @property
+    def resumes(self) -> bool:
+        """Whether one of them continues from a backup, if there is one."""
+        kind = keras.callbacks.BackupAndRestore
+        return any(isinstance(callback, kind) for callback in self.callbacks)
+
     def begin(self) -> None:
         """Reports that the run begins."""
         super().on_train_begin()
@@ -58,6 +64,7 @@ class RunCallbacks(keras.callbacks.CallbackList):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Reports that an epoch ends, and adds the phase to its logs."""
         model = self._aligned_model
+        model.optimizer.finished_epochs = epoch + 1
         self._last_logs = {**(logs or {}), "phase": PHASES.index(model.phase)}
         if model.optimizer.solves:
             # Loggers take their columns from the first epoch: it must have all logs.

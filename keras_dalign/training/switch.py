@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from keras_dalign.head.batch_norm import reestimate_batch_norm
 from keras_dalign.head.features import FeaturePass, FeatureSet
 from keras_dalign.numerics.rank import check_rank
+from keras_dalign.numerics.threads import in_turn
 
 if TYPE_CHECKING:
     from keras_dalign.head.alignment_head import AlignmentHead
@@ -56,6 +57,7 @@ class SwitchReport:
         )
 
 
+@in_turn
 def switch(
     model: AlignedModel,
     x: Any,

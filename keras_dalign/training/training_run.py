@@ -169,10 +169,14 @@ class TrainingRun:
     def train(self) -> keras.callbacks.History:
         """Runs the remaining epochs and returns the history."""
         model = self.model
+        model.optimizer.finished_epochs = 0
         self.callbacks.begin()
         # A callback such as BackupAndRestore may have resumed a run, in any phase.
         epoch = model._initial_epoch or self.initial_epoch
         model._initial_epoch = None
+        if self.callbacks.resumes:
+            # It writes the epoch after the weights, and may be killed in between.
+            epoch = max(epoch, model.optimizer.finished_epochs)
         if model.phase != EXPLOITING:
             stopped = epoch < self.switch_epoch and self._explore(epoch)
             epoch = max(epoch, self.switch_epoch)
