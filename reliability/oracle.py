@@ -477,6 +477,8 @@ class Oracle:
         else:
             signs = np.where(t == 1, 1.0, -1.0)[:, :, None]
             margins = (signs * blocks)[(t == 0) | (t == 1)]
+        lengths = np.linalg.norm(margins, axis=1)
+        margins = margins[lengths > 0] / lengths[lengths > 0, None]
         rows, columns = margins.shape
         if not rows:
             return np.zeros(len(self.center))
@@ -487,12 +489,13 @@ class Oracle:
             bounds=[(-1e3, 1e3)] * columns + [(0, 1)] * rows,
         )
         direction: Array = found.x[:columns]
-        reached = margins @ direction > 1e-4
+        reached = margins @ direction > 1e-6
         if not reached.all():
             # What the linear program leaves of a zero would be large, too.
             rest = margins[~reached]
             direction = direction - np.linalg.pinv(rest) @ (rest @ direction)
-        least = float((margins[reached] @ direction).min(initial=1.0))
+        lengths = lengths[lengths > 0][reached]
+        least = float((lengths * (margins[reached] @ direction)).min(initial=1e3))
         if least <= 0 or not reached.any():
             return np.zeros(len(self.center))
         return direction * (300.0 / least)
