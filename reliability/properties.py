@@ -874,7 +874,7 @@ def measure(options: argparse.Namespace) -> Report:
         found = run(
             prop,
             family,
-            min(20, wanted[key] - done(key)),
+            min(5, wanted[key] - done(key)),
             seed=done(key),
             variants=range(first, first + 2) if family in FAMILIES else range(6),
         )
