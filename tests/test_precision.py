@@ -257,3 +257,16 @@ def test_quantized_models_have_no_float64_form():
     dense.quantize("int8")
     with pytest.raises(RebuildError, match="quantized"):
         in_float64(model)
+
+
+def test_a_weight_that_is_nan_is_refused():
+    """Compiled, TensorFlow made zeros of it: `check_structure` found nothing wrong."""
+    x, y = digits(12)
+    model = mlp()
+    kernel, bias = model.layers[0].get_weights()
+    kernel[3, 2] = np.nan
+    model.layers[0].set_weights([kernel, bias])
+    with pytest.raises(ValueError, match=r"must not be NaN.*NaN in '.*hidden/kernel"):
+        kd.check_structure(model, x)
+    with pytest.raises(ValueError, match="must not be NaN"):
+        kd.check_alignment(model, x, y, loss=cross_entropy())

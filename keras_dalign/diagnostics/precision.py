@@ -81,6 +81,7 @@ def in_float64(model: keras.Model, x: Any = None) -> keras.Model:
 
     Raises:
         RebuildError: If the model cannot be rebuilt, or not with the same weights.
+        ValueError: If a weight is NaN.
     """
     if not isinstance(model, keras.Model) or not model.built:
         raise RebuildError(
@@ -99,7 +100,15 @@ def in_float64(model: keras.Model, x: Any = None) -> keras.Model:
         _check_weights(model, copy)
         for target, source in zip(copy.weights, model.weights, strict=True):
             # Copied: on JAX an assigned array would be shared, and training donates it.
-            target.assign(widened(ops.convert_to_numpy(source)))
+            value = widened(ops.convert_to_numpy(source))
+            # TensorFlow may make zeros of NaN, where it compiles a ReLU.
+            if value.dtype == np.float64 and np.isnan(value).any():
+                raise ValueError(
+                    "The model's weights must not be NaN: it has probably diverged. "
+                    f"Received: NaN in '{source.path}'. Take weights from before, and "
+                    "a smaller learning rate."
+                )
+            target.assign(value)
     return copy
 
 
