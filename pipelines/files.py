@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import reprlib
 import shutil
 import tempfile
 import zipfile
@@ -13,6 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
+
+# What values of a wrong type raise where they are used.
+WRONG_TYPES = (TypeError, AttributeError, KeyError, IndexError, OverflowError)
+
+# That of libyaml refuses what is nested too deeply at once; PyYAML's own takes seconds.
+_SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 # Error numbers: no room on the disk, or none that this user may take.
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -125,6 +133,36 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
             f"without {', '.join(sorted(missing)) or 'any'}. Run its stage again."
         )
     return value
+
+
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """Reads a mapping from a YAML file; nothing in it is executed.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The mapping.
+
+    Raises:
+        ValueError: If it holds something else.
+    """
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), _SAFE_LOADER)  # noqa: S506
+    except (ValueError, yaml.YAMLError, RecursionError, *WRONG_TYPES) as error:
+        # Tags that do not fit their values fail inside of PyYAML.
+        raise ValueError(f"Not a YAML file. Received: {path.name}: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} must be a mapping. Received: {shown(value)}")
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value from a file as errors show it: short, however large or nested it is."""
+    short = reprlib.Repr()
+    short.maxlevel = 2
+    short.maxstring = short.maxother = 80
+    return short.repr(value)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

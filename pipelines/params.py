@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
+from pipelines import files
 
 # The base training that methods share, where the name of a method stands otherwise.
 EXPLORATION = "exploration"
@@ -132,7 +132,7 @@ class TrainParams:
             if not _is_share(share):
                 raise ValueError(
                     "`short` must be a share of the epochs, above 0 and at most 1, by "
-                    f"augmentation. Received: {share!r} for {augmentation!r}"
+                    f"augmentation. Received: {files.shown(share)} for {augmentation!r}"
                 )
 
 
@@ -175,14 +175,14 @@ class Tuning:
         if not _is_share(self.validation) or self.validation == 1:
             raise ValueError(
                 "`tune.validation` must be a share of the training samples, above 0 "
-                f"and below 1. Received: {self.validation!r}"
+                f"and below 1. Received: {files.shown(self.validation)}"
             )
         if self.samples is not None and not (
             _is_number(self.samples) and self.samples == int(self.samples) > 0
         ):
             raise ValueError(
                 "`tune.samples` must be a positive number of samples, or null for all. "
-                f"Received: {self.samples!r}"
+                f"Received: {files.shown(self.samples)}"
             )
 
 
@@ -270,12 +270,21 @@ def load(path: Path | None = None) -> Params:
         What it says.
 
     Raises:
-        ValueError: If a section lacks a key or has one too many.
+        ValueError: If a section lacks a key or has one too many, or a value has a
+            wrong type.
     """
     path = path or (HERE if HERE.is_file() else FILE)
-    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path.name} must be a mapping. Received: {raw!r}")
+    raw = files.read_yaml(path)
+    try:
+        return _params(raw, path.name)
+    except files.WRONG_TYPES as error:
+        raise ValueError(
+            f"A value in {path.name} has a wrong type. Received: {error}"
+        ) from error
+
+
+def _params(raw: Mapping[str, Any], file: str) -> Params:
+    """Makes the parameters of what a file holds."""
     known = {each.name for each in dataclasses.fields(Params)}
     sections: dict[str, Any] = {name: raw[name] for name in raw if name in known}
     if "grid" in sections:
@@ -294,7 +303,7 @@ def load(path: Path | None = None) -> Params:
             dataset: _section(kind, f"{name}.{dataset}", _tuples(values))
             for dataset, values in sections.get(name, {}).items()
         }
-    return _section(Params, path.name, sections)
+    return _section(Params, file, sections)
 
 
 def pick(noun: str, choices: Mapping[str, _T], name: str) -> _T:
@@ -365,7 +374,8 @@ def _check_method(name: str, settings: Mapping[str, Any]) -> None:
     for key, (wanted, fits) in ranges.items():
         if key in settings and not fits(settings[key]):
             raise ValueError(
-                f"`methods.{name}.{key}` must be {wanted}. Received: {settings[key]!r}"
+                f"`methods.{name}.{key}` must be {wanted}. Received: "
+                f"{files.shown(settings[key])}"
             )
     if settings.get("average") and settings.get("gates") == "learned":
         raise ValueError(
@@ -404,6 +414,7 @@ def _section(kind: type[_T], name: str, values: Any) -> _T:
         optional = {each.name for each in fields} - wanted
         raise ValueError(
             f"`{name}` must have the keys {', '.join(sorted(wanted))} and may have "
-            f"{', '.join(sorted(optional)) or 'no others'}. Received: {values!r}"
+            f"{', '.join(sorted(optional)) or 'no others'}. Received: "
+            f"{files.shown(values)}"
         )
     return kind(**values)

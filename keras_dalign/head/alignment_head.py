@@ -16,6 +16,7 @@ from keras_dalign.numerics.arguments import (
     flag,
     integer,
     number,
+    rebuilding,
     seed_or_peeked,
     shown,
 )
@@ -616,7 +617,10 @@ class AlignmentHead(keras.layers.Layer):
         A model that is loaded builds its optimizer before it loads weights: what is
         trained must be known by then.
         """
-        config = dict(config)
+        with rebuilding(type(self).__name__, TypeError):
+            self._build_from(dict(config))
+
+    def _build_from(self, config: dict[str, Any]) -> None:
         phase = config.pop("phase", EXPLORING)
         replaced = config.pop("replace_dense", False)
         old = "width" not in config
@@ -655,13 +659,15 @@ class AlignmentHead(keras.layers.Layer):
             raise ValueError(self._refusal or "No variables of a head were found.")
         if "phase_index" not in found:
             found = _named(found)
-        index = int(found["phase_index"])
-        if index not in {*range(len(PHASES)), _REPLACED}:
+        phase = found["phase_index"]
+        if phase.shape or phase.item() not in {*range(len(PHASES)), _REPLACED}:
+            received = shown(phase) if phase.shape else phase.item()
             self._refusal = (
                 f"The saved phase of a head must be from 0 to {_REPLACED}. Received: "
-                f"{index}. The file is damaged, or of a later version."
+                f"{received}. The file is damaged, or of a later version."
             )
             raise ValueError(self._refusal)
+        index = int(phase)
         if index == PHASES.index(EXPLORING) and self.gates == "random":
             if self.q is not None:
                 self._drop_units()
@@ -679,7 +685,8 @@ class AlignmentHead(keras.layers.Layer):
         """Refuses units whose shapes are not those of this head."""
         groups = 1 if self.share_gates else self.units
         shapes = {name: array.shape for name, array in found.items() if name in _UNITS}
-        width = shapes.get("q", (0,))[-1] if self.gates == "random" else self.width
+        q = shapes.get("q") or (0,)
+        width = q[-1] if self.gates == "random" else self.width
         wanted = {
             "q": (self.dim, self.units, width),
             "r": (self.dim, groups, width),
@@ -768,10 +775,11 @@ class AlignmentHead(keras.layers.Layer):
     def from_config(cls, config: dict[str, Any]) -> AlignmentHead:
         """Rebuilds a head from `get_config`."""
         config = dict(config)
-        config["dense"] = keras.saving.deserialize_keras_object(config["dense"])
-        # Version 0.1.0 had gates for each output.
-        config.setdefault("share_gates", False)
-        return cls(**config)
+        with rebuilding(cls.__name__):
+            config["dense"] = keras.saving.deserialize_keras_object(config["dense"])
+            # Version 0.1.0 had gates for each output.
+            config.setdefault("share_gates", False)
+            return cls(**config)
 
 
 def _named(numbered: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from keras_dalign import compat
 from keras_dalign.head import data
 from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead, refuse_hdf5
 from keras_dalign.head.features import as_inputs, from_inputs
-from keras_dalign.numerics.arguments import shown
+from keras_dalign.numerics.arguments import rebuilding, shown
 from keras_dalign.numerics.replicas import runs_on_hosts
 from keras_dalign.training.dalign import DAlign
 from keras_dalign.training.training_data import check_class_weight
@@ -176,9 +176,11 @@ class AlignedModel(keras.Model):
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles a loaded model as it was compiled when saved."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        if not self.optimizer.built:
-            self.optimizer.build(self.trainable_variables)
+        with rebuilding(type(self).__name__):
+            config = compat.of_any_backend(config)
+            self.compile(**keras.saving.deserialize_keras_object(config))
+            if not self.optimizer.built:
+                self.optimizer.build(self.trainable_variables)
 
     def fit(
         self,
@@ -468,21 +470,23 @@ class AlignedModel(keras.Model):
         """Loads all weights and, with them, phase and width; arguments as in Keras.
 
         Raises:
-            ValueError: If they are those of another model; this one is then left as
-                it was.
+            ValueError: If they are those of another model. The model is then left as it
+                was, as it is after the errors of Keras and h5py for damaged files.
         """
         before = [keras.ops.convert_to_numpy(v) for v in self._optimizer_variables()]
         restore = self.snapshot()
         try:
             with self.variable_scope():
                 super().load_weights(filepath, *args, **kwargs)
-        except ValueError as error:
+        except Exception as error:
             restore()
             # The optimizer of exploitation begins anew wherever units do.
             for variable, value in zip(
                 self._optimizer_variables(), before, strict=True
             ):
                 variable.assign(value)
+            if not isinstance(error, ValueError):
+                raise
             raise ValueError(
                 "The weights do not fit this model, which was left as it was. "
                 f"Received: '{filepath}' for a head of {self.head.units} outputs "
@@ -541,14 +545,15 @@ class AlignedModel(keras.Model):
     ) -> AlignedModel:
         """Rebuilds a model from `get_config`."""
         config = dict(config)
-        for key in ("trunk", "head"):
-            config[key] = keras.saving.deserialize_keras_object(
-                config[key], custom_objects=custom_objects
-            )
-        # Files of earlier versions have none.
-        loss = config.pop("inherited_loss", None)
-        model = cls(**config)
-        model.inherited_loss = keras.losses.get(loss)
+        with rebuilding(cls.__name__):
+            for key in ("trunk", "head"):
+                config[key] = keras.saving.deserialize_keras_object(
+                    config[key], custom_objects=custom_objects
+                )
+            # Files of earlier versions have none.
+            loss = config.pop("inherited_loss", None)
+            model = cls(**config)
+            model.inherited_loss = keras.losses.get(loss)
         return model
 
 

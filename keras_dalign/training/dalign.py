@@ -9,9 +9,10 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_dalign import compat
 from keras_dalign.head.alignment_head import EXPLOITING, EXPLORING
 from keras_dalign.head.features import DISK
-from keras_dalign.numerics.arguments import choice, number, shown
+from keras_dalign.numerics.arguments import choice, number, rebuilding, shown
 from keras_dalign.solving.options import SolveOptions
 from keras_dalign.training.weight_average import WeightAverage
 
@@ -473,14 +474,15 @@ class DAlign(keras.optimizers.Optimizer):
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> DAlign:
         """Rebuilds an optimizer from `get_config`."""
-        config = dict(config)
-        for key in ("inner_optimizer", "exploit_optimizer"):
-            if isinstance(config[key], str):
-                continue
-            config[key] = keras.saving.deserialize_keras_object(
-                config[key], custom_objects=custom_objects
-            )
-        return cls(**config)
+        config = compat.of_any_backend(config)
+        with rebuilding(cls.__name__):
+            for key in ("inner_optimizer", "exploit_optimizer"):
+                if isinstance(config[key], str):
+                    continue
+                config[key] = keras.saving.deserialize_keras_object(
+                    config[key], custom_objects=custom_objects
+                )
+            return cls(**config)
 
 
 @keras.saving.register_keras_serializable(package="keras_dalign")
@@ -545,8 +547,9 @@ class ContinuedSchedule(keras.optimizers.schedules.LearningRateSchedule):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ContinuedSchedule:
         """Rebuilds a schedule from `get_config`."""
-        schedule = keras.optimizers.schedules.deserialize(config["schedule"])
-        return cls(schedule, config["start"])
+        with rebuilding(cls.__name__):
+            schedule = keras.optimizers.schedules.deserialize(config["schedule"])
+            return cls(schedule, config["start"])
 
 
 def _no_rate_of_its_own() -> float:

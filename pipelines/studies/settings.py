@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from pipelines import files
 
 FILE = Path(__file__).resolve().parents[2] / "profiles" / "studies" / "params.yaml"
 
@@ -14,8 +14,25 @@ Studies = Mapping[str, Mapping[str, Any]]
 
 
 def load(path: Path = FILE) -> Studies:
-    """Reads the settings of the studies, by name."""
-    studies: Studies = yaml.safe_load(path.read_text(encoding="utf-8"))["studies"]
+    """Reads the settings of the studies.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The settings by name.
+
+    Raises:
+        ValueError: If the file is damaged, or has no mapping of mappings.
+    """
+    studies = files.read_yaml(path).get("studies")
+    if not isinstance(studies, dict) or not all(
+        isinstance(each, dict) for each in studies.values()
+    ):
+        raise ValueError(
+            f"{path.name} must have `studies`, with a mapping for each. Received: "
+            f"studies={files.shown(studies)}"
+        )
     return studies
 
 
@@ -51,5 +68,5 @@ def check(
         if not (values and numbers and all(least <= v <= largest for v in values)):
             raise ValueError(
                 f"`{name}` of the study '{study}' must be between {least:g} and "
-                f"{largest:g}. Received: {name}={given!r}"
+                f"{largest:g}. Received: {name}={files.shown(given)}"
             )
