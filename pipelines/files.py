@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import lzma
 import reprlib
 import shutil
 import tempfile
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +19,17 @@ from typing import Any
 import numpy as np
 import yaml
 
+# What NumPy raises for files of arrays that are damaged.
+DAMAGED_ARRAYS = (
+    OSError,
+    EOFError,
+    ValueError,
+    NotImplementedError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+)
 # What values of a wrong type raise where they are used.
 WRONG_TYPES = (TypeError, AttributeError, KeyError, IndexError, OverflowError)
 
@@ -191,7 +205,7 @@ def read_arrays(path: Path, *names: str) -> tuple[np.ndarray, ...]:
             missing = [name for name in names if name not in arrays]
             if not missing:
                 return tuple(arrays[name] for name in names)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except DAMAGED_ARRAYS as error:
         raise ValueError(
             f"A damaged file of arrays. Received: {path}: {error}. Delete it and run "
             "its stage again."

@@ -274,7 +274,8 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 def _warm() -> None:
     """Imports what the tests import, and runs nothing."""
-    for name in ("pytest", "hypothesis", "scipy.optimize", "scipy.linalg", "keras"):
+    # Not plugins of pytest, which it wants to import itself.
+    for name in ("pytest", "scipy.optimize", "scipy.linalg", "keras"):
         importlib.import_module(name)
     importlib.import_module("sklearn.datasets")
 

@@ -17,6 +17,8 @@ pytest.importorskip("yaml")
 pytest.importorskip("sklearn")
 
 from pipelines import files, gate, params
+from pipelines.datasets import imported
+from pipelines.datasets.known import KNOWN
 from pipelines.studies import settings
 from reliability import backends, mutations, old_files
 
@@ -202,6 +204,24 @@ def test_shown_is_short():
     for _ in range(60):
         value = [value] * 8
     assert len(files.shown(value)) < 500
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_damaged_arrays_are_refused(number, tmp_path):
+    """Errors of NumPy's parser of headers, of zipfile and of zlib."""
+    path = tmp_path / "semeion.npz"
+    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (5,"[: 40 + 2 * number]
+    inner = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    arrays = [("x.npy", inner), ("y.npy", inner)]
+    content = mutations._packed(arrays)
+    if number >= 4:
+        # The archive is damaged, too, where its members are compressed.
+        content = content[:45] + bytes([255 - number] * 4) + content[49:]
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        files.read_arrays(path, "x", "y")
+    with pytest.raises(ValueError, match="damaged"):
+        imported.read(path, KNOWN["semeion"])
 
 
 def test_a_lock_with_paths_outside_of_stages_is_refused():
