@@ -216,9 +216,9 @@ def _lock_read(path: Path) -> None:
     """Reads a lock as DVC does, then as the gate does."""
     try:
         strictyaml.load(str(path), COMPILED_LOCKFILE_SCHEMA)
-    except DvcException:
+    except DvcException as error:
         # DVC ends with a message, and the gate stops there.
-        return
+        raise ValueError("DVC refuses it") from error
     gate.locked_paths(path.read_text("utf-8"))
 
 
@@ -365,10 +365,16 @@ def _judged(error: Exception, allowed: Sequence[type[Exception]]) -> tuple[str, 
         and TypeError in allowed
         and type(error).__module__.startswith("tensorflow.")
     )
-    name = type(error).__name__
+    name = _name(type(error))
     if known:
         return name, ""
     return name, f"{name} at {place}:{last.lineno}: {error}"[:300]
+
+
+def _name(kind: type[BaseException]) -> str:
+    """The name of an error; that of zlib is called no more than `error`."""
+    own = kind.__name__ == "error"
+    return f"{kind.__module__}.error" if own else kind.__name__
 
 
 def _peak(*, reset: bool = False) -> float:
@@ -621,7 +627,7 @@ def report(rows: Sequence[Row], given: Mapping[str, Any]) -> Report:
         [str(row["number"]), row["original"], row["mutation"], text.replace("|", "/")]
         for text, row in faults[:100]
     ]
-    names = ", ".join(f"`{each.__name__}`" for each in KERAS)
+    names = ", ".join(f"`{_name(each)}`" for each in KERAS)
     about = (
         f"{len(rows)} files made from the repository's own by one mutation each "
         "(`reliability/mutations.py`), loaded by the package's and Keras's "
