@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import nox
@@ -81,7 +82,12 @@ def minimums(session: nox.Session) -> None:
     run_pytest(session, "tensorflow", "-W", "ignore::DeprecationWarning")
 
 
-def run_pytest(session: nox.Session, backend: str, *args: str) -> None:
+def run_pytest(
+    session: nox.Session,
+    backend: str,
+    *args: str,
+    env: Mapping[str, str] | None = None,
+) -> None:
     """Runs pytest on one backend, a few files at a time."""
     session.run(
         "pytest",
@@ -98,8 +104,82 @@ def run_pytest(session: nox.Session, backend: str, *args: str) -> None:
             # Each process has one core: their threads would wait for each other.
             "OPENBLAS_NUM_THREADS": "1",
             "OMP_NUM_THREADS": "1",
+            **(env or {}),
         },
     )
+
+
+@nox.session(venv_backend="virtualenv", default=False)
+@nox.parametrize("backend", ["tensorflow", "jax", "torch"])
+def coverage(session: nox.Session, backend: str) -> None:
+    """Run the tests of a backend under coverage; `coverage_report` adds them up."""
+    extra = ".[repro]" if backend == "tensorflow" else "."
+    session.install("-e", extra, *group("test", "coverage", backend))
+    # A file for each backend, as each has an environment of its own.
+    data = Path("build", "coverage", f".coverage.{backend}").resolve()
+    data.parent.mkdir(parents=True, exist_ok=True)
+    run_pytest(
+        session,
+        backend,
+        "--cov",
+        "--cov-report=",
+        env={"COVERAGE_FILE": str(data)},
+    )
+
+
+@nox.session(default=False)
+def coverage_report(session: nox.Session) -> None:
+    """Add up what `coverage` recorded, and write the figures beside their targets."""
+    session.install("-e", ".[repro]", *group("test", "coverage", "tensorflow"))
+    session.run(
+        "python",
+        "-m",
+        "reliability",
+        "code_coverage",
+        *session.posargs,
+        env={"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "2"},
+    )
+
+
+@nox.session(default=False, python=["3.11", "3.12", "3.13", "3.14"])
+@nox.parametrize("dependencies", ["newest", "minimum"])
+def versions(session: nox.Session, dependencies: str) -> None:
+    """Run the tests on each Python, with the newest and the oldest dependencies.
+
+    Each Python has the oldest releases that were built for it, not older ones.
+    """
+    wanted = [*PYPROJECT["project"]["dependencies"], *group("tensorflow")]
+    session.install("-e", ".", *wanted, *group("test"))
+    if dependencies == "newest":
+        run_pytest(session, "tensorflow")
+        return
+    session.install("uv")
+    session.run(
+        "uv",
+        "pip",
+        "install",
+        f"--python={Path(session.bin) / 'python'}",
+        "--resolution=lowest-direct",
+        # Sources of releases older than a Python do not build there.
+        "--only-binary=:all:",
+        *wanted,
+    )
+    run_pytest(session, "tensorflow", "-W", "ignore::DeprecationWarning")
+
+
+@nox.session(default=False)
+def audit(session: nox.Session) -> None:
+    """Look for known vulnerabilities in what the package and its checks depend on."""
+    session.install("pip-audit")
+    declared = Path(session.create_tmp()).resolve() / "requirements.txt"
+    project = PYPROJECT["project"]
+    requirements = [
+        *project["dependencies"],
+        *project["optional-dependencies"]["repro"],
+        *group("tensorflow", "jax", "torch", "test", "coverage", "docs", "lock"),
+    ]
+    declared.write_text("\n".join(requirements) + "\n", encoding="utf-8")
+    session.run("pip-audit", "--requirement", str(declared), *session.posargs)
 
 
 @nox.session(default=False)

@@ -14,6 +14,9 @@ from typing import Any
 import keras
 from keras.src.backend.common import global_state
 
+# Where Keras keeps its subclasses of optimizers for PyTorch.
+_TORCH_OPTIMIZERS = "keras.src.backend.torch.optimizers."
+
 
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -204,3 +207,26 @@ def new_variables(layer: keras.Layer, old: Iterable[Any]) -> Iterator[None]:
     finally:
         if was_locked:
             tracker.lock()
+
+
+def of_any_backend(config: Any) -> Any:
+    """A serialized object with optimizers that every backend knows.
+
+    On PyTorch Keras has subclasses of its optimizers, and writes down their modules,
+    which cannot be imported without PyTorch.
+
+    Args:
+        config: What `keras.saving.serialize_keras_object` gives, or a part of it.
+
+    Returns:
+        The same with the optimizers' public module.
+    """
+    if isinstance(config, list):
+        return [of_any_backend(each) for each in config]
+    if not isinstance(config, dict):
+        return config
+    found = {key: of_any_backend(value) for key, value in config.items()}
+    module = found.get("module")
+    if isinstance(module, str) and module.startswith(_TORCH_OPTIMIZERS):
+        found |= {"module": "keras.optimizers", "registered_name": None}
+    return found

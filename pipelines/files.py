@@ -4,14 +4,36 @@ from __future__ import annotations
 
 import errno
 import json
+import lzma
+import reprlib
 import tempfile
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
+
+# What NumPy raises for files of arrays that are damaged.
+DAMAGED_ARRAYS = (
+    OSError,
+    EOFError,
+    ValueError,
+    NotImplementedError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+)
+# What values of a wrong type raise where they are used.
+WRONG_TYPES = (TypeError, AttributeError, KeyError, IndexError, OverflowError)
+
+# That of libyaml refuses what is nested too deeply at once; PyYAML's own takes seconds.
+_SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 # Error numbers: the disk is full, or this user's quota is used up.
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -130,6 +152,36 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
     return value
 
 
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """Reads a mapping from a YAML file; nothing in it is executed.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The mapping.
+
+    Raises:
+        ValueError: If it holds something else.
+    """
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), _SAFE_LOADER)  # noqa: S506
+    except (ValueError, yaml.YAMLError, RecursionError, *WRONG_TYPES) as error:
+        # Tags that do not fit their values fail inside of PyYAML.
+        raise ValueError(f"Not a YAML file. Received: {path.name}: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} must be a mapping. Received: {shown(value)}")
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value from a file as errors show it: short, however large or nested it is."""
+    short = reprlib.Repr()
+    short.maxlevel = 2
+    short.maxstring = short.maxother = 80
+    return short.repr(value)
+
+
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes named arrays, uncompressed: the same arrays give the same bytes."""
     with replacing(path) as temporary, temporary.open("wb") as file:
@@ -156,7 +208,7 @@ def read_arrays(path: Path, *names: str) -> tuple[np.ndarray, ...]:
             missing = [name for name in names if name not in arrays]
             if not missing:
                 return tuple(arrays[name] for name in names)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except DAMAGED_ARRAYS as error:
         raise ValueError(
             f"A damaged file of arrays. Received: {path}: {error}. Delete it and run "
             "its stage again."

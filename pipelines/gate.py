@@ -38,7 +38,7 @@ def main(*, everything: bool = False, root: Path = ROOT) -> None:
         lock, name = pipeline.with_name("dvc.lock"), pipeline.relative_to(root)
         if not lock.is_file():
             continue
-        locked = _paths(lock.read_text("utf-8"))
+        locked = locked_paths(lock.read_text("utf-8"))
         # What was never run has no results that could be out of date.
         stale = _downstream(would_run(pipeline, root) & set(locked), locked)
         text = f"{name}: {len(stale)} of {len(locked)} stages belong to other code"
@@ -91,15 +91,33 @@ def would_run(pipeline: Path, root: Path) -> set[str]:
     return found
 
 
-def _paths(lock: str) -> dict[str, dict[str, list[str]]]:
-    """The paths of `deps` and `outs` by stage, of a dvc.lock as DVC lays it out."""
+def locked_paths(lock: str) -> dict[str, dict[str, list[str]]]:
+    """The paths of `deps` and `outs` by stage, of a dvc.lock as DVC lays it out.
+
+    Args:
+        lock: The text of the lock.
+
+    Returns:
+        Lists of paths by section, by stage.
+
+    Raises:
+        ValueError: If a path belongs to no stage.
+    """
     found: dict[str, dict[str, list[str]]] = {}
+    paths: dict[str, list[str]] = {}
+    section = ""
     for line in lock.splitlines():
         if match := re.fullmatch(r"  (\S+):", line):
             paths = found.setdefault(match[1], {"deps": [], "outs": []})
         elif match := re.fullmatch(r"    (\w+):.*", line):
             section = match[1]
         elif match := re.fullmatch(r"    - path: (.+)", line):
+            if section not in paths:
+                raise ValueError(
+                    "A damaged dvc.lock. Received: the path "
+                    f"{match[1][:80]!r} outside of the `deps` and `outs` of a stage. "
+                    "Restore it from git, or run `dvc repro`."
+                )
             paths[section].append(match[1])
     return found
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
+from pipelines import files
 from pipelines.method_settings import check_method, is_share
 from pipelines.mistakes import Mistakes, unknown
 from pipelines.sections import build_fields, is_integer
@@ -132,7 +131,7 @@ class TrainParams:
             if not is_share(share):
                 raise ValueError(
                     "`short` must be a share of the epochs, above 0 and at most 1, by "
-                    f"augmentation. Received: {share!r} for {augmentation!r}"
+                    f"augmentation. Received: {files.shown(share)} for {augmentation!r}"
                 )
 
 
@@ -175,14 +174,14 @@ class Tuning:
         if not is_share(self.validation) or self.validation == 1:
             raise ValueError(
                 "`tune.validation` must be a share of the training samples, above 0 "
-                f"and below 1. Received: {self.validation!r}"
+                f"and below 1. Received: {files.shown(self.validation)}"
             )
         if self.samples is not None and not (
             is_integer(self.samples) and self.samples > 0
         ):
             raise ValueError(
                 "`tune.samples` must be a positive number of samples, or null for all. "
-                f"Received: {self.samples!r}"
+                f"Received: {files.shown(self.samples)}"
             )
 
 
@@ -263,7 +262,7 @@ def load(path: Path | None = None) -> Params:
             mistakes, each with the nearest right name.
     """
     path = path or (HERE if HERE.is_file() else FILE)
-    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    raw = files.read_yaml(path)
     mistakes = Mistakes(path.name)
     fields = build_fields(Params, "", raw, mistakes)
     _check_names(fields, mistakes)

@@ -14,7 +14,12 @@ from reliability import report
 def names() -> list[str]:
     """The measurements: the modules of this package that have `measure`."""
     found = [module.name for module in pkgutil.iter_modules(reliability.__path__)]
-    return [name for name in found if name not in {"__main__", "report"}]
+    modules = {name: f"reliability.{name}" for name in found if name != "__main__"}
+    return [
+        name
+        for name, module in modules.items()
+        if hasattr(importlib.import_module(module), "measure")
+    ]
 
 
 def main(words: list[str] | None = None) -> int:

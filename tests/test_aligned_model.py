@@ -361,7 +361,7 @@ def test_back_in_exploration_nothing_of_the_units_is_left(tmp_path):
     assert_equal(weights(model), weights(loaded))
 
 
-OLD = Path(__file__).parent / "files"
+OLD = Path(__file__).parent / "files" / "0.1.0"
 OLD_FILES = [
     f"{gates}-{phase}"
     for gates in ("random", "learned")

@@ -34,8 +34,8 @@ from keras_dalign.head.saved_state import (
     PHASE_INDEX,
     REPLACED_INDEX,
     UNIT_VARIABLES,
-    check_phase,
     check_shapes,
+    checked_phase,
     read_state,
     refuse_hdf5,
 )
@@ -44,6 +44,7 @@ from keras_dalign.numerics.arguments import (
     flag,
     integer,
     number,
+    rebuilding,
     seed_or_peeked,
     shown,
 )
@@ -596,7 +597,10 @@ class AlignmentHead(keras.layers.Layer):
         Keras builds the optimizer of a loaded model before it loads the weights, so the
         trainable variables must exist by then.
         """
-        config = dict(config)
+        with rebuilding(type(self).__name__, TypeError):
+            self._build_from(dict(config))
+
+    def _build_from(self, config: dict[str, Any]) -> None:
         phase = config.pop("phase", EXPLORING)
         replaced = config.pop("replace_dense", False)
         is_version_010 = "width" not in config
@@ -632,10 +636,9 @@ class AlignmentHead(keras.layers.Layer):
             # finally raises should be the first one.
             raise ValueError(self._load_error or "No variables of a head were found.")
         found = read_state(store)
-        index = int(found[PHASE_INDEX])
-        has_units = index != EXPLORING_INDEX or self.gates == "learned"
         try:
-            check_phase(index)
+            index = checked_phase(found[PHASE_INDEX])
+            has_units = index != EXPLORING_INDEX or self.gates == "learned"
             if has_units:
                 self._check_units(found)
         except ValueError as error:
@@ -740,10 +743,11 @@ class AlignmentHead(keras.layers.Layer):
     def from_config(cls, config: dict[str, Any]) -> AlignmentHead:
         """Rebuilds a head from `get_config`."""
         config = dict(config)
-        config["dense"] = keras.saving.deserialize_keras_object(config["dense"])
-        # Version 0.1.0 had gates for each output.
-        config.setdefault("share_gates", False)
-        return cls(**config)
+        with rebuilding(cls.__name__):
+            config["dense"] = keras.saving.deserialize_keras_object(config["dense"])
+            # Version 0.1.0 had gates for each output.
+            config.setdefault("share_gates", False)
+            return cls(**config)
 
 
 def _float64(variable: Any) -> np.ndarray:

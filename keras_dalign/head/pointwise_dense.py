@@ -8,6 +8,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_dalign.numerics.arguments import rebuilding
+
 _KINDS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 
 
@@ -112,5 +114,6 @@ class PointwiseDense(keras.layers.Layer):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> PointwiseDense:
         """Rebuilds a layer from `get_config`."""
-        layer = keras.saving.deserialize_keras_object(config["convolution"])
-        return cls(**{**config, "convolution": layer})
+        with rebuilding(cls.__name__):
+            layer = keras.saving.deserialize_keras_object(config["convolution"])
+            return cls(**{**config, "convolution": layer})

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from keras_dalign.numerics.arguments import shown
+
 PHASE_INDEX = "phase_index"
 # The variables of the gated units.
 UNIT_VARIABLES = ("bias", "q", "r", "w")
@@ -39,20 +41,25 @@ def read_state(store: Any) -> dict[str, np.ndarray]:
     return found
 
 
-def check_phase(index: int) -> None:
+def checked_phase(index: np.ndarray) -> int:
     """Checks a saved phase index.
 
     Args:
-        index: The index.
+        index: The index, an array of shape `()`.
+
+    Returns:
+        The index.
 
     Raises:
         ValueError: If it is unknown.
     """
-    if index not in {EXPLORING_INDEX, EXPLOITING_INDEX, REPLACED_INDEX}:
+    known = (EXPLORING_INDEX, EXPLOITING_INDEX, REPLACED_INDEX)
+    if index.shape or index.item() not in known:
         raise ValueError(
             f"The saved phase of a head must be from 0 to {REPLACED_INDEX}. Received: "
-            f"{index}. The file is damaged, or of a later version."
+            f"{shown(index)}. The file is damaged, or of a later version."
         )
+    return int(index)
 
 
 def check_shapes(

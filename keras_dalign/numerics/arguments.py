@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import keras
@@ -38,6 +39,37 @@ def shown(value: Any) -> str:
         return f"{kind} of {len(value)} entries"
     text = repr(value)
     return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
+
+
+@contextmanager
+def rebuilding(what: str, *more: type[Exception]) -> Iterator[None]:
+    """Says so where a saved configuration, or what was saved with it, is damaged.
+
+    Args:
+        what: Name of what is rebuilt within the block.
+        *more: Other errors that damage leads to there.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: If an entry is missing or has a wrong type. Of unknown classes and
+            arguments Keras tells by a `TypeError`, which stays.
+    """
+    damage: tuple[type[Exception], ...] = (
+        KeyError,
+        AttributeError,
+        IndexError,
+        ArithmeticError,
+        *more,
+    )
+    try:
+        yield
+    except damage as error:
+        raise ValueError(
+            f"{what} cannot be rebuilt from this file, which is damaged or of a later "
+            f"version. Received: {type(error).__name__}: {error}"
+        ) from error
 
 
 def keras_model(model: Any, name: str = "model") -> keras.Model:

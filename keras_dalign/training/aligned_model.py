@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
+from keras_dalign import compat
 from keras_dalign.head import data
 from keras_dalign.head.alignment_head import EXPLOITING, AlignmentHead
 from keras_dalign.head.features import as_inputs, from_inputs
 from keras_dalign.head.saved_state import refuse_hdf5
-from keras_dalign.numerics.arguments import shown
+from keras_dalign.numerics.arguments import rebuilding, shown
 from keras_dalign.numerics.replicas import runs_on_hosts
 from keras_dalign.training.dalign import DAlign
 from keras_dalign.training.training_data import check_class_weight
@@ -180,9 +181,11 @@ class AlignedModel(keras.Model):
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles a loaded model as it was compiled before it was saved."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        if not self.optimizer.built:
-            self.optimizer.build(self.trainable_variables)
+        with rebuilding(type(self).__name__):
+            config = compat.of_any_backend(config)
+            self.compile(**keras.saving.deserialize_keras_object(config))
+            if not self.optimizer.built:
+                self.optimizer.build(self.trainable_variables)
 
     def fit(
         self,
@@ -447,7 +450,8 @@ class AlignedModel(keras.Model):
         On any error, Ctrl-C among them, the model is left as it was.
 
         Raises:
-            ValueError: If they are those of another model.
+            ValueError: If they are those of another model; Keras and h5py raise their
+                own errors for damaged files.
         """
         before = [keras.ops.convert_to_numpy(v) for v in self._optimizer_variables()]
         restore = self.snapshot()
@@ -522,12 +526,13 @@ class AlignedModel(keras.Model):
     ) -> AlignedModel:
         """Rebuilds a model from `get_config`."""
         config = dict(config)
-        for key in ("trunk", "head"):
-            config[key] = keras.saving.deserialize_keras_object(
-                config[key], custom_objects=custom_objects
-            )
-        # Files of earlier versions have none.
-        loss = config.pop("inherited_loss", None)
-        model = cls(**config)
-        model.inherited_loss = keras.losses.get(loss)
+        with rebuilding(cls.__name__):
+            for key in ("trunk", "head"):
+                config[key] = keras.saving.deserialize_keras_object(
+                    config[key], custom_objects=custom_objects
+                )
+            # Files of earlier versions have none.
+            loss = config.pop("inherited_loss", None)
+            model = cls(**config)
+            model.inherited_loss = keras.losses.get(loss)
         return model

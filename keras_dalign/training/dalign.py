@@ -13,9 +13,10 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_dalign import compat
 from keras_dalign.head.alignment_head import EXPLOITING, EXPLORING
 from keras_dalign.head.features import DISK
-from keras_dalign.numerics.arguments import choice, number, shown
+from keras_dalign.numerics.arguments import choice, number, rebuilding, shown
 from keras_dalign.training.dalign_arguments import (
     check_exploitation,
     checked_explore,
@@ -469,14 +470,15 @@ class DAlign(keras.optimizers.Optimizer):
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> DAlign:
         """Rebuilds an optimizer from `get_config`."""
-        config = dict(config)
-        for key in ("inner_optimizer", "exploit_optimizer"):
-            if isinstance(config[key], str):
-                continue
-            config[key] = keras.saving.deserialize_keras_object(
-                config[key], custom_objects=custom_objects
-            )
-        return cls(**config)
+        config = compat.of_any_backend(config)
+        with rebuilding(cls.__name__):
+            for key in ("inner_optimizer", "exploit_optimizer"):
+                if isinstance(config[key], str):
+                    continue
+                config[key] = keras.saving.deserialize_keras_object(
+                    config[key], custom_objects=custom_objects
+                )
+            return cls(**config)
 
 
 def _no_learning_rate() -> float:

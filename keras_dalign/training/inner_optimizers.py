@@ -6,6 +6,8 @@ from typing import Any
 
 import keras
 
+from keras_dalign.numerics.arguments import rebuilding
+
 
 @keras.saving.register_keras_serializable(package="keras_dalign")
 class ContinuedSchedule(keras.optimizers.schedules.LearningRateSchedule):
@@ -39,8 +41,9 @@ class ContinuedSchedule(keras.optimizers.schedules.LearningRateSchedule):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ContinuedSchedule:
         """Rebuilds a schedule from `get_config`."""
-        schedule = keras.optimizers.schedules.deserialize(config["schedule"])
-        return cls(schedule, config["start"])
+        with rebuilding(cls.__name__):
+            schedule = keras.optimizers.schedules.deserialize(config["schedule"])
+            return cls(schedule, config["start"])
 
 
 def fresh_copy(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:

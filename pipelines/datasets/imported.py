@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import lzma
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from pipelines import files
 from pipelines.datasets.known import WHOLE, Known
 from pipelines.datasets.samples import Samples
 
@@ -18,15 +16,6 @@ VARIABLE = "KERAS_DALIGN_IMPORT"
 FORMAT = (
     "NAME.npz with the arrays x_train, y_train, x_test and y_test, or x and y for "
     "data without a split; images uint8, labels integers from 0"
-)
-_DAMAGED = (
-    OSError,
-    EOFError,
-    ValueError,
-    NotImplementedError,
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
 )
 
 
@@ -100,7 +89,7 @@ def _arrays(
             there = getattr(found, "files", there)
             if set(names) <= set(there):
                 return {n: found[n] for n in [*names, *(optional or [])] if n in there}
-    except _DAMAGED as error:
+    except files.DAMAGED_ARRAYS as error:
         raise ValueError(
             f"A damaged or truncated file. Received: {path}: {error}. Copy it again, "
             "and compare its checksum with the original's."

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from pipelines import files
 from pipelines.mistakes import Mistakes
 from pipelines.sections import is_integer, is_number
 
@@ -74,8 +73,25 @@ def numbers(least: float = 1e-15, largest: float = 1e6) -> Setting:
 
 
 def load(path: Path = FILE) -> Studies:
-    """Reads the settings of the studies, by name."""
-    studies: Studies = yaml.safe_load(path.read_text(encoding="utf-8"))["studies"]
+    """Reads the settings of the studies.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The settings by name.
+
+    Raises:
+        ValueError: If the file is damaged, or has no mapping of mappings.
+    """
+    studies = files.read_yaml(path).get("studies")
+    if not isinstance(studies, dict) or not all(
+        isinstance(each, dict) for each in studies.values()
+    ):
+        raise ValueError(
+            f"{path.name} must have `studies`, with a mapping for each. Received: "
+            f"studies={files.shown(studies)}"
+        )
     return studies
 
 
