@@ -679,7 +679,7 @@ def _no_room_for_gates(name: str) -> Callable[[Path], None]:
             else:
                 _solve(model)
 
-        with failing(alignment_head, "_check_memory", MemoryError(TEXT), 1):
+        with failing(alignment_head, "check_memory", MemoryError(TEXT), 1):
             _expect(call, MemoryError, TEXT)
         wanted = epochs.last if name == "fit" else before
         _check(_same(weights(model), wanted), "other weights")

@@ -805,9 +805,15 @@ def run(
     """
     seen = 0
     failed: tuple[Example, BaseException] | None = None
+    # Hypothesis begins with the simplest example each time; it is taken once.
+    skipped = 1 if seed else 0
+    drawn = 0
 
     def check(example: Example) -> None:
-        nonlocal seen, failed
+        nonlocal seen, drawn, failed
+        drawn += 1
+        if drawn <= skipped:
+            return
         if failed is None:
             seen += 1
         try:
@@ -820,7 +826,7 @@ def run(
     test = hypothesis.given(examples(family, variants))(check)
     test = hypothesis.seed(seed)(test)
     test = hypothesis.settings(
-        max_examples=count,
+        max_examples=count + skipped,
         deadline=None,
         database=None,
         print_blob=False,

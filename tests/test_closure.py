@@ -47,7 +47,9 @@ def test_stages_depend_on_the_code_that_they_run_and_on_no_other(folder, tree):
         assert all(covered), name
         ran, listed = closure.files(tree, words), set().union(*covered)
         assert ran - listed == set(), f"{name} also depends on"
-        assert listed - ran == set(), f"{name} does not depend on"
+        # The package is one dependency; its command line is a program of its own.
+        others = listed - ran - {"keras_dalign/__main__.py"}
+        assert others == set(), f"{name} does not depend on"
 
 
 @pytest.mark.parametrize("stage", ["train", "report"])

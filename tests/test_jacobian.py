@@ -361,7 +361,7 @@ def test_own_dtype_on_request():
     model, x = smooth(), normal(5, 5)
     J = jacobian(model, x, "all", dtype=None)
     assert J.dtype == "float32"
-    assert "was asked for" in J.dtype_reason
+    assert "was requested" in J.dtype_reason
     dense = jacobian(model, x, "all").dense()
     assert np.abs(J.dense() - dense).max() > 1e-9
     np.testing.assert_allclose(J.dense(), dense, atol=1e-5)

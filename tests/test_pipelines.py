@@ -282,7 +282,7 @@ def test_tuning_tries_every_recipe(params, tmp_path):
 
 
 def test_a_recipe_to_try_must_be_there(tmp_path):
-    with pytest.raises(ValueError, match=r"no such recipe\. Received: 'sine'"):
+    with pytest.raises(ValueError, match=r"no such recipe .*Received: 'sine'"):
         grids.tiny(tmp_path / "params.yaml", tune={"recipes": ["sine"]})
 
 

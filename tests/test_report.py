@@ -261,7 +261,8 @@ def test_readme_says_what_has_changed_in_the_code_since(tmp_path, monkeypatch):
     for run in params.grid.runs():
         fabricate(layout, run, 0.1)
     then, commands = closure.on_disk(), report.stages(params)
-    tree = {**then, "keras_dalign/numerics/losses.py": b"gradient = None"}
+    path = "keras_dalign/numerics/losses.py"
+    tree = {**then, path: then[path] + b"\n# changed"}
     monkeypatch.setattr(origins.repository, "tree", lambda commit: tree)
     report.main(params=params, root=tmp_path)
     said = (

@@ -182,7 +182,7 @@ def test_loss_of_tied_networks_at_birth():
 def test_all_cells_and_claims(tmp_path):
     committed = settings.load()["autoencoders"]
     assert set(committed) == set(TINY)
-    autoencoders.check(committed)
+    assert autoencoders.cells(committed)
     rows = [
         row
         for cell in autoencoders.cells(TINY)

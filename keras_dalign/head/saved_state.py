@@ -55,9 +55,10 @@ def checked_phase(index: np.ndarray) -> int:
     """
     known = (EXPLORING_INDEX, EXPLOITING_INDEX, REPLACED_INDEX)
     if index.shape or index.item() not in known:
+        received = shown(index) if index.shape else index.item()
         raise ValueError(
             f"The saved phase of a head must be from 0 to {REPLACED_INDEX}. Received: "
-            f"{shown(index)}. The file is damaged, or of a later version."
+            f"{received}. The file is damaged, or of a later version."
         )
     return int(index)
 
