@@ -1,4 +1,5 @@
 import os
+import re
 
 import keras
 import pytest
@@ -21,6 +22,21 @@ LONG = (
     "test_exploration",
     "test_levers",
 )
+
+
+# Those of the pipelines and the benchmarks, which use TensorFlow.
+OF_PROGRAMS = re.compile(r"^(from|import) (pipelines|benchmarks)\b", re.MULTILINE)
+# It reads files with the package as well, on each backend.
+ON_EACH_BACKEND = {"test_reliability_files.py"}
+
+
+def pytest_ignore_collect(collection_path):
+    if BACKEND == "tensorflow" or collection_path.suffix != ".py":
+        return None
+    if collection_path.name in ON_EACH_BACKEND:
+        return None
+    text = collection_path.read_text(encoding="utf-8")
+    return bool(OF_PROGRAMS.search(text)) or None
 
 
 def pytest_collection_modifyitems(items):
