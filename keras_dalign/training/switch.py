@@ -135,7 +135,7 @@ def switch(
     logger.info("%s", report)
     # No reason is given where only repeated inputs reduce the rank, as no width helps.
     if rank is not None and rank.reason is not None:
-        warnings.warn(f"The rank check at the switch failed: {rank}", stacklevel=2)
+        warnings.warn(f"The rank check at the switch failed: {rank}", stacklevel=3)
     return report, features.feature_set() if keep_features else None
 
 
