@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "reliability" / "results"
 PAGE = ROOT / "docs" / "reliability.md"
-BEGIN, END = "<!-- table reliability -->", "<!-- /table reliability -->"
+BEGIN, END = "<!-- figures reliability -->", "<!-- /figures reliability -->"
 
 
 @dataclass(frozen=True)
