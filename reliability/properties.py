@@ -596,7 +596,8 @@ def rank_formula_is_the_rank(example: Example) -> None:
     if repeats:
         u[n - repeats :] = u[rng.integers(0, n - repeats, repeats)]
     norms = np.linalg.norm(u, axis=1, keepdims=True)
-    u *= np.sqrt(d) / np.where(norms > 0, norms, 1.0)
+    # Rounded: rows in one direction are equal, and not a unit in the last place apart.
+    u = np.round(u * np.sqrt(d) / np.where(norms > 0, norms, 1.0), 9)
     rows = np.concatenate([u, np.ones((n, 1))], axis=1)
     found = union_rank(rows, width)
     assert found.exact
