@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
-import pkgutil
 import sys
+from pathlib import Path
+from typing import Any
 
-import reliability
 from reliability import report
 
 
-def names() -> list[str]:
-    """The measurements: the modules of this package that have `measure`."""
-    found = [module.name for module in pkgutil.iter_modules(reliability.__path__)]
-    modules = {name: f"reliability.{name}" for name in found if name != "__main__"}
-    return [
-        name
-        for name, module in modules.items()
-        if hasattr(importlib.import_module(module), "measure")
-    ]
+def summaries() -> dict[str, str]:
+    """The measurements, the modules that define `measure`, and what each says it does.
+
+    They are read and not imported: some must start before any backend does.
+
+    Returns:
+        First lines of docstrings by name.
+    """
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        functions = [n.name for n in tree.body if isinstance(n, ast.FunctionDef)]
+        if "measure" in functions:
+            found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
+    return found
 
 
 def main(words: list[str] | None = None) -> int:
@@ -28,21 +35,23 @@ def main(words: list[str] | None = None) -> int:
     Returns:
         0 if all of its targets are met, 1 otherwise.
     """
+    words = sys.argv[1:] if words is None else words
     parser = argparse.ArgumentParser(prog="reliability", description=__doc__)
     commands = parser.add_subparsers(dest="name", required=True)
     commands.add_parser("page", help="fill the table of docs/reliability.md")
-    modules = {name: importlib.import_module(f"reliability.{name}") for name in names()}
-    for name, module in modules.items():
-        summary = (module.__doc__ or "").partition("\n")[0]
+    module: Any = None
+    for name, summary in summaries().items():
         formatter = argparse.ArgumentDefaultsHelpFormatter
         command = commands.add_parser(
             name, help=summary, description=summary, formatter_class=formatter
         )
-        module.add_options(command)
+        if name == next(iter(words), None):
+            module = importlib.import_module(f"reliability.{name}")
+            module.add_options(command)
     options = parser.parse_args(words)
     missed = False
-    if options.name != "page":
-        found = modules[options.name].measure(options)
+    if module is not None:
+        found = module.measure(options)
         report.write(options.name, found)
         missed = not all(target.met for target in found.targets)
     report.fill_page()
