@@ -217,7 +217,13 @@ def reliability(session: nox.Session) -> None:
         "-m",
         "reliability",
         *session.posargs,
-        env={"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "2"},
+        env={
+            "KERAS_BACKEND": "tensorflow",
+            "TF_CPP_MIN_LOG_LEVEL": "2",
+            # Programs run as forks of a process that has no threads yet.
+            "OPENBLAS_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": "1",
+        },
     )
 
 

@@ -652,7 +652,8 @@ def check_can_fork() -> None:
     if len(list(Path("/proc/self/task").iterdir())) > 1:
         raise RuntimeError(
             "Programs run as forks of this process, which must not have computed "
-            "anything. Received: several threads"
+            "anything. Received: several threads. Start it with OMP_NUM_THREADS=1 "
+            "and OPENBLAS_NUM_THREADS=1, as `nox -s reliability` does."
         )
 
 
