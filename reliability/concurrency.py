@@ -82,7 +82,7 @@ def _resume() -> None:
         if status:
             raise RuntimeError(f"DVC failed. Received: {arguments}")
 
-    with mock.patch.object(resume, "_dvc", dvc):
+    with mock.patch.object(resume, "dvc", dvc):
         resume.main()
 
 
