@@ -23,8 +23,8 @@ def test_two_processes_give_the_same_bits(tmp_path):
     )
     assert first == second
     assert len(first["losses"]) == 2
-    loss, bound = first["certificate"]
-    assert 0 <= bound <= loss < 1.0
+    loss, bound, least = first["certificate"]
+    assert 0 <= least <= bound <= loss < 10.0
     assert json.dumps(first)
 
 
