@@ -1,4 +1,4 @@
-"""Certificates of small convex problems against optima computed with 50 digits.
+"""Certificates of small convex problems against optima computed with 60 digits.
 
 Random problems of a head: 3 to 40 samples with repeated inputs, conflicting labels,
 dependent features and weights of zero; every loss of the package, with every reduction;

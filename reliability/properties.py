@@ -5,9 +5,9 @@ drawn anew, so that most examples are cheap; what concerns arrays alone needs no
 Data have 1 to 60 samples with repeated inputs, conflicting labels, constant features
 and sample weights, 1 to 6 outputs, and any loss of the package.
 
-`tests/test_properties.py` takes some examples of each property. The long session takes
-10,000, in parts if it must: it goes on from its file of counts. An example that fails
-is shrunk and reported; it belongs into `EXAMPLES`, so that the tests repeat it.
+`tests/test_properties.py` takes some examples of each property. The full measurement
+takes 10,000, in parts if it must: it goes on from its file of counts. An example that
+fails is shrunk and reported; it belongs into `EXAMPLES`, so that the tests repeat it.
 """
 
 from __future__ import annotations
@@ -695,7 +695,7 @@ class Property:
         name: In words.
         check: Raises where an example does not have it.
         families: What it is checked on.
-        share: Number of examples of the long session, all families together.
+        share: Number of examples of the full measurement, all families together.
         few: Number of examples in the tests, of each family.
     """
 
