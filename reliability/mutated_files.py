@@ -24,9 +24,6 @@ from typing import Any
 
 import keras
 import numpy as np
-from dvc.exceptions import DvcException
-from dvc.schema import COMPILED_LOCKFILE_SCHEMA
-from dvc.utils import strictyaml
 
 import keras_dalign as kd
 from benchmarks.common import Target, table
@@ -186,6 +183,8 @@ class Corpus:
                     raise
 
             return "model.weights.h5", load
+        if name == "dvc.lock":
+            return name, _lock_reader()
         readers: dict[str, tuple[str, Load]] = {
             "npz, prepared data": (
                 "data/digits.npz",
@@ -201,7 +200,6 @@ class Corpus:
             ),
             "params.yaml, grid": ("params.yaml", params.load),
             "params.yaml, studies": ("params.yaml", settings.load),
-            "dvc.lock": ("dvc.lock", _lock_read),
         }
         return readers[name]
 
@@ -212,14 +210,21 @@ def _equal(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> bool:
     )
 
 
-def _lock_read(path: Path) -> None:
-    """Reads a lock as DVC does, then as the gate does."""
-    try:
-        strictyaml.load(str(path), COMPILED_LOCKFILE_SCHEMA)
-    except DvcException as error:
-        # DVC ends with a message, and the gate stops there.
-        raise ValueError("DVC refuses it") from error
-    gate.locked_paths(path.read_text("utf-8"))
+def _lock_reader() -> Load:
+    """What reads a lock as DVC does, then as the gate does."""
+    from dvc.exceptions import DvcException  # noqa: PLC0415
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA  # noqa: PLC0415
+    from dvc.utils import strictyaml  # noqa: PLC0415
+
+    def read(path: Path) -> None:
+        try:
+            strictyaml.load(str(path), COMPILED_LOCKFILE_SCHEMA)
+        except DvcException as error:
+            # DVC ends with a message, and the gate stops there.
+            raise ValueError("DVC refuses it") from error
+        gate.locked_paths(path.read_text("utf-8"))
+
+    return read
 
 
 class Watch:
