@@ -48,7 +48,7 @@ def typecheck(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests on TensorFlow; `-- ARGS` go to pytest."""
     # The pipelines use TensorFlow, so their tests run here.
-    session.install("-e", ".[repro]", *group("test", "tensorflow"))
+    session.install("-e", ".[repro]", *group("test", "tensorflow", "ecosystem"))
     run_pytest(session, "tensorflow")
 
 
@@ -212,6 +212,10 @@ def reproduce(session: nox.Session) -> None:
 def reliability(session: nox.Session) -> None:
     """Measure how reliable the package is; `-- NAME [options]`, `-- --help` lists."""
     session.install("-e", ".[repro]", *group("test", "tensorflow"))
+    if "architectures" in session.posargs:
+        # Without its tokenizer for TensorFlow, which comes with GPU libraries.
+        session.install(*group("keras_hub"))
+        session.install("--no-deps", "keras-hub>=0.32")
     session.run(
         "python",
         "-m",

@@ -13,6 +13,7 @@ from typing import Any
 
 import keras
 from keras.src.backend.common import global_state
+from keras.src.utils import io_utils
 
 # Where Keras keeps its subclasses of optimizers for PyTorch.
 _TORCH_OPTIMIZERS = "keras.src.backend.torch.optimizers."
@@ -230,3 +231,8 @@ def of_any_backend(config: Any) -> Any:
     if isinstance(module, str) and module.startswith(_TORCH_OPTIMIZERS):
         found |= {"module": "keras.optimizers", "registered_name": None}
     return found
+
+
+def print_message(message: str) -> None:
+    """Prints as Keras prints: to a log where interactive logging is disabled."""
+    io_utils.print_msg(message)

@@ -7,6 +7,7 @@ space does not count. A comment in the line before a block says what is special:
 - `<!-- illustration -->`, before output: it depends on the machine, so it is not
   compared. `python tests/pages.py --write PAGE` puts what was printed there.
 - `<!-- run: tensorflow -->`, before code: it is for this backend.
+- `<!-- run: needs dvclive -->`, before code: it is skipped without this package.
 - `<!-- run: warns -->`: it warns.
 - `<!-- run: no, REASON -->`: it is not run.
 """
@@ -15,6 +16,7 @@ import argparse
 import contextlib
 import dataclasses
 import doctest
+import importlib.util
 import io
 import os
 import re
@@ -57,6 +59,12 @@ class Block:
         """Whether it is run on a backend."""
         backends = {"tensorflow", "jax", "torch"} & set(self.marks)
         return "no" not in self.marks and (not backends or backend in backends)
+
+    @property
+    def missing(self):
+        """The packages it needs that are not installed."""
+        needed = [m.removeprefix("needs ") for m in self.marks if m[:6] == "needs "]
+        return [name for name in needed if importlib.util.find_spec(name) is None]
 
     def run(self, path, namespace):
         """Runs it; gives what it printed."""
@@ -115,7 +123,7 @@ def run(path, backend):
         os.chdir(folder)
         try:
             for block in blocks(path.read_text(encoding="utf-8")):
-                if block.runs_on(backend):
+                if block.runs_on(backend) and not block.missing:
                     yield block, block.run(path, namespace)
         finally:
             os.chdir(here)

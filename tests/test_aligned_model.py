@@ -472,7 +472,37 @@ def test_the_same_inputs_and_outputs():
     assert model.compute_output_shape((5, 8, 8, 1)) == (5, 10)
     assert model(np.zeros((3, 8, 8, 1), "float32")).shape == (3, 10)
     assert [t.shape for t in model.inputs] == [(None, 8, 8, 1)]
-    model.summary(print_fn=lambda *_args, **_kwargs: None)
+
+
+def test_the_summary_ends_with_phase_and_head():
+    model = aligned(convnet(), compiled=False)
+    total = model.count_params()
+
+    def printed():
+        lines = []
+        model.summary(print_fn=lambda text, **_kwargs: lines.append(text))
+        return "\n".join(lines)
+
+    before = printed()
+    assert f"{model.head.name} (AlignmentHead)" in before
+    trained = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
+    assert f"Phase 1 of 2, exploring: all layers are trained ({trained:,} of" in before
+    assert f"of {total:,} parameters)" in before
+    assert "Head: linear; the switch adds gated units, at most" in before
+    model.start_exploiting(width=3)
+    after = printed()
+    trained = 10 + 3 * 10 * model.head.dim
+    assert f"exploiting: q and b of the head are trained ({trained:,} of" in after
+    assert "Head: linear, and 3 gated units per output (random gates, shared" in after
+    model = aligned(convnet(), compiled=False)
+    model.start_exploiting(width=3, replace_dense=True)
+    assert "Head: 3 gated units per output" in printed()
+
+
+def test_the_summary_is_printed_as_keras_prints(capsys):
+    keras.config.enable_interactive_logging()
+    aligned(convnet(), compiled=False).summary()
+    assert "Phase 1 of 2, exploring" in capsys.readouterr().out
 
 
 def test_several_inputs_and_another_feature_tensor():

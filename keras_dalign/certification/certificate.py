@@ -7,6 +7,9 @@ import html
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import keras
+
+from keras_dalign.certification.model_card import model_card
 from keras_dalign.numerics.html_table import html_table
 from keras_dalign.numerics.rounding import rounded
 
@@ -46,6 +49,9 @@ class Certificate:
             to rounding it is never below `gap`.
         quadratic_bound: For a model that ends in a `QuadraticHead`, the bound on its
             objective minus the global minimum over the head's weights; else None.
+        data_digest: Identifies the samples: 128 bits, as 32 hexadecimal digits, of
+            their inputs, targets and weights, in any order. Inputs in another dtype are
+            other inputs.
     """
 
     loss: float
@@ -62,6 +68,7 @@ class Certificate:
     l2_gap: float | None = None
     gradient_bound: GradientBound | None = None
     quadratic_bound: QuadraticBound | None = None
+    data_digest: str = ""
 
     @property
     def l2_lower_bound(self) -> float | None:
@@ -75,6 +82,23 @@ class Certificate:
         fields = dataclasses.asdict(self)
         fields["conflicts"] = [list(conflict) for conflict in self.conflicts]
         return fields
+
+    def model_card(self, model: keras.Model) -> str:
+        """A model card with this certificate, for a hub of models.
+
+        It states the objective, the loss and its gap, the digest of the data, how to
+        check these, and the versions in use.
+
+        Args:
+            model: The certified model.
+
+        Returns:
+            Markdown that begins with YAML metadata.
+
+        Raises:
+            ValueError: If `model` is not a `keras.Model`.
+        """
+        return model_card(self, model)
 
     def __str__(self) -> str:
         gap = rounded(self.gap, up=True) if self.gap else "0 (to rounding)"

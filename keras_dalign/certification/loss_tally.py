@@ -138,4 +138,5 @@ class LossTally:
                 "without regularisation or augmentation"
             ),
             dtype=self._dtype,
+            data_digest=self.repeats.digest(),
         )

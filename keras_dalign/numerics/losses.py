@@ -13,6 +13,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import scipy.special
 from keras import ops
 
 from keras_dalign.numerics.labels import (
@@ -124,6 +125,19 @@ class ConvexLoss(abc.ABC):
 
         Returns:
             Tensors of shapes `(n,)` and `(n, C)`.
+        """
+
+    @abc.abstractmethod
+    def curvature(self, logits: Array, targets: Array) -> tuple[Array, Array | None]:
+        """Hessian of each sample's loss in its own logits.
+
+        Args:
+            logits: Model outputs, shape `(n, C)`.
+            targets: From `targets`, shape `(n, C)`.
+
+        Returns:
+            Arrays `a` and `b` of shape `(n, C)`: the Hessians are
+            `diag(a_i) - b_i b_i^T`; None for `b` of 0.
         """
 
     @abc.abstractmethod
@@ -282,6 +296,12 @@ class SoftmaxCrossEntropy(ConvexLoss):
             top, (mass - targets) - scale * rest, scale * shares - targets
         )
 
+    def curvature(self, logits: Array, targets: Array) -> tuple[Array, Array | None]:
+        """`diag(p) - p p^T` for the probabilities `p`; see `ConvexLoss`."""
+        mass = targets.sum(axis=1, keepdims=True)
+        probabilities = scipy.special.softmax(logits, axis=1)
+        return mass * probabilities, np.sqrt(mass) * probabilities
+
     def max_curvature(self, n_outputs: int) -> float:  # noqa: ARG002
         """1/2, up to the rounding of soft labels; see `ConvexLoss`."""
         return 0.5 * (1.0 if self.sparse else 1.0 + ROW_SUM_TOLERANCE)
@@ -345,6 +365,11 @@ class BinaryCrossEntropy(ConvexLoss):
         slopes = (1.0 - targets) * ops.sigmoid(logits) - targets * ops.sigmoid(-logits)
         return ops.mean(losses, axis=1), slopes / logits.shape[1]
 
+    def curvature(self, logits: Array, targets: Array) -> tuple[Array, Array | None]:  # noqa: ARG002
+        """`p (1 - p) / C` for the probabilities `p`; see `ConvexLoss`."""
+        slopes = scipy.special.expit(logits) * scipy.special.expit(-logits)
+        return slopes / logits.shape[1], None
+
     def max_curvature(self, n_outputs: int) -> float:
         """`1 / (4 C)`; see `ConvexLoss`."""
         return 0.25 / n_outputs
@@ -391,6 +416,10 @@ class SquaredError(ConvexLoss):
         """Both, for tensors; see `ConvexLoss`."""
         errors = logits - targets
         return ops.mean(ops.square(errors), axis=1), errors * (2.0 / logits.shape[1])
+
+    def curvature(self, logits: Array, targets: Array) -> tuple[Array, Array | None]:  # noqa: ARG002
+        """`2 / C`; see `ConvexLoss`."""
+        return np.full(logits.shape, 2.0 / logits.shape[1]), None
 
     def max_curvature(self, n_outputs: int) -> float:
         """`2 / C`; see `ConvexLoss`."""

@@ -142,6 +142,22 @@ class Repeats:
             )
         return bound + 0.0  # A sum of empty entropies may be -0.0.
 
+    def digest(self) -> str:
+        """A 128-bit digest of the samples: inputs, targets and weights, in any order.
+
+        Samples of weight 0 are left out, and a sample of weight 2 is a sample twice.
+
+        Returns:
+            32 hexadecimal digits.
+        """
+        inputs = list(self._inputs)
+        targets = [_digest(row) for row in self._targets]
+        samples = sorted(
+            inputs[i] + targets[j] + np.float64(weight).tobytes()
+            for (i, j), weight in zip(self._pairs, self._weights, strict=True)
+        )
+        return _digest(b"".join(samples)).hex()
+
     def conflicts(self) -> tuple[int, tuple[tuple[int, ...], ...]]:
         """Distinct inputs with two or more targets, among samples of positive weight.
 
@@ -190,7 +206,7 @@ class PassRecord:
         arrays = [np.asarray(column) for column in columns if column is not None]
         for i, sample in enumerate(digests):
             parts = [sample, *(array[i].tobytes() for array in arrays)]
-            whole = hashlib.blake2b(b"".join(parts), digest_size=_DIGEST_SIZE).digest()
+            whole = _digest(b"".join(parts))
             self._ordered.update(whole)
             self._unordered += int.from_bytes(whole, "little")
         self._unordered %= 1 << (8 * _DIGEST_SIZE)
@@ -224,6 +240,10 @@ class PassRecord:
                 f"The data changed in order between two passes. {advice} Received: "
                 f"the same {self.n} samples, in another order"
             )
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=_DIGEST_SIZE).digest()
 
 
 def _canonical(leaf: Any) -> np.ndarray:

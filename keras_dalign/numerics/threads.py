@@ -31,7 +31,7 @@ _turn = threading.RLock()
 
 
 def in_turn(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Makes a function that at most one thread runs, of all those made so."""
+    """Decorates functions of which one thread at a time may run one."""
 
     @functools.wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
@@ -43,7 +43,7 @@ def in_turn(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
 
 @functools.cache
 def controller() -> ThreadpoolController:
-    """What knows and limits the threads of BLAS."""
+    """The object that counts and limits the threads of BLAS."""
     return ThreadpoolController().select(user_api="blas")
 
 

@@ -73,6 +73,18 @@ class Gates:
         values *= self.w.astype(v.dtype)
         return values
 
+    def of_rows(self, rows: npt.NDArray[np.intp], v: np.ndarray) -> np.ndarray:
+        """The values for some samples.
+
+        Args:
+            rows: Their indices.
+            v: Their features, shape `(rows, d)`.
+
+        Returns:
+            Shape `(rows, G, m)`.
+        """
+        return self.values(v) if self.kept is None else self.kept[rows]
+
     def all_values(self, rows: FeatureRows, dtype: npt.DTypeLike) -> np.ndarray:
         """The values for all samples, shape `(n, G, m)`."""
         if self.kept is not None:

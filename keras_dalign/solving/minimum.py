@@ -1,8 +1,9 @@
 """Full-batch minimisation of a head's convex problem, until the gap is small.
 
-There are two methods: L-BFGS (SciPy's L-BFGS-B) and, for squared error on few samples,
-a closed form. Large problems are evaluated in float32 as long as this makes progress.
-The last iterate is measured in float64.
+There are two methods: L-BFGS (SciPy's L-BFGS-B, with a preconditioner where there is an
+L2 term) and, for squared error on few samples, a closed form. Large problems are
+evaluated in float32 as long as this makes progress. The last iterate is measured in
+float64.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from keras_dalign.numerics.losses import SquaredError
 from keras_dalign.numerics.rounding import EPS
 from keras_dalign.numerics.threads import one_blas_thread
 from keras_dalign.solving.closed_form import ClosedForm
+from keras_dalign.solving.preconditioner import Preconditioner
 
 if TYPE_CHECKING:
     from keras_dalign.numerics import Array
@@ -36,8 +38,9 @@ _DIRECT_SAMPLES = 4096
 _STALL_ITERATIONS = 100
 _STALL_PART = 0.01
 
-# Pairs of steps and gradient changes that L-BFGS stores.
-_PAIRS = 10
+# Pairs of steps and gradient changes that L-BFGS stores, without and with a
+# preconditioner.
+_PAIRS, _PAIRS_PRECONDITIONED = 10, 5
 _LINE_SEARCH_STEPS = 40
 # In float32, a line search that takes more steps than this has reached rounding.
 _LINE_SEARCH_STEPS_FLOAT32 = 8
@@ -281,17 +284,24 @@ class _Minimisation:
         limit = _LINE_SEARCH_STEPS_FLOAT32 if fast else math.inf
         at = accepted = begin
         searched = 0
-        asked = begin.theta
+        with one_blas_thread():
+            change = Preconditioner.at(self.problem, begin, self.l2)
+        start = asked = begin.theta if change is None else np.zeros_like(begin.theta)
 
-        def value_and_gradient(theta: Array) -> tuple[float, Array]:
+        def value_and_gradient(variables: Array) -> tuple[float, Array]:
             nonlocal at, asked, searched
             searched += 1
             if searched > limit:
                 raise _LineSearchError
-            asked = theta.copy()
-            at = self.problem.evaluate(asked, self.l2, products)
+            asked = variables.copy()
+            theta = asked if change is None else begin.theta + change.theta(asked)
+            at = self.problem.evaluate(theta, self.l2, products)
             self.evaluations += 1
-            return at.value, at.gradient
+            if change is None:
+                return at.value, at.gradient
+            # CPUs may differ in the last bit, as in `ConvexProblem.evaluate`.
+            gradient = change.gradient(at.gradient)
+            return at.value, self.problem.replicas.from_first(gradient)
 
         def callback(intermediate_result: Any) -> None:
             nonlocal accepted, searched
@@ -309,12 +319,12 @@ class _Minimisation:
         with one_blas_thread(), contextlib.suppress(_LineSearchError):
             scipy.optimize.minimize(
                 value_and_gradient,
-                begin.theta,
+                start,
                 jac=True,
                 method="L-BFGS-B",
                 callback=callback,
                 options={
-                    "maxcor": _PAIRS,
+                    "maxcor": _PAIRS if change is None else _PAIRS_PRECONDITIONED,
                     "ftol": 0.0,
                     "gtol": 0.0,
                     "maxiter": self.max_iterations - self.iterations + 1,

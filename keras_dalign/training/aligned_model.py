@@ -7,7 +7,7 @@ that depend on the phase.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -20,6 +20,7 @@ from keras_dalign.head.saved_state import refuse_hdf5
 from keras_dalign.numerics.arguments import rebuilding, shown
 from keras_dalign.numerics.replicas import runs_on_hosts
 from keras_dalign.training.dalign import DAlign
+from keras_dalign.training.head_summary import head_summary
 from keras_dalign.training.training_data import check_class_weight
 from keras_dalign.training.training_run import TrainingRun
 from keras_dalign.training.trunk import feature_shape, frozen_features, input_specs
@@ -382,6 +383,26 @@ class AlignedModel(keras.Model):
         """All other weights."""
         trained = {id(v) for v in self.trainable_variables}
         return [v for v in self.weights if id(v) not in trained]
+
+    def summary(
+        self,
+        line_length: int | None = None,
+        positions: Sequence[float] | None = None,
+        print_fn: Callable[[str], Any] | None = None,
+        expand_nested: bool = False,
+        show_trainable: bool = False,
+        layer_range: Sequence[str] | None = None,
+    ) -> None:
+        """Prints Keras's summary and the state of the head; arguments as in Keras."""
+        super().summary(
+            line_length=line_length,
+            positions=positions,
+            print_fn=print_fn,
+            expand_nested=expand_nested,
+            show_trainable=show_trainable,
+            layer_range=layer_range,
+        )
+        (print_fn or compat.print_message)(head_summary(self))
 
     def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """Saves the model as a `.keras` file; arguments as in Keras.

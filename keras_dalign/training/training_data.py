@@ -28,6 +28,7 @@ VALIDATION_DATA, EXPLOIT = "validation_data", "exploit_data"
 
 # Labels are checked in blocks of rows, as the check makes an array `(rows, classes)`.
 _CHECKED_AT_ONCE = 8192
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,7 +88,8 @@ class TrainingData:
 
         Raises:
             ValueError: If arrays are empty, non-finite or of the wrong shape or kind,
-                if targets are missing, or do not fit the loss.
+                if targets are missing, do not fit the loss, or make it overflow
+                float32.
         """
         data.check_data(
             self.x,
@@ -115,7 +117,17 @@ class TrainingData:
         labels = keras.tree.map_structure(keras.ops.convert_to_numpy, self.y)
         y = single_array(labels, "y")
         for start in range(0, n, _CHECKED_AT_ONCE):
-            loss.targets(y[start : start + _CHECKED_AT_ONCE], model.head.units)
+            rows = y[start : start + _CHECKED_AT_ONCE]
+            targets = loss.targets(rows, model.head.units)
+            with np.errstate(over="ignore"):
+                largest = loss.value(np.zeros_like(targets), targets).max(initial=0.0)
+            if largest * len(rows) > _FLOAT32_MAX:
+                raise ValueError(
+                    f"The targets `y`{of} are so large that the loss overflows "
+                    "float32. Scale them, for example to a standard deviation of 1. "
+                    f"Received: targets up to {np.abs(targets).max():g}, with a loss "
+                    f"of {largest:g} at outputs of 0"
+                )
 
     def nonempty(self) -> TrainingData:
         """The same data, after a check that an iterator has a batch."""

@@ -40,6 +40,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "bound": lambda w, **a: w.forecast.bound(**a),
     "steps_to": lambda w, **a: w.forecast.steps_to(**a),
     "steps_to_gap": lambda w, **a: w.forecast.steps_to_gap(**a),
+    "model_card": lambda w, **a: w.certificate.model_card(**{"model": w.base, **a}),
     "check_alignment": lambda w, **a: kd.check_alignment(
         **{"model": w.base, "x": w.x, "y": w.y, **a}
     ),

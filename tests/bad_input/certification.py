@@ -37,6 +37,13 @@ CERTIFICATION = [
         1.5,
         "x",
     ),
+    *values(
+        "model_card",
+        "model",
+        r"`model` must be a keras\.Model.*Received: model=",
+        None,
+        "x",
+    ),
     *values("bound", "steps", r"`steps` must be.*Received", -1, NAN, "x", None),
     *values("steps_to", "loss", r"`loss` must be.*Received: loss=", NAN, INF, "x"),
     *values("steps_to_gap", "gap", r"`gap` must be.*Received: gap=", 0, -1, NAN, "x"),

@@ -45,6 +45,7 @@ class World:
             [keras.Input((64,)), kd.QuadraticHead(1, width=4, seed=0)]
         )
         self._forecast = None
+        self._certificate = None
 
     def weights(self):
         """All weights of all models."""
@@ -57,6 +58,13 @@ class World:
         if self._forecast is None:
             self._forecast = kd.forecast(self.exploiting, self.x, self.y)
         return self._forecast
+
+    @property
+    def certificate(self):
+        """A certificate of the base model, computed once."""
+        if self._certificate is None:
+            self._certificate = kd.certify(self.base, self.x, self.y)
+        return self._certificate
 
 
 def stream(world):
