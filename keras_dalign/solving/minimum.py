@@ -285,7 +285,7 @@ class _Minimisation:
         at = accepted = begin
         searched = 0
         with one_blas_thread():
-            change = Preconditioner.at(self.problem, begin, self.l2)
+            change = Preconditioner.at(self.problem, begin, self.l2, products.dtype)
         start = asked = begin.theta if change is None else np.zeros_like(begin.theta)
 
         def value_and_gradient(variables: Array) -> tuple[float, Array]:

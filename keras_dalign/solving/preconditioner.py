@@ -25,6 +25,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import scipy.linalg
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ _WORTH_GRADIENTS = 16
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Preconditioner:
-    """The linear map `P`.
+    """The linear map `P`, in the dtype of its arrays.
 
     Attributes:
         features: Eigenvectors of `S`, shape `(d, d)`.
@@ -49,15 +50,19 @@ class Preconditioner:
         bias_scales: The same for the bias, `(C,)`.
     """
 
-    features: Array
-    outputs: Array
-    units: Array
-    scales: Array
-    bias_scales: Array
+    features: np.ndarray
+    outputs: np.ndarray
+    units: np.ndarray
+    scales: np.ndarray
+    bias_scales: np.ndarray
 
     @classmethod
     def at(
-        cls, problem: ConvexProblem, begin: Evaluation, l2: float
+        cls,
+        problem: ConvexProblem,
+        begin: Evaluation,
+        l2: float,
+        dtype: npt.DTypeLike = np.float64,
     ) -> Preconditioner | None:
         """The preconditioner for the curvatures at a point.
 
@@ -65,6 +70,7 @@ class Preconditioner:
             problem: The problem.
             begin: The point.
             l2: Weight of the L2 term.
+            dtype: The dtype of the products that compute the gradients.
 
         Returns:
             The preconditioner. None without an L2 term, where the minimum that is
@@ -102,29 +108,29 @@ class Preconditioner:
         else:
             outputs, units = np.eye(problem.units), np.eye(problem.width)
             curvatures = np.einsum("ic,icm->cm", diagonal, gates**2)
-        return cls(
-            features,
-            outputs,
-            units,
-            1.0 / np.sqrt(sizes[:, None, None] * curvatures + l2),
-            1.0 / np.sqrt(of_outputs + l2),
-        )
+        scales = 1.0 / np.sqrt(sizes[:, None, None] * curvatures + l2)
+        bias_scales = 1.0 / np.sqrt(of_outputs + l2)
+        arrays = (features, outputs, units, scales, bias_scales)
+        return cls(*(array.astype(dtype, copy=False) for array in arrays))
 
     def theta(self, u: Array) -> Array:
         """`P u`, shape `(size,)`."""
         units = len(self.outputs)
+        u = u.astype(self.scales.dtype, copy=False)
         q = self.scales * u[:-units].reshape(self.scales.shape)
         q = self.features @ (self.outputs @ (q @ self.units.T)).reshape(len(q), -1)
         bias = self.outputs @ (self.bias_scales * u[-units:])
-        return np.concatenate([q.ravel(), bias])
+        return np.concatenate([q.ravel(), bias]).astype(np.float64, copy=False)
 
     def gradient(self, gradient: Array) -> Array:
         """The gradient in `u` for one in `theta`: `P^T gradient`, shape `(size,)`."""
         units = len(self.outputs)
+        gradient = gradient.astype(self.scales.dtype, copy=False)
         q = self.features.T @ gradient[:-units].reshape(len(self.features), -1)
         q = self.outputs.T @ (q.reshape(self.scales.shape) @ self.units)
         bias = self.bias_scales * (self.outputs.T @ gradient[-units:])
-        return np.concatenate([(self.scales * q).ravel(), bias])
+        found = np.concatenate([(self.scales * q).ravel(), bias])
+        return found.astype(np.float64, copy=False)
 
 
 def _eigen(matrix: np.ndarray) -> tuple[Array, Array]:
