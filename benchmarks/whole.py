@@ -1,12 +1,11 @@
-"""`solve(l2="auto")` on whole data sets: time, growth with the samples, memory.
+"""`solve(l2="auto")` on whole data sets: time relative to training, and test error.
 
 Trains ResNet-8 on all of CIFAR-10 (20 epochs, crops and flips, Adam with a cosine
 schedule from 5e-3, batch 128) and on all of MNIST (10 epochs), or reads networks that
 an earlier run stored in `--cache`. For each network it measures
 
 - the time of `solve(l2="auto")` divided by the training time,
-- the test error, and that of a head with the width that fits any labels,
-- the time without the trunk's passes, for all samples and for parts of them.
+- the test error, and that of a head with the width that fits any labels.
 
 The training time is the number of epochs times the median time of four epochs, which
 are timed before each solve.
@@ -18,7 +17,6 @@ import argparse
 import json
 import tempfile
 import time
-import tracemalloc
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -29,11 +27,7 @@ import numpy as np
 import keras_dalign as kd
 from benchmarks import common
 from benchmarks.common import Data, Target
-from keras_dalign.head.features import FeatureSet
 from keras_dalign.numerics.losses import SoftmaxCrossEntropy
-from keras_dalign.solving.head_solver import HeadSolver, first_width
-from keras_dalign.solving.options import SolveOptions
-from keras_dalign.training.switch import switch
 from pipelines.stream import FollowEpoch, Stream
 
 BATCH_SIZE = 128
@@ -41,7 +35,6 @@ EPOCHS = {"cifar10": 20, "mnist": 10}
 TIMED_EPOCHS = 4
 RATES = {"cifar10": 5e-3, "mnist": 3e-3}
 AUGMENT = {"cifar10": {"crop": 4, "flip": True}, "mnist": None}
-SIZES = (1_000, 2_000, 5_000, 10_000, 20_000, 50_000)
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
@@ -128,76 +121,6 @@ def solved(base: Any, data: Data, width: int | None = None) -> dict[str, Any]:
     }
 
 
-def features_of(base: Any, data: Data) -> tuple[Any, FeatureSet]:
-    """An aligned model after its switch, and its features of all samples."""
-    model = kd.align(base, n_samples=len(data.x), seed=0, copy=True)
-    width = first_width(model.head, SolveOptions(l2="auto"))
-    _, features = switch(
-        model,
-        data.x,
-        data.y,
-        width=width,
-        rank_matters=False,
-        keep_features=True,
-        digest=True,
-    )
-    return model, features
-
-
-def part_of(features: FeatureSet, rows: np.ndarray) -> FeatureSet:
-    """Some of the samples."""
-    z = keras.tree.map_structure(lambda leaf: leaf[rows], features.z)
-    digests = [features.digests[row] for row in rows]
-    return FeatureSet(z, features.y[rows], None, features.batch_size, digests)
-
-
-def solve_features(model: Any, features: FeatureSet) -> dict[str, Any]:
-    """Times the L2 path, the widths and the minimum, without the trunk."""
-    model.set_width(8)
-    begin = time.perf_counter()
-    solver = HeadSolver(
-        model.head,
-        features,
-        SoftmaxCrossEntropy(),
-        SolveOptions(l2="auto"),
-        set_width=model.set_width,
-    )
-    solution = solver.solve()
-    return {
-        "n": len(features.y),
-        "seconds": time.perf_counter() - begin,
-        "width": model.head.width,
-        "gap": solution.gap,
-        "gradients": solution.last.evaluations,
-    }
-
-
-def growth(model: Any, features: FeatureSet, repeats: int) -> dict[str, Any]:
-    """Seconds for larger and larger parts of the samples, and the fitted exponent."""
-    order = np.random.default_rng(0).permutation(len(features.y))
-    runs = []
-    for size in SIZES:
-        part = part_of(features, np.sort(order[:size]))
-        found = [
-            solve_features(model, part) for _ in range(repeats if size < 20_000 else 1)
-        ]
-        seconds = median(run["seconds"] for run in found)
-        runs.append({**found[-1], "seconds": seconds})
-    logs = np.log([[run["n"], run["seconds"]] for run in runs])
-    exponent = float(np.polyfit(logs[:, 0], logs[:, 1], 1)[0])
-    return {"runs": runs, "exponent": exponent}
-
-
-def memory(model: Any, features: FeatureSet) -> dict[str, float]:
-    """Peak of NumPy's memory beyond the features, in units of `n m` float64 numbers."""
-    tracemalloc.start()
-    found = solve_features(model, features)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    numbers = found["n"] * found["width"]
-    return {"peak bytes": peak, "width": found["width"], "floats": peak / 8 / numbers}
-
-
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """All runs on one data set."""
     data = read(options.data, name)
@@ -214,22 +137,12 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             found["wide"] = solved(base, data, width=wide)
         seeds.append(found)
         print(json.dumps(found), flush=True)
-    model, features = features_of(base, data)
-    whole = solve_features(model, features)
-    return {
-        "seeds": seeds,
-        "without the trunk": whole,
-        "growth": growth(model, features, options.repeats),
-        "memory": memory(model, features),
-    }
+    return {"seeds": seeds}
 
 
 def targets_of(found: dict[str, Any], wide: bool) -> list[Target]:
     """The figures that must be shown."""
-    targets = [
-        Target(f"{name}: exponent of the growth", runs["growth"]["exponent"], 1.1)
-        for name, runs in found.items()
-    ]
+    targets = []
     if "cifar10" in found:
         seeds = found["cifar10"]["seeds"]
         ratios = [run["auto"]["seconds"] / run["base seconds"] for run in seeds]
@@ -241,13 +154,6 @@ def targets_of(found: dict[str, Any], wide: bool) -> list[Target]:
             targets.append(
                 Target("CIFAR-10: points lost to the wide head", fmean(lost), 0.15)
             )
-        floats = found["cifar10"]["memory"]["floats"]
-        targets.append(Target("CIFAR-10: memory beyond features, n m", floats, 1.5))
-    if "mnist" in found:
-        seconds = found["mnist"]["without the trunk"]["seconds"]
-        base = found["mnist"]["seeds"][0]["base seconds"]
-        targets.append(Target("MNIST: path and solve, seconds", seconds, 15.0))
-        targets.append(Target("MNIST: path and solve / training", seconds / base, 0.05))
     return targets
 
 
@@ -285,7 +191,8 @@ def _seed_rows(name: str, found: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options for data and trained networks."""
     common.add_data_folder(parser, "cifar10", "mnist")
     parser.add_argument(
         "--cache",
@@ -294,7 +201,10 @@ def _options(parser: argparse.ArgumentParser) -> None:
         help="folder for the trained networks",
     )
     parser.add_argument("--sets", nargs="+", default=["cifar10", "mnist"])
-    parser.add_argument("--repeats", type=int, default=3)
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    add_options(parser)
     parser.add_argument("--wide", action=argparse.BooleanOptionalAction, default=True)
 
 
@@ -314,29 +224,11 @@ def main() -> None:
         "/ training",
     ]
     rows = [row for name, runs in found.items() for row in _seed_rows(name, runs)]
-    sizes = [
-        [
-            name,
-            f"{run['n']:,}",
-            f"{run['width']}",
-            f"{run['gradients']}",
-            f"{run['gap']:.1e}",
-            f"{run['seconds']:.2f}",
-        ]
-        for name, runs in found.items()
-        for run in runs["growth"]["runs"]
-    ]
     common.write(
         options.out,
         "whole",
         title="Whole data sets",
-        body=[
-            common.table(header, rows),
-            "Path, widths and minimum without the trunk, for parts of the samples:",
-            common.table(
-                ["data", "n", "width", "gradients, last", "gap", "seconds"], sizes
-            ),
-        ],
+        body=[common.table(header, rows)],
         targets=targets_of(found, options.wide),
         settings={"batch size": BATCH_SIZE, "epochs": EPOCHS, "rates": RATES},
         measurements=found,
