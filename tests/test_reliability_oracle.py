@@ -71,7 +71,7 @@ def test_the_oracle_agrees_with_ridge_regression():
 
 def test_the_report():
     report = oracle.measure(argparse.Namespace(problems=6, models=0))
-    assert [target.bound for target in report.targets] == [6, 0, 10.0]
+    assert [target.bound for target in report.targets] == [6, 0, 0.02, 10.0]
     assert report.targets[0].measured == 6
     assert len(report.measurements) == 6
     assert report.body[-1] == "Failures: none."
