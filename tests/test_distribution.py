@@ -105,6 +105,9 @@ def test_results_are_those_of_one_device(kind):
             assert found.keys() == expected.keys()
             for key, value in expected.items():
                 tolerance = 1e-6 + 1e-3 * np.max(np.abs(value))
+                if key.startswith("iterations"):
+                    # Sums in another order may take a step more or less.
+                    tolerance = 2 + 0.05 * value
                 np.testing.assert_allclose(
                     found[key], value, 0, tolerance, err_msg=f"{key} of {case}"
                 )
@@ -154,7 +157,9 @@ def test_batches_that_replicas_do_not_divide(exploit, mirrored):
     x, y = digits(51)
     with mirrored.scope():
         model = kd.align(mlp(), n_samples=len(x))
-        options = {"l2": 1e-2} if exploit else None
+        # Few iterations: TensorFlow may crash when it frees a strategy's iterator, of
+        # which each iteration with validation data makes one.
+        options = {"l2": 1e-2, "max_iterations": 3} if exploit else None
         optimizer = kd.DAlign(
             keras.optimizers.Adam(1e-2),
             explore=2,
