@@ -30,20 +30,22 @@ list.
   `objective`; and the `quadratic_head`, another output layer;
 - `solving`: `problem` is the convex problem of a head on kept features, and `products`
   multiply by them (in NumPy, or as `device_products`); `minimum` minimises it, by
-  L-BFGS or in `closed_form`; `held_out` samples choose the L2 weight (`l2_path`) and
-  the `width`; `head_solver` calls these in order, and `solve_message` describes the
-  outcome;
+  L-BFGS with a `preconditioner` or in `closed_form`; `held_out` samples choose the L2
+  weight (`l2_path`) and the `width`; `head_solver` calls these in order, and
+  `solve_message` describes the outcome;
 - `training`: `surgery` finds the `output_layer` in a `model_graph` and builds an
   `aligned_model`; `feature_map` chooses the input of the gated units. `training_run`
   runs the phases on checked `training_data`, with `dalign` as optimizer, `validation`
   and `run_callbacks`. `switch` goes from one phase to the other, and may set the
-  weights to their `weight_average`;
+  weights to their `weight_average`. `head_summary` adds the phase and the head to
+  `model.summary()`;
 - `diagnostics`: the conditions of global convergence, measured on any model.
   `precision` makes float64 copies, `engines` differentiate them on each backend,
   `jacobian` multiplies by the result (`jacobian_builder` chooses the kind);
   `tangent_kernel`, `structure`, `alignment` and `gradient_bound` use it;
 - `certification`: `certify`, `forecast` and `solver` take models and data as users have
-  them, and return a `certificate`, a `forecast_result` or a solve result;
+  them, and return a `certificate`, a `forecast_result` or a solve result; `model_card`
+  writes a certificate as a card for a model hub;
   `quadratic_bound` and `quadratic_solver` are for the quadratic head; `monitor` logs
   the conditions during training.
 

@@ -96,6 +96,17 @@ def name(kind):
     return "-".join(map(str, kind))
 
 
+def allowed(key, value):
+    """By how much a number may differ: sums in another order end at another iterate."""
+    if key.startswith("iterations"):
+        return 2 + 0.05 * value
+    if key in {"gap", "certified"}:
+        return 1e-6 + value
+    # A gap of `g` leaves the parameters open by about the square root of `g`.
+    part = 1e-2 if key in {"q", "bias"} else 1e-3
+    return 1e-6 + part * np.max(np.abs(value))
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=name)
 def test_results_are_those_of_one_device(kind):
     (alone,) = run("alone", 1)
@@ -104,12 +115,12 @@ def test_results_are_those_of_one_device(kind):
             expected = alone["results"][case]
             assert found.keys() == expected.keys()
             for key, value in expected.items():
-                tolerance = 1e-6 + 1e-3 * np.max(np.abs(value))
-                if key.startswith("iterations"):
-                    # Sums in another order may take a step more or less.
-                    tolerance = 2 + 0.05 * value
                 np.testing.assert_allclose(
-                    found[key], value, 0, tolerance, err_msg=f"{key} of {case}"
+                    found[key],
+                    value,
+                    0,
+                    allowed(key, value),
+                    err_msg=f"{key} of {case}",
                 )
 
 

@@ -4,6 +4,9 @@ The guarantees of this package need a loss that is convex in the model's outputs
 families of such losses are here. Each has its value, its derivatives in the logits, and
 a lower bound: the least loss that any function of the inputs can have on samples with
 identical inputs. `keras_losses.py` finds the family of a Keras loss.
+
+The file is long because each family has the same nine short methods, one after the
+other, so that a formula and its derivatives can be compared on one page.
 """
 
 from __future__ import annotations
