@@ -9,7 +9,7 @@ from random_problems import LOSSES, random_case
 from keras_dalign.numerics.losses import SoftmaxCrossEntropy, SquaredError
 from keras_dalign.solving import minimum
 from keras_dalign.solving.minimum import minimize
-from keras_dalign.solving.preconditioner import Preconditioner
+from keras_dalign.solving.preconditioner import Preconditioner, iterations_before
 from keras_dalign.solving.problem import ConvexProblem
 
 L2 = 1e-2
@@ -133,17 +133,21 @@ def test_softmax_keeps_the_sum_of_the_outputs():
     assert np.abs(q.sum(axis=1)).max() < 1e-8 * np.abs(q).max()
 
 
-def test_none_without_l2_term_or_where_it_costs_more_than_it_saves():
+def test_none_without_l2_term():
     case = random_case("sparse", 6, n=40, share=True)
     begin = case.problem.evaluate(case.theta)
     assert Preconditioner.at(case.problem, begin, 0.0) is None
     assert Preconditioner.at(case.problem, begin, L2) is not None
+
+
+def wide(n=60, p=300):
+    """Eigenvectors of so many features cost more than some iterations."""
     rng = np.random.default_rng(7)
-    features = np.concatenate([rng.normal(size=(20, 400)), np.ones((20, 1))], axis=1)
-    targets = np.eye(2)[rng.integers(0, 2, 20)]
-    wide = ConvexProblem(
-        features,
-        rng.normal(size=(401, 1, 1)),
+    u = rng.normal(size=(n, p)) * 10.0 ** -np.linspace(0, 2, p)
+    targets = np.eye(2)[rng.integers(0, 2, n)]
+    return ConvexProblem(
+        np.concatenate([u, np.ones((n, 1))], axis=1),
+        rng.normal(size=(p + 1, 1, 1)),
         np.ones((1, 1)),
         20.0,
         0 * targets,
@@ -151,8 +155,55 @@ def test_none_without_l2_term_or_where_it_costs_more_than_it_saves():
         None,
         SoftmaxCrossEntropy(),
     )
-    start = wide.evaluate(np.zeros(wide.size))
-    assert Preconditioner.at(wide, start, L2) is None
+
+
+def test_many_features_start_without_it(monkeypatch):
+    problem = wide()
+    before = iterations_before(problem)
+    # In floating-point operations: 301^2 (10 301 + 2 60) over 4 60 604.
+    assert before == 1956
+    assert iterations_before(ill_conditioned(SquaredError(), 4)) == 0
+    iterations, found = [], []
+
+    class Recorded:
+        @staticmethod
+        def at(*arguments):
+            found.append(iterations[-1])
+            return Preconditioner.at(*arguments)
+
+    def record(iterate):
+        iterations.append(iterate.iteration)
+        return False
+
+    monkeypatch.setattr(minimum, "Preconditioner", Recorded)
+    monkeypatch.setattr(minimum, "iterations_before", lambda _: 20)
+    options = {"method": "lbfgs", "tol": 1e-10, "l2": 1e-4}
+    start = np.zeros(problem.size)
+    solved = minimize(problem, start, on_iterate=record, **options)
+    assert solved.gap <= 1e-10
+    assert found == [20]
+    monkeypatch.setattr(minimum, "iterations_before", lambda _: 10_000)
+    slow = minimize(problem, start, on_iterate=record, **options)
+    assert slow.gap <= 1e-10
+    assert found == [20]
+    assert abs(solved.value - slow.value) <= 1e-10
+    assert solved.iteration < slow.iteration
+
+
+@pytest.mark.parametrize("limit", [10, 20, 25])
+def test_the_largest_number_of_iterations_counts_those_without_it(limit, monkeypatch):
+    monkeypatch.setattr(minimum, "iterations_before", lambda _: 20)
+    problem = wide()
+    last = minimize(
+        problem,
+        np.zeros(problem.size),
+        method="lbfgs",
+        tol=1e-14,
+        l2=1e-4,
+        max_iterations=limit,
+    )
+    assert last.reason == "max_iterations"
+    assert last.iteration == limit
 
 
 def test_certain_outputs_have_no_curvature():

@@ -22,7 +22,7 @@ from keras_dalign.numerics.losses import SquaredError
 from keras_dalign.numerics.rounding import EPS
 from keras_dalign.numerics.threads import one_blas_thread
 from keras_dalign.solving.closed_form import ClosedForm
-from keras_dalign.solving.preconditioner import Preconditioner
+from keras_dalign.solving.preconditioner import Preconditioner, iterations_before
 
 if TYPE_CHECKING:
     from keras_dalign.numerics import Array
@@ -38,9 +38,10 @@ _DIRECT_SAMPLES = 4096
 _STALL_ITERATIONS = 100
 _STALL_PART = 0.01
 
-# Pairs of steps and gradient changes that L-BFGS stores, without and with a
-# preconditioner.
-_PAIRS, _PAIRS_PRECONDITIONED = 10, 5
+# Pairs of steps and gradient changes that L-BFGS stores. With a preconditioner: as many
+# as take this part of the features' size, between these numbers.
+_PAIRS = 10
+_PAIRS_PART, _LEAST_PAIRS, _MOST_PAIRS = 0.1, 5, 20
 _LINE_SEARCH_STEPS = 40
 # In float32, a line search that takes more steps than this has reached rounding.
 _LINE_SEARCH_STEPS_FLOAT32 = 8
@@ -203,6 +204,8 @@ class _Minimisation:
     ) -> None:
         self.problem = problem
         self.tol = tol
+        # A margin for the rounding of gradients and of the model's outputs in float32.
+        self._aim = 0.9 * tol
         self.lower_bound = lower_bound
         self.l2 = l2
         self.max_iterations = max_iterations
@@ -212,7 +215,7 @@ class _Minimisation:
         self.evaluations = 1
         # The least gap so far: with an L2 term it need not fall at every step.
         self.gaps: deque[float] = deque(maxlen=_STALL_ITERATIONS + 1)
-        self.stalled = self.stopped = False
+        self.stopped = False
 
     def iterate(
         self, at: Evaluation, products: Products, reason: str | None = None
@@ -276,22 +279,37 @@ class _Minimisation:
 
     def _lbfgs(self, begin: Evaluation, products: Products) -> Evaluation:
         """The point at which L-BFGS with these products ends."""
-        # A margin for the rounding of gradients and of the model's outputs in float32.
-        tol = 0.9 * self.tol
+        at = begin
         if self._report(self.iterate(begin, products)):
             return begin
+        with one_blas_thread():
+            limit = min(iterations_before(self.problem), self.max_iterations)
+            if self.l2 and limit > self.iterations:
+                at = self._descend(at, products, None, limit)
+                small = self.iterate(at, products).gap <= self._aim
+                if small or self.stopped or self.iterations >= self.max_iterations:
+                    return at
+            change = Preconditioner.at(self.problem, at, self.l2, products.dtype)
+            return self._descend(at, products, change, self.max_iterations)
+
+    def _descend(
+        self,
+        begin: Evaluation,
+        products: Products,
+        change: Preconditioner | None,
+        limit: int,
+    ) -> Evaluation:
+        """L-BFGS from a point, until there have been `limit` iterations in all."""
         fast = products is not self.problem.exact
-        limit = _LINE_SEARCH_STEPS_FLOAT32 if fast else math.inf
+        most = _LINE_SEARCH_STEPS_FLOAT32 if fast else math.inf
         at = accepted = begin
         searched = 0
-        with one_blas_thread():
-            change = Preconditioner.at(self.problem, begin, self.l2, products.dtype)
         start = asked = begin.theta if change is None else np.zeros_like(begin.theta)
 
         def value_and_gradient(variables: Array) -> tuple[float, Array]:
             nonlocal at, asked, searched
             searched += 1
-            if searched > limit:
+            if searched > most:
                 raise _LineSearchError
             asked = variables.copy()
             theta = asked if change is None else begin.theta + change.theta(asked)
@@ -311,12 +329,12 @@ class _Minimisation:
                 value_and_gradient(intermediate_result.x)
             accepted = at
             iterate = self.iterate(at, products)
-            if iterate.gap <= tol or self.iterations >= self.max_iterations:
+            if iterate.gap <= self._aim or self.iterations >= self.max_iterations:
                 raise StopIteration
-            if self._report(iterate):
+            if self._report(iterate) or self.iterations >= limit:
                 raise StopIteration
 
-        with one_blas_thread(), contextlib.suppress(_LineSearchError):
+        with contextlib.suppress(_LineSearchError):
             scipy.optimize.minimize(
                 value_and_gradient,
                 start,
@@ -324,7 +342,7 @@ class _Minimisation:
                 method="L-BFGS-B",
                 callback=callback,
                 options={
-                    "maxcor": _PAIRS if change is None else _PAIRS_PRECONDITIONED,
+                    "maxcor": self._pairs(change),
                     "ftol": 0.0,
                     "gtol": 0.0,
                     "maxiter": self.max_iterations - self.iterations + 1,
@@ -333,6 +351,14 @@ class _Minimisation:
                 },
             )
         return accepted
+
+    def _pairs(self, change: Preconditioner | None) -> int:
+        """Number of pairs of vectors that L-BFGS keeps."""
+        if change is None:
+            return _PAIRS
+        problem = self.problem
+        pairs = _PAIRS_PART * problem.n * problem.d / (2 * problem.size)
+        return int(min(max(pairs, _LEAST_PAIRS), _MOST_PAIRS))
 
     def by_closed_form(self, begin: Evaluation) -> Iterate:
         """The closed form of the squared error, and steps that refine it."""
@@ -365,7 +391,6 @@ class _Minimisation:
         self.gaps.append(min(iterate.gap, self.gaps[-1] if self.gaps else math.inf))
         full = len(self.gaps) == self.gaps.maxlen
         if full and self.gaps[0] - self.gaps[-1] < _STALL_PART * self.gaps[-1]:
-            self.stalled = True
             return True
         stop = self.on_iterate is not None and self.on_iterate(iterate)
         if self.problem.replicas.any(stop):

@@ -17,6 +17,9 @@ over some thousand samples: only the speed depends on them.
 
 If outputs have gates of their own, there is no common `A`. Then `P` treats each gated
 unit alone.
+
+For many features and few samples the eigenvectors take longer than an easy problem. The
+solver then starts without them, for as many iterations as they would cost.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
 
 # Samples that the means are taken over: so many, or this multiple of the features.
 _SAMPLES, _SAMPLES_PER_FEATURE = 8192, 4
-# The eigenvectors may take as long as so many gradients.
+# Eigenvectors that take no longer than so many gradients are computed at once.
 _WORTH_GRADIENTS = 16
 
 
@@ -74,15 +77,11 @@ class Preconditioner:
 
         Returns:
             The preconditioner. None without an L2 term, where the minimum that is
-            reached would depend on it, and where it costs more than it saves.
+            reached would depend on it, and where the loss has no curvature.
         """
-        counted = np.flatnonzero(problem.weights)
-        wanted = max(_SAMPLES, _SAMPLES_PER_FEATURE * problem.d)
-        rows = counted[:: max(len(counted) // wanted, 1)]
-        eigenvectors = problem.d**2 * (10 * problem.d + 2 * len(rows))
-        gradient = 4 * problem.n * problem.size
-        if not l2 or eigenvectors > _WORTH_GRADIENTS * gradient:
+        if not l2:
             return None
+        rows = _sample(problem)
         shares = problem.weights[rows]
         shares *= problem.weights.sum() / (problem.normalizer * shares.sum())
         diagonal, vector = problem.loss.curvature(
@@ -131,6 +130,23 @@ class Preconditioner:
         bias = self.bias_scales * (self.outputs.T @ gradient[-units:])
         found = np.concatenate([(self.scales * q).ravel(), bias])
         return found.astype(np.float64, copy=False)
+
+
+def iterations_before(problem: ConvexProblem) -> int:
+    """Iterations without a preconditioner that cost as much as it does; 0 if few."""
+    rows = len(_sample(problem))
+    # In floating-point operations; symmetric eigenvectors take about 10 d^3.
+    eigenvectors = problem.d**2 * (10 * problem.d + 2 * rows)
+    gradient = 4 * problem.n * problem.size
+    cost = eigenvectors // gradient
+    return cost if cost > _WORTH_GRADIENTS else 0
+
+
+def _sample(problem: ConvexProblem) -> np.ndarray:
+    """Indices of the samples that the means are taken over."""
+    counted = np.flatnonzero(problem.weights)
+    wanted = max(_SAMPLES, _SAMPLES_PER_FEATURE * problem.d)
+    return counted[:: max(len(counted) // wanted, 1)]
 
 
 def _eigen(matrix: np.ndarray) -> tuple[Array, Array]:
