@@ -306,10 +306,11 @@ def example(**changes):
 
 def test_the_sentence_rounds_bounds_to_the_safe_side():
     assert str(example()) == (
-        "The loss is 0.123457, at most 0.101 above its global minimum: no function of "
-        "the inputs can go below 0.0234 on these 1200 samples (1198 distinct inputs, 1 "
-        "of them with conflicting targets); objective: squared error, mean over the "
-        "samples; outputs in float32, sums in float64."
+        "The loss is 0.123457, at most 0.101 above its global minimum.\n"
+        "No function of the inputs can go below 0.0234: 1200 samples, 1198 distinct "
+        "inputs, 1 of them with conflicting targets.\n"
+        "Objective: squared error, mean over the samples; outputs in float32, sums in "
+        "float64."
     )
 
 

@@ -101,29 +101,30 @@ class Certificate:
         return model_card(self, model)
 
     def __str__(self) -> str:
-        gap = rounded(self.gap, up=True) if self.gap else "0 (to rounding)"
-        plain = (
-            f"The loss is {self.loss:.6g}, at most {gap} above its global "
-            "minimum: no function of the inputs can go below "
-            f"{rounded(self.lower_bound, up=False)} on these {self.n_samples} samples "
-            f"({self.n_distinct} distinct inputs, {self.n_conflicts} of them with "
-            f"conflicting targets); objective: {self.objective}; outputs in "
-            f"{self.dtype}, sums in float64."
-        )
-        return " ".join([plain, *self._optional_sentences()])
+        return "\n".join(self._sentences())
 
-    def _optional_sentences(self) -> Iterator[str]:
+    def _sentences(self) -> Iterator[str]:
+        gap = rounded(self.gap, up=True) if self.gap else "0 (to rounding)"
+        yield f"The loss is {self.loss:.6g}, at most {gap} above its global minimum."
         if self.l2_loss is not None and self.l2_gap is not None:
             yield (
                 f"Regularised with l2={self.l2:g}, the loss is {self.l2_loss:.6g}, at "
                 f"most {rounded(self.l2_gap, up=True)} above its minimum over the "
-                "head's q and b; objective: the loss plus l2 / 2 times their squared "
-                "change."
+                "head's q and b. It is the loss plus l2 / 2 times their squared change."
             )
         if self.gradient_bound is not None:
             yield str(self.gradient_bound)
         if self.quadratic_bound is not None:
             yield str(self.quadratic_bound)
+        yield (
+            "No function of the inputs can go below "
+            f"{rounded(self.lower_bound, up=False)}: {self.n_samples} samples, "
+            f"{self.n_distinct} distinct inputs, {self.n_conflicts} of them with "
+            "conflicting targets."
+        )
+        yield (
+            f"Objective: {self.objective}; outputs in {self.dtype}, sums in float64."
+        )
 
     def _repr_html_(self) -> str:
         rows = {

@@ -39,7 +39,7 @@ logger = logging.getLogger("keras_dalign")
 
 @dataclasses.dataclass(frozen=True)
 class SolveResult:
-    """The result of `solve`; prints as a sentence.
+    """The result of `solve`; prints as a summary in words.
 
     Attributes:
         value: The minimised objective, the loss with its L2 term: for the solved model,
@@ -94,12 +94,12 @@ class SolveResult:
         return {**fields, "certificate": self.certificate.to_dict()}
 
     def __str__(self) -> str:
-        text = f"{self.message} ({self.seconds:.1f} s.)"
+        lines = [f"{self.message} ({self.seconds:.1f} s.)"]
         for noun, trials in (("L2 weight", self.path), ("width", self.widths)):
             if trials is not None:
-                listed = "; ".join(str(trial) for trial in trials)
-                text += f" The {noun} was chosen on held-out samples ({listed})."
-        return f"{text} {self.certificate}"
+                lines.append(f"The {noun} was chosen on held-out samples:")
+                lines.extend(f"  {trial}" for trial in trials)
+        return "\n".join([*lines, str(self.certificate)])
 
     def _repr_html_(self) -> str:
         rows = {

@@ -48,7 +48,8 @@ class WidthTrial:
     def __str__(self) -> str:
         text = f"width {self.width}: held-out loss {self.held_out_loss:.4g}"
         if np.isfinite(self.change):
-            text += f" ({self.change:.2g} +- {self.standard_error:.2g} lower)"
+            side = "lower" if self.change >= 0 else "higher"
+            text += f" ({abs(self.change):.2g} +- {self.standard_error:.2g} {side})"
         return text
 
 
