@@ -15,6 +15,8 @@ from pipelines import closure, files, repository
 
 # For a folder with more changed files, their number is listed instead of their names.
 _NAMED = 3
+# If more folders have changes, they are counted by their topmost folder.
+_FOLDERS = 4
 
 Commands = Sequence[Sequence[str]]
 
@@ -135,6 +137,11 @@ def _listed(paths: Iterable[str]) -> list[str]:
     by_folder: dict[str, list[str]] = {}
     for path in sorted(paths):
         by_folder.setdefault(str(PurePosixPath(path).parent), []).append(path)
+    if len(by_folder) > _FOLDERS:
+        by_top: dict[str, list[str]] = {}
+        for folder, found in by_folder.items():
+            by_top.setdefault(PurePosixPath(folder).parts[0], []).extend(found)
+        by_folder = by_top
     names: list[str] = []
     for folder, found in by_folder.items():
         many = len(found) > _NAMED

@@ -184,6 +184,10 @@ class Tuning:
                 f"Received: {files.shown(self.samples)}"
             )
 
+    def run(self, dataset: str, augmentation: str, recipe: str) -> Run:
+        """The run of a recipe."""
+        return Run(dataset, augmentation, f"tune-{recipe}", self.seed)
+
 
 @dataclass(frozen=True)
 class Frontier:

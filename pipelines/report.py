@@ -98,12 +98,17 @@ def record(results: Results, layout: Layout) -> None:
     """
     params = results.params
     explored = [layout.timing(run.exploration) for run in results.by_run]
-    tuning = [
-        layout.tuning(dataset, augmentation, recipe)
-        for dataset, found in results.tuning.items()
-        for augmentation, errors in found["augmentations"].items()
-        for recipe in errors
-    ]
+    tuning = set()
+    for dataset, found in results.tuning.items():
+        for augmentation, errors in found["augmentations"].items():
+            for recipe in errors:
+                run = params.tune.run(dataset, augmentation, recipe)
+                path = layout.timing(run)
+                if path.is_file():
+                    tuning.add(files.read_json(path).get("commit"))
+                else:
+                    path = layout.tuning(dataset, augmentation, recipe)
+                    tuning.add(repository.commit_of(path))
     frontiers = [
         layout.frontier(dataset, seed)
         for dataset in results.frontier
@@ -114,8 +119,8 @@ def record(results: Results, layout: Layout) -> None:
         "base training": {
             files.read_json(each).get("commit") for each in explored if each.is_file()
         },
+        "tuning": tuning,
         # By git: DVC hashes these files, so they do not name a commit.
-        "tuning": set(map(repository.commit_of, tuning)),
         "frontier": set(map(repository.commit_of, frontiers)),
     }
     if any(made.values()):

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import datasets, exploration, files, methods, provenance
+from pipelines import datasets, exploration, files, methods, provenance, repository
 from pipelines.datasets import Samples, sampling
 from pipelines.evaluate import error_rate
 from pipelines.exploration import Job, warm_up
 from pipelines.held_out import held_out
 from pipelines.layout import Layout
-from pipelines.params import Params, Run, load, parser, pick
+from pipelines.params import Params, load, parser, pick
 
 if TYPE_CHECKING:
     from pipelines.datasets import Dataset
@@ -56,7 +56,7 @@ def main(
     train = dataclasses.replace(
         pick("data set (under `train`)", params.train, dataset), checkpoints=(1.0,)
     )
-    run = Run(dataset, augmentation, f"tune-{recipe}", tuning.seed)
+    run = tuning.run(dataset, augmentation, recipe)
     data = held_out(_part(whole, tuning), tuning.validation, tuning.seed)
     warm_up()
     path = layout.tuning(dataset, augmentation, recipe)
@@ -73,6 +73,8 @@ def main(
             },
         },
     )
+    # DVC does not hash this file, so it may name the commit.
+    files.write_json(layout.timing(run), repository.code())
     return path
 
 

@@ -100,7 +100,7 @@ def test_solve_chooses_the_width_with_an_l2_term(l2):
     assert result.width == model.head.width
     assert result.width in {trial.width for trial in result.widths}
     assert result.width <= model.head.default_width()
-    assert "The width was chosen on held-out samples:\n  width 8: " in str(result)
+    assert f"The width {result.width} was chosen on held-out samples:\n" in str(result)
     assert result.to_dict()["widths"][0]["width"] == 8
     assert model.switch_report.rank is None
     # The certificate is that of the same problem on the same width.

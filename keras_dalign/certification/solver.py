@@ -95,9 +95,13 @@ class SolveResult:
 
     def __str__(self) -> str:
         lines = [f"{self.message} ({self.seconds:.1f} s.)"]
-        for noun, trials in (("L2 weight", self.path), ("width", self.widths)):
+        chosen = {
+            f"L2 weight {self.l2:g}": self.path,
+            f"width {self.width}": self.widths,
+        }
+        for name, trials in chosen.items():
             if trials is not None:
-                lines.append(f"The {noun} was chosen on held-out samples:")
+                lines.append(f"The {name} was chosen on held-out samples:")
                 lines.extend(f"  {trial}" for trial in trials)
         return "\n".join([*lines, str(self.certificate)])
 

@@ -113,7 +113,7 @@ def choose_method(problem: ConvexProblem, method: str) -> tuple[str, str]:
         return method, "as asked for"
     if quadratic and problem.n <= _DIRECT_SAMPLES:
         return "direct", f"squared error with {problem.n} samples: a closed form"
-    return "lbfgs", "the method for all losses and sizes"
+    return "lbfgs", "it takes any loss and any number of samples"
 
 
 def minimize(

@@ -53,12 +53,12 @@ def solve_message(
         The message.
     """
     with_l2 = f" with its L2 term ({solver.l2:.3g})" if solver.l2 else ""
+    least = "minimum" if solver.l2 else "infimum"
     outcome = (
         f"{_ENDS[reason]} after {last.iteration} iterations of "
-        f"{_METHOD_NAMES[solver.method]} ({solver.why}): the loss{with_l2} is "
-        f"{value:.6g}, at most {gap:.3g} above its infimum (asked for: "
-        f"{solver.options.tol:.3g}), by the model's own outputs in "
-        f"{solver.head.compute_dtype}."
+        f"{_METHOD_NAMES[solver.method]}: the loss{with_l2} is {value:.6g}, at most "
+        f"{gap:.3g} above its {least} (tol={solver.options.tol:.3g}), by the model's "
+        f"own outputs in {solver.head.compute_dtype}."
     )
     if reason in {"gap", "stopped"}:
         return outcome

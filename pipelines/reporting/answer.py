@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from pipelines.reporting.comparison import Estimate, error, interval, points
+from pipelines.reporting.comparison import Estimate, interval, points
 from pipelines.reporting.results import (
     BASES,
     BETTER,
@@ -37,8 +37,6 @@ BETTER_WORD, NO_WORSE, WORSE = "better", "no worse", "worse"
 ROUNDING = 1e-12
 
 _SHORT, _LONG, _TEMPERATURE = "base_short", "base_long", "base_temperature"
-# The most cells for which gain and cost are written for each cell.
-_FEW = 2
 _WORDS = (
     *("no", "one", "two", "three", "four", "five", "six"),
     *("seven", "eight", "nine", "ten", "eleven", "twelve"),
@@ -188,15 +186,16 @@ def table(results: Results, mode: str) -> Table:
         if each.error is None:
             ran = results.of(*each.cell, mode)
             lacking = "no base of equal time" if ran else NOT_RUN
-            rows.append((heading, lacking, *["" if ran else NOT_RUN] * 7))
+            rows.append((heading, lacking, *["" if ran else NOT_RUN] * 8))
             continue
         rows.append(
             (
                 heading,
-                f"{each.word} ({error(each.error)})",
+                each.word,
                 errors(results, each),
                 interval(each.error),
                 results.params.label(str(each.base)),
+                _percent(results, each.cell, TIME_REFERENCE),
                 _pair(results, each, each.nll_base, "nll", "{:#.3g}"),
                 _pair(results, each, each.nll_base, "ece", "{:.1f}", 100),
                 NOT_RECORDED if each.time is None else f"{each.time.value:.2f}",
@@ -211,6 +210,7 @@ def table(results: Results, mode: str) -> Table:
             "test error, %",
             "difference [95 % CI]",
             "best base",
+            f"{results.params.label(TIME_REFERENCE)}: test error, %",
             "NLL",
             "ECE, %",
             "time / base",
@@ -228,13 +228,15 @@ def caption(results: Results) -> str:
     if _TEMPERATURE in results.params.grid.methods:
         scaled = f' and "{label(_TEMPERATURE)}", whatever its time'
     return (
-        "Arrows go from the best base to ours. Best base: the one with the lowest mean "
-        "test error among those that took no more time than ours. Difference: in "
-        f"points, paired by seed ({_count(seeds, 'seed')}). Verdict: better or worse "
-        f"by the margin of {_margins(results)}, which was fixed beforehand, or no "
-        "worse; in brackets the standard error of the difference, in points. NLL and "
-        "ECE (15 bins), on test data: of the base with the lowest NLL among the same "
-        f"bases{scaled}. Time / base: wall time over "
+        "A cell is a data set with one kind of augmentation. Arrows go from the best "
+        "base to ours. Best base: the one with the lowest mean test error among those "
+        "that took no more time than ours. Difference: in points, paired by seed "
+        f"({_count(seeds, 'seed')}). Verdict: better or worse if the mean difference "
+        f"is at least the margin of {_margins(results)}, which was fixed beforehand, "
+        "no worse in between; where the interval contains 0, the sign is uncertain. "
+        f'"{label(TIME_REFERENCE)}": all epochs, whatever its time. NLL and ECE (15 '
+        "bins), on test data: of the base with the lowest NLL among the same bases"
+        f"{scaled}. Time / base: wall time over "
         f'that of "{label(TIME_REFERENCE)}", paired by seed, geometric mean. Certified '
         "gap: to the minimum of the training loss with its L2 term, at most; the "
         "largest over the seeds."
@@ -249,35 +251,38 @@ def sentence(results: Results, mode: str) -> str:
         mode: Name of the method.
 
     Returns:
-        In how many cells the mode has the lower test error and NLL, in how many it is
-        within the margin, and what time it takes.
+        In how many cells the test error is better, no worse and worse, in how many
+        the NLL is lower, and what time the mode takes.
     """
     name, written = MODES[mode]
     found = known(results, mode)
     n = len(found)
     if not found:
         return f"{_capital(name)}, {written}: {NOT_RUN} beside a base of equal time."
-    where = f"Over {_count(n, 'cell')} of {_cells(results, found)}"
+    where = f"in {_count(n, 'cell')} of {_cells(results, found)}"
     first = modes(results)[0]
     if mode != first and [each.cell for each in known(results, first)] == [
         each.cell for each in found
     ]:
-        where = "Over the same cells"
+        where = "in the same cells"
+    words = [each.word for each in found]
+    counted = ", ".join(
+        f"{word} in {_some(words.count(word), n)}"
+        for word in (BETTER_WORD, NO_WORSE, WORSE)
+    )
     text = (
-        f"{where}, {name}, {written}, has "
-        "a lower test error than the best base of equal time in "
-        f"{_some(sum(each.lower for each in found), n)}, and at most "
-        f"{_margins(results)} more in {_some(sum(e.word != WORSE for e in found), n)}."
+        f"{_capital(name)}, {written}, {where}, against the best base of equal time: "
+        f"test error {counted}."
     )
     judged = [each for each in found if each.nll is not None]
     if judged:
         lower = _some(sum(each.lower_nll for each in judged), len(judged))
         scaled = ""
         if _TEMPERATURE in results.params.grid.methods:
-            scaled = f', and that of "{results.params.label(_TEMPERATURE)}",'
-        text += f" Its NLL is below that of every such base{scaled} in {lower}."
+            scaled = f', and than that of "{results.params.label(_TEMPERATURE)}",'
+        text += f" NLL lower than that of every such base{scaled} in {lower}."
     if times := [each.time.value for each in found if each.time is not None]:
-        text += f" It takes {_range(times)} of the base's time."
+        text += f" Time: {_range(times)} of the base's."
     if lacking := len(results.groups()) - n:
         text += f" {_capital(_count(lacking, 'more cell'))}: {NOT_RUN}."
     return text
@@ -312,42 +317,15 @@ def against_long(results: Results) -> str:
     return f'Against "{label}" the default has{within}: {", and ".join(parts)}.'
 
 
-def gains(results: Results, mode: str = DEFAULT) -> str:
-    """What the mode gained and what was paid for it, where cells are few.
-
-    Args:
-        results: The results.
-        mode: Name of the method.
-
-    Returns:
-        A sentence a cell; empty where there are many cells.
-    """
-    if len(results.groups()) > _FEW:
-        return ""
-    texts = []
-    for each in known(results, mode):
-        changes = []
-        if each.error is not None and abs(each.error.value) > ROUNDING:
-            text = f"{abs(100 * each.error.value):.2f} points of test error"
-            changes.append((each.error.value, text))
-        if each.nll is not None:
-            changes.append((each.nll.value, f"{abs(each.nll.value):#.2g} of NLL"))
-        if each.time is not None:
-            change = each.time.value - 1
-            text = f"{abs(100 * change):.0f} % of the base's time"
-            changes.append((change, text))
-        gained = [text for change, text in changes if change < 0]
-        paid = [text for change, text in changes if change > 0]
-        texts.append(
-            f"{results.heading(*each.cell)}: gained "
-            f"{_list(gained) or 'nothing'}, paid {_list(paid) or 'nothing'}."
-        )
-    return " ".join(texts)
-
-
 def errors(results: Results, found: Answer) -> str:
     """The test errors in %, from the best base's to the mode's."""
     return _pair(results, found, found.base, "error_rate", "{:.2f}", 100)
+
+
+def _percent(results: Results, cell: tuple[str, str], method: str) -> str:
+    """The mean test error of a method in %."""
+    found = results.numbers(*cell, method, "error_rate")
+    return f"{100 * fmean(found):.2f}" if found else NOT_RUN
 
 
 def _pair(

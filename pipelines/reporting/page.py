@@ -149,7 +149,7 @@ def _sections(
 
 def _answer(results: Results, figures: Mapping[str, Path]) -> str:
     modes = answer.modes(results)
-    more = [answer.gains(results), answer.against_long(results)]
+    more = [answer.against_long(results)]
     sentences = [answer.sentence(results, mode) for mode in modes]
     parts = [f"<p>{_marked(text)}</p>" for text in filter(None, sentences + more)]
     parts.append(_dirty(results))

@@ -73,7 +73,7 @@ def answered(
             parts += [table.markdown(), "</details>"]
         else:
             parts.append(table.markdown())
-    more = [answer.gains(results), answer.against_long(results)]
+    more = [answer.against_long(results)]
     return [*parts, *filter(None, more), answer.caption(results)]
 
 
