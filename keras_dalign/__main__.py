@@ -15,6 +15,7 @@ import json
 import math
 import os
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import keras
 import numpy as np
 
 import keras_dalign
+from keras_dalign.numerics.rounding import rounded
 
 LOSSES = ("softmax", "binary", "mse")
 
@@ -55,8 +57,10 @@ def _certify(options: argparse.Namespace) -> tuple[int, str, dict[str, Any]]:
         model, x, y, loss=loss, l2=options.l2, batch_size=options.batch_size
     )
     gap = certificate.gap if certificate.l2_gap is None else certificate.l2_gap
-    reached = options.tol is None or gap <= options.tol
-    return int(not reached), str(certificate), certificate.to_dict()
+    text, reached = str(certificate), options.tol is None or gap <= options.tol
+    if not reached:
+        text += f"\nThe gap, {rounded(gap, up=True)}, is above --tol {options.tol:g}."
+    return int(not reached), text, certificate.to_dict()
 
 
 def _solve(options: argparse.Namespace) -> tuple[int, str, dict[str, Any]]:
@@ -120,6 +124,10 @@ def _inputs(options: argparse.Namespace) -> tuple[keras.Model, Any, Any]:
 
 
 def _arrays(options: argparse.Namespace, path: str) -> tuple[Any, Any]:
+    if not Path(path).is_file():
+        raise ValueError(f"There is no file {path}.")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not an .npz file. Make one with numpy.savez.")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             missing = [name for name in (options.x, options.y) if name not in arrays]
@@ -130,7 +138,7 @@ def _arrays(options: argparse.Namespace, path: str) -> tuple[Any, Any]:
                 )
             return arrays[options.x], arrays[options.y]
     except (AttributeError, EOFError) as error:
-        raise ValueError(f"{path} is no .npz file of NumPy's: {error}") from error
+        raise ValueError(f"{path} is not an .npz file of NumPy: {error}") from error
 
 
 def _loss(name: str | None, y: Any) -> keras.Loss | None:

@@ -193,7 +193,7 @@ def build(family: str, variant: int) -> keras.Model:
         variant: Decides about depth, widths, activation and number of outputs.
 
     Returns:
-        The model, which puts out logits.
+        The model, which outputs logits.
     """
     rng = np.random.default_rng([variant, FAMILIES.index(family)])
     width, depth = int(rng.integers(2, 8)), int(rng.integers(1, 3))

@@ -87,7 +87,7 @@ def test_a_stream_is_read_once():
     [
         ({"tol": 0.0}, "`tol` must be a positive number. Received: tol=0.0"),
         ({"max_iterations": 0}, "`max_iterations` must be a positive int"),
-        ({"loss": None}, "compiled without a loss"),
+        ({"loss": None}, "The model has no loss"),
         ({"y": None}, "Targets are needed"),
         ({"sample_weight": np.zeros(30)}, "All of `sample_weight` are 0"),
         ({"y": np.full((30, 1), 1e200)}, "overflows float64 at the head's weights"),

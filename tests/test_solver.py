@@ -602,5 +602,5 @@ def test_a_model_without_head_or_loss():
     x, y = digits(32)
     with pytest.raises(ValueError, match=r"alignment head.*keras_dalign\.align"):
         solve(mlp(), x, y)
-    with pytest.raises(ValueError, match="without a loss"):
+    with pytest.raises(ValueError, match="has no loss"):
         solve(kd.align(mlp(), n_samples=32), x, y)

@@ -19,6 +19,7 @@ from keras_dalign.head.features import FeaturePass, FeatureSet, plan_cache
 from keras_dalign.head.objective import check_targets, checked_weights, loss_of
 from keras_dalign.numerics.arguments import flag, keras_model, shown
 from keras_dalign.numerics.html_table import html_table
+from keras_dalign.numerics.rounding import rounded
 from keras_dalign.numerics.threads import in_turn
 from keras_dalign.solving.head_solver import HeadSolver, first_width
 from keras_dalign.solving.options import ORIGIN, TRAINING, VALIDATION, SolveOptions
@@ -108,7 +109,7 @@ class SolveResult:
     def _repr_html_(self) -> str:
         rows = {
             "value": f"{self.value:.6g}",
-            "gap": f"<b>{self.gap:.3g}</b> (requested: {self.tol:.3g})",
+            "gap": f"<b>{rounded(self.gap, up=True)}</b> (requested: {self.tol:.3g})",
             "L2 weight": f"{self.l2:.3g}",
             "width": str(self.width),
             "method": html.escape(f"{self.method} ({self.why})"),

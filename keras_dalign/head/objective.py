@@ -39,7 +39,7 @@ def loss_of(model: keras.Model, loss: Any = None) -> ConvexLoss:
             loss = getattr(model, attribute, None)
     if loss is None:
         raise ValueError(
-            "The model was compiled without a loss: pass `loss`, or call "
+            "The model has no loss: pass `loss`, or call "
             "`model.compile(loss=...)` first. Received: loss=None"
         )
     return convex_loss(loss)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keras_dalign.numerics.repeats import Repeats
+from keras_dalign.numerics.rounding import rounded
 from keras_dalign.solving.held_out import HeldOut, hold_out
 from keras_dalign.solving.l2_path import WEAKEST_BY_SEEN, L2Trial, choose_l2
 from keras_dalign.solving.minimum import Iterate, OnIterate, choose_method, minimize
@@ -230,9 +231,9 @@ class HeadSolver:
             reason = "rounding"
         message = solve_message(self, last, value, gap, reason, rank)
         if self.l2:
+            plain = rounded(max(own.loss - self.lower_bound, 0.0), up=True)
             message += (
-                f" The plain loss is {own.loss:.6g}, at most "
-                f"{max(own.loss - self.lower_bound, 0.0):.3g} above its infimum."
+                f" The plain loss is {own.loss:.6g}, at most {plain} above its infimum."
             )
         return Solution(
             value, gap, converged, last, reason, message, self.l2, path, widths

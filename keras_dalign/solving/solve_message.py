@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from keras_dalign.numerics.rank import check_rank
+from keras_dalign.numerics.rounding import rounded
 from keras_dalign.numerics.subspace import first_equal
 
 if TYPE_CHECKING:
@@ -57,8 +58,8 @@ def solve_message(
     outcome = (
         f"{_ENDS[reason]} after {last.iteration} iterations of "
         f"{_METHOD_NAMES[solver.method]}: the loss{with_l2} is {value:.6g}, at most "
-        f"{gap:.3g} above its {least} (tol={solver.options.tol:.3g}), by the model's "
-        f"own outputs in {solver.head.compute_dtype}."
+        f"{rounded(gap, up=True)} above its {least} (tol={solver.options.tol:.3g}), by "
+        f"the model's own outputs in {solver.head.compute_dtype}."
     )
     if reason in {"gap", "stopped"}:
         return outcome
@@ -71,9 +72,9 @@ def _remedies(
     """Sentences on the likely causes of a failure, and what to change."""
     if reason == "rounding":
         text = (
-            f"In float64 the gap is {last.gap:.3g}. Solve with a small `l2`, which "
-            "bounds the weights, accept a larger `tol`, or make the model in "
-            "float64."
+            f"In float64 the gap is {rounded(last.gap, up=True)}. Solve with a small "
+            "`l2`, which bounds the weights, accept a larger `tol`, or make the model "
+            "in float64."
         )
         return [text]
     remedies = []

@@ -23,6 +23,8 @@ from keras_dalign.training.model_graph import (
 # Operations without weights that may follow the output layer: they turn logits into
 # probabilities, reshape a map of one place, or do nothing.
 _PROBABILITIES = ("softmax", "sigmoid", "log_softmax")
+# What else to change where one of them is dropped.
+_ACCURACY = {"sigmoid": ", and count with keras.metrics.BinaryAccuracy(threshold=0.0)"}
 _DROPPED_FUNCTIONS = {
     **{getattr(keras.activations, name): name for name in (*_PROBABILITIES, "linear")},
     **{getattr(ops, name): name for name in _PROBABILITIES},
@@ -67,7 +69,7 @@ def output_layer(
     """Splits a model into its features and its output layer.
 
     Args:
-        model: A model that `align` accepts and that puts out logits.
+        model: A model that `align` accepts and that outputs logits.
 
     Returns:
         The model of the features, which shares the given one's weights, and the output
@@ -208,8 +210,8 @@ def _output_at(call: compat.Call, dropped: list[str], dtype: str) -> OutputLayer
             f"activation None, or add a Dense layer behind it. {BUILD_BY_HAND}"
         )
     messages = [
-        f"The trailing {name} is dropped: the aligned model puts out logits. Compile "
-        "it with a loss made with from_logits=True."
+        f"The trailing {name} is dropped: the aligned model outputs logits. Compile it "
+        f"with a loss made with from_logits=True{_ACCURACY.get(name, '')}."
         for name in dropped
         if name in _PROBABILITIES
     ]
