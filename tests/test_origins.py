@@ -51,6 +51,12 @@ def test_what_has_changed_is_named(recorded):
     assert told(recorded, more) == f"{start}pipelines/new.py, pipelines/train.py."
     many = TREE | {f"keras_dalign/{name}.py": b"1" for name in "abcd"}
     assert told(recorded, many) == f"{start}keras_dalign (4 files)."
+    folders = {f"keras_dalign/{name}/e.py": b"" for name in "vwxyz"}
+    imports = b"from keras_dalign import a, b, c, d\nfrom keras_dalign." + (
+        b"\nfrom keras_dalign.".join(f"{name} import e".encode() for name in "vwxyz")
+    )
+    deep = TREE | folders | {"keras_dalign/__init__.py": imports}
+    assert told(recorded, deep) == f"{start}keras_dalign (6 files)."
 
 
 def test_who_made_what_is_named(recorded):
