@@ -25,6 +25,7 @@ from pipelines import (  # noqa: E402
     method_settings,
     methods,
     prepare,
+    repository,
     rerun,
     temperature,
     train,
@@ -279,6 +280,10 @@ def test_tuning_tries_every_recipe(params, tmp_path):
     least = min(each["base_bn"] for each in errors.values())
     assert errors[found["best"]["none"]]["base_bn"] == least
     assert all(0 < each["base"] <= 1 for each in errors.values())
+    # The commit is in a file that DVC does not hash.
+    for recipe in errors:
+        timing = layout.timing(params.tune.run("digits", "none", recipe))
+        assert files.read_json(timing) == repository.code()
 
 
 def test_a_recipe_to_try_must_be_there(tmp_path):
