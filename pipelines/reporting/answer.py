@@ -83,11 +83,6 @@ class Answer:
         return BETTER_WORD if self.error.value <= ROUNDING - self.margin else NO_WORSE
 
     @property
-    def lower(self) -> bool:
-        """Whether the test error is lower than the base's."""
-        return self.error is not None and self.error.value < -ROUNDING
-
-    @property
     def lower_nll(self) -> bool:
         """Whether the NLL is lower than the base's."""
         return self.nll is not None and self.nll.value < 0
